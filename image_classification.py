@@ -604,7 +604,7 @@ def build_model(config: Config, data: Data) -> nn.Module:
     if config.init_from:
         load_weights(model, read_checkpoint(config.init_from, data.classes)["model"], config.init_from)
     elif isinstance(model, CNN):
-        model.whiten_for(normalise(images[:: max(1, len(images) // 3000)], model))
+        model.whiten_for(normalise(images[:: max(1, len(images) // 500)], model))
     return model
 
 
@@ -991,7 +991,7 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Ev
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     with torch.no_grad():
-        logits = torch.cat([model(normalise(batch.to(device), model)).float() for batch in images.split(500)]).cpu()
+        logits = torch.cat([model(normalise(batch.to(device), model)).float() for batch in images.split(250)]).cpu()
     model.train(was_training)
     accuracy = (logits.argmax(1) == labels.cpu()).float().mean().item()
     return Evaluation(F.cross_entropy(logits, labels.cpu()).item(), accuracy, logits)
@@ -1000,6 +1000,8 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Ev
 def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "Report":
     """Train one network with one seed, all in the folder `run`; goes on from its last.pth if there is one."""
     trainer, last = Trainer(config, data, device), run / "last.pth"
+    if device.type == "cpu":
+        keep_freed_memory()
     count, steps, validation = len(trainer.labels), len(trainer.places), len(data.valid.labels)
     if last.exists():
         trainer.load(last)
@@ -1079,8 +1081,6 @@ def train(config: Config, data: Data | None = None) -> "Report":
     Raises UserError for what the user can mend, and Stopped after Ctrl-C or SIGTERM.
     """
     device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.use_deterministic_algorithms(config.deterministic)
     data = data or load_data(config)
     config = settle(config, data)

@@ -1,0 +1,90 @@
+"""What the tests share: the program as a user runs it, real data where there is some, folders with awkward names."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = REPOSITORY / "image_classification.py"
+sys.path.insert(0, str(REPOSITORY))
+
+# Settings under which the digits train in a second or two, for tests of everything but accuracy.
+QUICK = ["--dataset", "digits", "--width", "0.25", "--subset", "400", "--epochs", "2"]
+
+
+class Program:
+    """image_classification.py in a folder of its own, run in a process of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, *arguments, patch="", env=None, **options):
+        """Start the program; `patch` is Python that changes constants of the module `ic` first."""
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        if patch:
+            code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | (env or {})
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.folder} | options
+        return subprocess.Popen(command, env=environment, **options)
+
+    def __call__(self, *arguments, status=0, timeout=200, **options):
+        """Run it to its end, check the exit status and return (standard output, standard error)."""
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=timeout)
+        assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+        assert "Traceback" not in err, err
+        return out, err
+
+    def error(self, *arguments, status=1, **options):
+        """Run it, expecting it to fail with one line; returns that line."""
+        _, err = self(*arguments, status=status, **options)
+        lines = [line for line in err.splitlines() if "error: " in line]
+        assert len(lines) == 1, err
+        if status == 1:
+            assert err.strip() == lines[0], err
+        return lines[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A fresh folder with a space and non-ASCII letters in its path."""
+    path = tmp_path / "Übung 1 数据"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def program(folder):
+    return Program(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The folder to give as --data-dir for real CIFAR-10."""
+    for place in (os.environ.get("CIFAR10_DIR", ""), REPOSITORY / "data"):
+        if place and (Path(place) / "cifar-10-batches-py" / "test_batch").exists():
+            return Path(place)
+    pytest.skip("no CIFAR-10 in data/ or in the folder that CIFAR10_DIR names")
+
+
+@pytest.fixture
+def unwritable(folder):
+    """A function that takes every right to write to a file or folder away, from root as well."""
+    changed = []
+
+    def protect(path):
+        if os.name == "posix" and os.geteuid() == 0:
+            if not shutil.which("chattr") or subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
+                pytest.skip("root can write everywhere here, and chattr +i does not work")
+        else:
+            path.chmod(0o555)
+        changed.append(path)
+
+    yield protect
+    for path in changed:
+        subprocess.run(["chattr", "-i", path], capture_output=True) if os.geteuid() == 0 else path.chmod(0o755)

@@ -1,0 +1,80 @@
+"""A real HTTP server on 127.0.0.1 that serves one archive, well or badly, by the first part of the path."""
+
+import contextlib
+import http.server
+import threading
+import time
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        mirror = self.server.mirror
+        path = self.path
+        if path.startswith("http://"):  # asked as a proxy
+            mirror.proxied.append(path)
+            path = "/" + path.split("/", 3)[3]
+        manner = path.split("/")[1]
+        mirror.requests.append((manner, self.headers.get("Range")))
+        content, start = mirror.content, 0
+        if manner == "gone":
+            return self.send_error(404)
+        if manner == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"{mirror.url}/good/a.tar.gz")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if manner == "page":
+            content = b"<html>Please log in to this network</html>"
+        elif manner == "lie":
+            content = bytes(len(content))
+        wanted = self.headers.get("Range")
+        if wanted and manner not in ("rangeless", "page"):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        if manner != "lengthless":
+            self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            if manner == "silent":
+                time.sleep(30)
+            elif manner == "stall":
+                self.wfile.write(content[start : start + 50_000])
+                time.sleep(30)
+            elif manner == "cut":
+                self.wfile.write(content[start : start + len(content) // 3])
+            elif manner == "crawl":  # 200 kB/s
+                for position in range(start, len(content), 10_000):
+                    self.wfile.write(content[position : position + 10_000])
+                    time.sleep(0.05)
+            elif manner == "once":  # the first request gets a third, later ones nothing
+                first = sum(1 for each, _ in mirror.requests if each == manner) == 1
+                self.wfile.write(content[start : start + len(content) // 3] if first else b"")
+            else:
+                self.wfile.write(content[start:])
+                mirror.whole += 1
+
+
+class Mirror:
+    """The running server: its `url`, and what was asked of it."""
+
+    def __init__(self, content):
+        self.content, self.requests, self.proxied, self.whole = content, [], [], 0
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.mirror = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,0 +1,296 @@
+"""Finding, downloading and verifying the data, against a real server that stalls, crawls, cuts and lies."""
+
+import hashlib
+import random
+import signal
+import ssl
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK
+from mirror import Mirror
+
+import image_classification as ic
+
+CONTENT = random.Random(0).randbytes(3_000_000)
+DEAD = "http://127.0.0.1:9/a.tar.gz"  # nobody listens there
+
+
+@pytest.fixture
+def mirror():
+    server = Mirror(CONTENT)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fetch(mirror, folder, monkeypatch):
+    """download_archive of a small archive, from these manners of the server, with little patience."""
+    monkeypatch.setattr(ic, "ARCHIVE_BYTES", len(CONTENT))
+    monkeypatch.setattr(ic, "ARCHIVE_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(ic, "PATIENCE", 1.0)
+    monkeypatch.setattr(ic, "PROBE_SECONDS", 3.0)
+
+    def download(*manners, mirror_url=""):
+        monkeypatch.setattr(ic, "SOURCES", [f"{mirror.url}/{manner}/a.tar.gz" for manner in manners])
+        path = ic.download_archive(folder, mirror_url)
+        assert path.read_bytes() == CONTENT
+        assert list(folder.iterdir()) == [path]  # no partial file is left
+        return path
+
+    return download
+
+
+@pytest.mark.parametrize("manner", ["good", "rangeless", "lengthless", "redirect", "cut", "crawl"])
+def test_archive_arrives_from_a_single_source(fetch, manner):
+    fetch(manner)
+
+
+def test_quickest_source_is_taken(fetch, mirror, monkeypatch):
+    fetch("crawl", "good", "gone")
+    assert ("good", "bytes=0-") in mirror.requests[3:]  # probes first, then the download
+    assert all(manner == "good" for manner, _ in mirror.requests[3:])
+
+
+@pytest.mark.parametrize("bad", ["silent", "stall", "cut", "lie", "page", "gone", "once"])
+def test_bad_mirror_is_left_for_a_good_source(fetch, mirror, bad):
+    fetch("good", mirror_url=f"{mirror.url}/{bad}/a.tar.gz")
+
+
+def test_slow_mirror_is_left_and_its_bytes_are_kept(fetch, mirror):
+    fetch("good", mirror_url=f"{mirror.url}/crawl")  # a folder: the archive's name is added
+    resumed = [wanted for manner, wanted in mirror.requests if manner == "good"][-1]
+    assert int(resumed.removeprefix("bytes=").removesuffix("-")) > 100_000
+
+
+def test_partial_file_is_continued(fetch, mirror, folder):
+    (folder / f"{ic.ARCHIVE}.part").write_bytes(CONTENT[:2_000_000])
+    fetch("good")
+    assert mirror.requests[-1] == ("good", "bytes=2000000-")
+
+
+@pytest.mark.parametrize("damage", [b"x" * 1000, bytes(len(CONTENT)), bytes(len(CONTENT) + 5)])
+def test_wrong_partial_file_starts_clean(fetch, folder, damage):
+    (folder / f"{ic.ARCHIVE}.part").write_bytes(damage)
+    fetch("good", "rangeless")
+
+
+def test_all_sources_failing_is_named(fetch, mirror):
+    with pytest.raises(ic.Unreachable) as caught:
+        fetch("gone", "page", "lie")
+    text = str(caught.value)
+    for part in ("404", "/page/", "not the archive", "--mirror", ic.ARCHIVE_SHA256, ic.ARCHIVE):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_proxy_is_honoured(fetch, mirror, monkeypatch):
+    monkeypatch.setattr("urllib.request._opener", None)  # it remembers the proxies of its first request
+    monkeypatch.setenv("http_proxy", mirror.url)
+    monkeypatch.setenv("no_proxy", "")
+    fetch(mirror_url="http://teacher.invalid/good")
+    assert mirror.proxied[-1] == f"http://teacher.invalid/good/{ic.ARCHIVE}"
+
+
+def test_refused_certificate_is_named_with_its_remedy(fetch, mirror, folder, monkeypatch):
+    names = ["-subj", "/CN=localhost", "-days", "1", "-keyout", str(folder / "k"), "-out", str(folder / "c")]
+    try:
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no openssl to make a certificate with")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "c", folder / "k")
+    secure = Mirror(CONTENT)
+    secure.server.socket = context.wrap_socket(secure.server.socket, server_side=True)
+    with pytest.raises(ic.Unreachable, match="certificate was refused.*SSL_CERT_FILE"):
+        fetch(mirror_url=f"https://127.0.0.1:{secure.server.server_port}/good/a.tar.gz")
+    secure.close()
+
+
+# ---- the program, end to end ----
+
+
+@pytest.fixture(scope="module")
+def real_archive(cifar10, tmp_path_factory):
+    """A tar with the real batches, and with members that must not be unpacked."""
+    path = tmp_path_factory.mktemp("archive") / ic.ARCHIVE
+    evil = path.with_name("evil")
+    evil.write_text("evil")
+    with tarfile.open(path, "w") as tar:
+        for name in ("../evil", "/tmp/evil-absolute", f"{ic.BATCHES}/../../evil", f"{ic.BATCHES}/other"):
+            tar.add(evil, name)
+        link = tarfile.TarInfo(f"{ic.BATCHES}/readme.html")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in ic.MEMBERS[:7]:
+            tar.add(cifar10 / ic.BATCHES / name, f"{ic.BATCHES}/{name}")
+    return path
+
+
+def patch_for(archive, **constants):
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    constants = {"ARCHIVE_BYTES": archive.stat().st_size, "ARCHIVE_SHA256": digest, "SOURCES": [], **constants}
+    return "\n".join(f"ic.{name} = {value!r}" for name, value in constants.items())
+
+
+def test_two_runs_share_one_download_and_unpack_only_the_batches(program, folder, real_archive):
+    server = Mirror(real_archive.read_bytes())
+    options = ["--mirror", f"{server.url}/good", "--fast-dev-run", "--dataset", "cifar10"]
+    patch = patch_for(real_archive)
+    both = [program.start(*options, patch=patch) for _ in range(2)]
+    outputs = [process.communicate(timeout=200) for process in both]
+    server.close()
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum("Downloading CIFAR-10" in out for out, _ in outputs) == 1
+    unpacked = {path.name for path in (folder / "data" / ic.BATCHES).iterdir()}
+    assert unpacked == set(ic.MEMBERS[:7])  # no link, no stranger
+    assert {path.name for path in (folder / "data").iterdir()} <= {ic.BATCHES, ".cifar-10.lock"}  # archive deleted
+    assert not list(folder.parent.rglob("evil*"))
+    assert not Path("/tmp/evil-absolute").exists()
+
+
+def test_archive_put_there_by_hand_is_used_and_kept(program, folder, real_archive):
+    (folder / "data").mkdir()
+    (folder / "data" / ic.ARCHIVE).symlink_to(real_archive)
+    program("--fast-dev-run", "--dataset", "cifar10", patch=patch_for(real_archive))
+    assert (folder / "data" / ic.ARCHIVE).exists()
+
+
+def test_ctrl_c_keeps_the_partial_download(program, folder):
+    server = Mirror(bytes(50_000_000))
+    patch = f"ic.ARCHIVE_BYTES = 50_000_000; ic.SOURCES = ['{server.url}/crawl/a.tar.gz']"
+    process = program.start("--dataset", "cifar10", patch=patch)
+    part = folder / "data" / f"{ic.ARCHIVE}.part"
+    wait_for(lambda: part.exists() and part.stat().st_size > 300_000)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    server.close()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert part.stat().st_size > 300_000
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_offline_trains_on_digits_and_says_so(program, folder):
+    patch = f"ic.SOURCES = ['{DEAD}']"
+    out, _ = program(*[option for option in QUICK if option not in ("--dataset", "digits")], patch=patch)
+    assert out.index("*** CIFAR-10 could not be downloaded") < out.index("Start Training")
+    accuracy = next(line for line in out.splitlines() if line.startswith("Accuracy of the network"))
+    assert "digits, because CIFAR-10 could not be had" in accuracy
+    (report,) = folder.glob("runs/digits/*/report.json")
+    assert "Connection refused" in report.read_text() and '"substituted_for": "CIFAR10' in report.read_text()
+    assert (folder / "model_cnn_digits.pth").exists()
+
+
+@pytest.mark.parametrize("options", [["--dataset", "cifar10"], ["--recipe", "default"]])
+def test_offline_without_substitution_fails(program, options):
+    error = program.error(*options, patch=f"ic.SOURCES = ['{DEAD}']")
+    for part in (DEAD, ic.ARCHIVE, ic.ARCHIVE_SHA256, "--mirror", "by hand"):
+        assert part in error
+
+
+def test_hanging_sources_do_not_hang_the_program(fetch):
+    began = time.monotonic()
+    with pytest.raises(ic.Unreachable, match="no answer|timed out"):
+        fetch("silent", "silent")
+    assert time.monotonic() - began < 8  # PROBE_SECONDS is 3 here, 20 otherwise
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", CONTENT[:1_000_000], bytes([CONTENT[0] ^ 1]) + CONTENT[1:]],
+    ids=["empty", "HTML", "truncated", "bit-flipped"],
+)  # fmt: skip
+def test_damaged_archive(folder, content, monkeypatch):
+    monkeypatch.setattr(ic, "ARCHIVE_BYTES", len(CONTENT))
+    monkeypatch.setattr(ic, "ARCHIVE_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    archive = folder / ic.ARCHIVE
+    archive.write_bytes(content)
+    with pytest.raises(ic.UserError, match=r"damaged or not the CIFAR-10 archive.*delete it"):
+        ic.find_cifar10(folder)
+    assert archive.read_bytes() == content  # nothing lost
+
+
+def test_damaged_archive_is_one_line_for_the_user(program, folder):
+    (folder / "data").mkdir()
+    (folder / "data" / ic.ARCHIVE).write_bytes(b"<html></html>")
+    assert "delete it and run again" in program.error()
+
+
+def test_truncated_batch_file(program, folder, cifar10):
+    batches = folder / "data" / ic.BATCHES
+    batches.mkdir(parents=True)
+    for name in ic.MEMBERS[:7]:
+        (batches / name).symlink_to(cifar10 / ic.BATCHES / name)
+    (batches / "data_batch_3").unlink()
+    (batches / "data_batch_3").write_bytes((cifar10 / ic.BATCHES / "data_batch_3").read_bytes()[:-1000])
+    assert "is damaged" in program.error("--fast-dev-run")
+
+
+@pytest.mark.parametrize("inner", ["", ic.BATCHES])
+def test_data_folder_may_be_the_batch_folder(cifar10, inner):
+    data = ic.load_data(ic.Config(data_dir=str(cifar10 / inner)))
+    assert data.train.images.shape == (45_000, 3, 32, 32) and data.train.images.dtype == torch.uint8
+    assert data.valid.labels.bincount().tolist() == [500] * 10
+    assert data.test.labels.bincount().tolist() == [1000] * 10
+    assert data.mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.002)
+    assert data.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=0.002)
+
+
+def test_unwritable_data_folder(program, folder, unwritable):
+    (folder / "data").mkdir()
+    unwritable(folder / "data")
+    error = program.error(patch=f"ic.SOURCES = ['{DEAD}']")
+    assert "data" in error and "permissions" in error
+
+
+# ---- the split and the batches ----
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37])
+def test_split_is_disjoint_complete_stratified_and_repeatable(fraction):
+    labels = torch.randint(0, 7, (1000,), generator=torch.Generator().manual_seed(1))
+    kept, held_out = ic.split_off(labels, fraction)
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(1000))
+    counts = [round(count * fraction) for count in labels.bincount().tolist()]
+    assert labels[held_out].bincount(minlength=7).tolist() == counts
+    assert torch.equal(ic.split_off(labels, fraction)[1], held_out)
+
+
+def test_epoch_plan_follows_from_seed_and_epoch():
+    device = torch.device("cpu")
+    plans = [ic.plan_epoch(100, seed, epoch, True, device) for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]]
+    order, flips, shifts = plans[0]
+    assert sorted(order.tolist()) == list(range(100))
+    assert all(torch.equal(a, b) for a, b in zip(plans[0], plans[1], strict=True))
+    assert not torch.equal(order, plans[2][0]) and not torch.equal(order, plans[3][0])
+    assert shifts.min() == -ic.SHIFT and shifts.max() == ic.SHIFT
+    flipped = [dict(zip(plan[0].tolist(), plan[1].tolist(), strict=True)) for plan in (plans[0], plans[2])]
+    assert all(flipped[0][image] != flipped[1][image] for image in range(100))  # alternating
+    assert not ic.plan_epoch(100, 1, 0, False, device)[1].any()
+
+
+def test_gather_equals_flip_and_reflected_shift_one_by_one():
+    images = torch.randint(0, 256, (20, 3, 8, 9), dtype=torch.uint8)
+    chosen, flips = torch.randint(0, 20, (50,)), torch.rand(50) < 0.5
+    shifts = torch.randint(-2, 3, (50, 2))
+    got = ic.gather(images, chosen, flips, shifts)
+    assert got.dtype == torch.uint8
+    for one, image, flip, (down, right) in zip(got, images[chosen], flips, shifts.tolist(), strict=True):
+        padded = torch.nn.functional.pad(image.float(), (2, 2, 2, 2), mode="reflect")
+        moved = padded[:, 2 - down : 10 - down, 2 - right : 11 - right]
+        assert torch.equal(one.float(), moved.flip(-1) if flip else moved)
+
+
+def test_digits_are_never_mirrored():
+    assert ic.load_data(ic.Config(dataset="digits")).mirrored is False
+

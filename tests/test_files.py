@@ -1,0 +1,133 @@
+"""Files: never half written, never trusted, and one clear line when the disk says no."""
+
+import os
+import subprocess
+import threading
+
+import pytest
+import torch
+from conftest import QUICK
+from test_training import only_run, weights
+
+import image_classification as ic
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    config = ic.settle(ic.Config(dataset="digits", width=0.25), data := ic.load_data(ic.Config(dataset="digits")))
+    trainer = ic.Trainer(config, data, torch.device("cpu"))
+    trainer.history.append(dict.fromkeys(ic.COLUMNS))
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    ic.save_checkpoint(path, trainer.finished())
+    return path
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "malicious", "malicious legacy", "foreign", "no dict"])
+def test_bad_checkpoint_is_refused_with_one_line(model_file, folder, damage):
+    path, content = folder / "bad.pth", model_file.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage.startswith("malicious"):
+        torch.save({"model": Malicious(str(folder / "owned")), "config": {}, "classes": []}, path,
+                   _use_new_zipfile_serialization=damage == "malicious")  # fmt: skip
+    else:
+        torch.save({"weights": torch.zeros(3)} if damage == "foreign" else [1, 2], path)
+    with pytest.raises(ic.UserError, match="not a checkpoint of this program") as caught:
+        ic.load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "owned").exists()
+
+
+def test_checkpoint_of_another_network_or_other_classes(model_file, folder):
+    data = ic.load_data(ic.Config(dataset="digits"))
+    with pytest.raises(ic.UserError, match=r"another network: \d+ tensors differ"):
+        ic.build_model(ic.Config(dataset="digits", width=0.5, init_from=str(model_file)), data)
+    content = torch.load(model_file, weights_only=True) | {"classes": ["cat", "dog"]}
+    ic.save_checkpoint(folder / "other.pth", content)
+    with pytest.raises(ic.UserError, match="for other classes: cat, dog"):
+        ic.build_model(ic.Config(dataset="digits", width=0.25, init_from=str(folder / "other.pth")), data)
+
+
+def test_missing_checkpoint(program):
+    assert "nowhere.pth" in program.error(*QUICK, "--init-from", "nowhere.pth")
+
+
+def test_damaged_last_checkpoint_of_a_run(program, folder):
+    program(*QUICK)
+    run = only_run(folder)
+    (run / "report.json").unlink()
+    (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:2000])
+    assert "last.pth is damaged" in program.error("--resume", "last")
+
+
+def test_unwritable_run_folder(program, folder, unwritable):
+    (folder / "runs").mkdir()
+    unwritable(folder / "runs")
+    error = program.error(*QUICK)
+    assert "runs" in error and "permissions" in error
+
+
+def test_full_disk_while_saving(program, folder):
+    disk = folder / "disk"
+    disk.mkdir()
+    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        error = program.error("--dataset", "digits", "--epochs", "1", "--run-dir", "disk/run", "--width", "0.8")
+        assert "No space left on device" in error and ".pth" in error
+        assert weights(disk / "run" / "best.pth")  # the last good one is intact
+        assert not list(disk.rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_locked_metrics_do_not_stop_a_run(program, folder, unwritable):
+    run = folder / "run"
+    run.mkdir()
+    (run / "metrics.csv").write_text("locked")
+    unwritable(run / "metrics.csv")
+    if os.name == "posix" and os.geteuid() != 0:
+        pytest.skip("a file's rights do not stop it from being replaced here")
+    out, _ = program(*QUICK, "--run-dir", "run")
+    assert out.count("metrics.csv is locked") == 2 and "Done in" in out
+    assert (run / "metrics.csv").read_text() == "locked" and (run / "report.json").exists()
+
+
+def test_writers_leave_old_or_new_but_never_half(folder):
+    path, contents = folder / "file", [bytes([i]) * 300_000 for i in range(4)]
+    path.write_bytes(contents[0])
+    threads = [threading.Thread(target=lambda c=c: [ic.write_atomically(path, c) for _ in range(10)]) for c in contents]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert path.read_bytes() in contents
+    assert list(folder.iterdir()) == [path]
+
+
+def test_run_folders_are_distinct(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found, data = [], ic.load_data(config := ic.Config(dataset="digits"))
+    threads = [threading.Thread(target=lambda: found.append(ic.new_run_folder(config, data))) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 50
+
+
+def test_interval_is_wilsons():
+    assert ic.wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=5e-5)  # Newcombe (1998), table I
+    assert ic.wilson(0, 20) == pytest.approx([0.0, 0.1611], abs=5e-5)
+    assert ic.wilson(148, 148)[1] == pytest.approx(1.0)

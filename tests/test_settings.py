@@ -1,0 +1,152 @@
+"""Settings, command line and packaging."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK, REPOSITORY, SCRIPT
+
+import image_classification as ic
+
+
+def test_script_metadata_equals_requirements():
+    block = re.search(r"# /// script\n(.*?)# ///", SCRIPT.read_text(encoding="utf-8"), re.S).group(1)
+    inline = re.findall(r'"(\S+)",', block)
+    lines = (REPOSITORY / "requirements.txt").read_text().split()
+    assert inline == lines and len(lines) == 8
+    assert '# requires-python = ">=3.10"' in block
+    assert "-r requirements.txt" in (REPOSITORY / "requirements-extras.txt").read_text()
+    assert "-r requirements-extras.txt" in (REPOSITORY / "requirements-dev.txt").read_text()
+
+
+def test_script_stays_within_its_size():
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) < 1000
+
+
+def test_every_setting_is_in_help_and_readme():
+    text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(ic.Config):
+        assert re.search(rf"^  {ic.option(field.name)}\b", text, re.M), field.name
+        assert f"`{ic.option(field.name)}" in readme, field.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--epochs 0", "--epochs 0: must be at least 1"),
+        ("--epochs -3", "at least 1"),
+        ("--epochs ten", "invalid int value: 'ten'"),
+        ("--batch-size 0", "at least 1"),
+        ("--lr -1", "at least 0"),
+        ("--lr nan", "at least 0"),
+        ("--lr inf", "below inf"),
+        ("--minutes -1", "at least 0"),
+        ("--val-fraction 1", "below 1"),
+        ("--val-fraction -0.1", "at least 0"),
+        ("--early-stopping 2 --val-fraction 0", "needs validation images"),
+        ("--recipe defualt", "did you mean default?"),
+        ("--model cmm", "did you mean cnn?"),
+        ("--dataset cifar1O", "did you mean cifar10?"),
+        ("--optimizer lion", "invalid choice: 'lion'"),
+        ("--dataset digits --batch-size 5000", "larger than the training set of 1293 images"),
+        ("--dataset digits --val-fraction 0.001", "leaves no image"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, monkeypatch, cifar10_or_digits):
+    monkeypatch.chdir(folder)
+    if "--dataset" not in arguments:
+        arguments += f" {cifar10_or_digits}"
+    with pytest.raises(SystemExit) as caught:
+        ic.main(arguments.split())
+    assert caught.value.code == 2
+    *usage, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("image_classification.py: error: ") and words in last
+    assert not any("error" in line for line in usage)
+    assert not list(folder.rglob("*.pth"))
+
+
+@pytest.fixture
+def cifar10_or_digits():
+    return "--dataset digits"
+
+
+def test_wrong_usage_seen_from_outside(program):
+    assert "at least 1" in program.error("--epochs", "0", status=2)
+
+
+def test_default_batch_is_clamped_with_a_note(program):
+    out, _ = program(*QUICK, "--subset", "60")
+    assert "note: the batch size is 60" in out
+
+
+def test_missing_package_is_named(program):
+    code = "import sys; sys.modules['sklearn.datasets'] = None"
+    assert "sklearn" in (error := program.error(*QUICK, patch=code)) and "pip install -r requirements.txt" in error
+
+
+def test_missing_torch_is_named(program, folder):
+    (folder / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    error = program.error(*QUICK, env={"PYTHONPATH": str(folder)})
+    assert "No module named 'torch'" in error and "pip install -r requirements.txt" in error
+
+
+def test_torchvision_that_does_not_fit_is_named(program, folder, cifar10):
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    error = program.error("--data-dir", cifar10, env={"PYTHONPATH": str(folder)})
+    assert "torchvision::nms" in error and "--force-reinstall torch torchvision" in error
+
+
+def test_cpu_only_torch_beside_an_nvidia_driver_is_named(program, folder):
+    tool = folder / ("nvidia-smi.bat" if sys.platform == "win32" else "nvidia-smi")
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    patch = f"import os, torch; torch.version.cuda = None; os.environ['PATH'] = {str(folder)!r} + os.pathsep + os.environ['PATH']"
+    mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+    assert mend in program.error(*QUICK, "--device", "cuda", patch=patch)
+    assert mend in program(*QUICK, "--device", "auto", "--fast-dev-run", patch=patch)[0]
+
+
+def test_cuda_without_cuda(program):
+    error = program.error(*QUICK, "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert "--device cuda is not to be had" in error
+
+
+def test_unknown_device(program):
+    assert "--device gpu is not to be had" in program.error(*QUICK, "--device", "gpu")
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    import torch
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for features, expected in [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
+                               ({"avx2": True}, torch.float32)]:  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
+        assert ic.choose_precision("auto", cpu) == expected
+    for native, expected in [(True, torch.bfloat16), (False, torch.float16)]:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert ic.choose_precision("auto", cuda) == expected
+    assert ic.choose_precision("fp16", cpu) == torch.float16
+    assert ic.choose_precision("auto", torch.device("mps")) == torch.float32
+
+
+def test_recipe_is_overruled_by_options(monkeypatch):
+    monkeypatch.setitem(ic.RECIPES, "test", {"epochs": 3, "seed": 5})
+    seen = []
+    monkeypatch.setattr(ic, "train", seen.append)
+    assert ic.main(["--recipe", "test", "--epochs", "4"]) == 0
+    assert (seen[0].epochs, seen[0].seed) == (4, 5)
+
+
+def test_config_from_python_is_checked():
+    assert ic.Config(lr=1).lr == 1.0
+    for wrong in ({"epochs": 2.5}, {"optimizer": "lion"}, {"minutes": float("nan")}, {"debug": 1}):
+        with pytest.raises(ic.UsageError):
+            ic.Config(**wrong)

@@ -1,0 +1,476 @@
+"""Training: the whole program on real images, stopping, going on, and what goes wrong on the way."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import QUICK, SCRIPT, Program
+from test_data import wait_for
+
+import image_classification as ic
+
+FILES = {"config.json", "metrics.csv", "last.pth", "best.pth", "training_results.png", "confusion_matrix.png",
+         "samples.png", "report.json", "model_cnn_digits.pth"}  # fmt: skip
+
+
+def only_run(folder):
+    (path,) = folder.glob("runs/*/*/config.json")
+    return path.parent
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The script alone, copied into an empty folder, run on the digits as a user would: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(SCRIPT, folder)
+    program = Program(folder)
+    process = program.start("--dataset", "digits", env={"PYTHONPATH": str(folder)})
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, out, err
+
+
+def test_script_alone_does_its_whole_job(digits):
+    folder, out, err = digits
+    assert "Traceback" not in err and "%|" not in err  # no bar: this is no terminal
+    run = only_run(folder)
+    assert {path.name for path in run.iterdir()} >= FILES
+    assert (folder / "model_cnn_digits.pth").exists()
+    assert not list(folder.rglob("*.tmp"))
+    lines = out.splitlines()
+    start = lines.index("Finished Training")
+    assert any(line.startswith("Start Training  ") for line in lines)
+    number = r"\d+\.\d{4}"
+    epochs = [line for line in lines if line.startswith("Epoch ")]
+    for index, line in enumerate(epochs):
+        assert re.match(rf"Epoch {index:04d}: train loss {number}, valid loss {number}, ", line)
+    assert re.match(r"Accuracy of the network on the 360 test images: \d+ %", lines[start + 1])
+    for index, name in enumerate("0123456789"):
+        assert re.match(rf"Accuracy for class {name}     is: \d+\.\d %", lines[start + 2 + index])
+    assert "tensorboard --logdir runs" in out
+
+
+def test_digits_reach_97_percent(digits):
+    report = json.loads((only_run(digits[0]) / "report.json").read_text())
+    assert report["test_accuracy"] >= 0.97
+
+
+def test_report_and_metrics_agree_with_what_was_printed(digits):
+    folder, out, _ = digits
+    run = only_run(folder)
+    report = json.loads((run / "report.json").read_text())
+    matrix = torch.tensor(report["confusion_matrix"])
+    assert matrix.sum() == 360
+    assert report["test_accuracy"] == pytest.approx(matrix.trace().item() / 360)
+    low, high = report["test_accuracy_interval"]
+    assert low < report["test_accuracy"] < high
+    for index, name in enumerate("0123456789"):
+        assert report["recall"][name] == report["class_accuracy"][name] == pytest.approx((matrix[index, index] / matrix[index].sum()).item())
+        assert report["precision"][name] == pytest.approx((matrix[index, index] / matrix[:, index].sum()).item())
+    assert {"test_loss", "f1", "seconds", "dataset", "substituted_for", "commit", "hardware", "versions"} <= report.keys()
+    assert report["dataset"] == "digits" and report["substituted_for"] is None and report["train_images"] == 1293
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ic.COLUMNS
+    for row, line in zip(rows, re.findall(r"Epoch .*", out), strict=True):
+        assert f"train loss {float(row['train_loss']):.4f}, valid loss {float(row['valid_loss']):.4f}" in line
+    best = min(range(len(rows)), key=lambda index: float(rows[index]["valid_loss"]))
+    assert torch.load(folder / "model_cnn_digits.pth", weights_only=True)["metrics"]["epoch"] == best
+
+
+def test_model_file_reproduces_the_report(digits):
+    folder, _, _ = digits
+    model, content = ic.load_checkpoint(folder / "model_cnn_digits.pth")
+    data = ic.load_data(ic.Config(dataset="digits"))
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    result = ic.evaluate(model, *data.test)
+    assert result.accuracy == pytest.approx(report["test_accuracy"])
+    assert result.loss == pytest.approx(report["test_loss"], rel=1e-4)
+    assert content["classes"] == data.classes and content["mean"] == pytest.approx(data.mean)
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(plain(key) and plain(each) for key, each in value.items())
+        return all(map(plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None), torch.Tensor)
+
+    content["model"] = dict(content["model"])
+    assert plain(content)
+
+
+def test_tensorboard_has_it_all(digits):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = only_run(digits[0])
+    train, valid = (EventAccumulator(str(path), size_guidance={"images": 0}).Reload() for path in (run, run / "valid"))
+    assert {"loss", "accuracy", "learning rate", "images per second", "test accuracy"} <= set(train.Tags()["scalars"])
+    assert {"loss", "accuracy"} == set(valid.Tags()["scalars"])
+    assert {"training images", "confusion matrix"} <= set(train.Tags()["images"])
+    assert train.Tags()["graph"]
+    assert "_hparams_/session_start_info" in train.summary_metadata
+    with (run / "metrics.csv").open() as file:
+        losses = [float(row["valid_loss"]) for row in csv.DictReader(file)]
+    assert [event.value for event in valid.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_learning_on_real_images(cifar10, folder, monkeypatch):
+    """Fails for shuffled labels, wrong gradients, a dead schedule, unnormalised or garbled images."""
+    monkeypatch.chdir(folder)
+    report = ic.train(ic.Config(data_dir=str(cifar10), subset=5000, epochs=4, batch_size=250))
+    assert report.history[-1]["valid_accuracy"] > LEARNED
+    assert report.history[-1]["train_loss"] < report.history[0]["train_loss"] - 0.5
+
+
+LEARNED = 0.55
+
+
+def test_fast_dev_run_replaces_no_model(program, folder):
+    (folder / "model_cnn_digits.pth").write_text("precious")
+    program("--dataset", "digits", "--fast-dev-run")
+    assert (folder / "model_cnn_digits.pth").read_text() == "precious"
+    assert {path.name for path in only_run(folder).iterdir()} >= FILES
+
+
+def test_all_training_images_without_validation(program, folder):
+    out, _ = program(*QUICK, "--val-fraction", "0", "--scheduler", "plateau")
+    assert "valid loss -" in out and "valid acc" not in out
+    assert same(weights(folder / "model_cnn_digits.pth"), weights(only_run(folder) / "last.pth"))
+
+
+def test_replacing_a_model_is_said(program, folder):
+    (folder / "mine.pth").write_text("old")
+    out, _ = program(*QUICK, "--out", "mine.pth")
+    assert "mine.pth (replaced)" in out
+    assert weights(folder / "mine.pth")
+
+
+# ---- every optimiser, schedule and option does its work ----
+
+
+@pytest.fixture
+def quick(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def train(**settings):
+        basis = {"dataset": "digits", "epochs": 3, "width": 0.25}
+        return ic.train(ic.Config(**basis | settings))
+
+    return train
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam", "adamw", "rmsprop"])
+def test_every_optimizer_learns(quick, optimizer):
+    assert quick(optimizer=optimizer, epochs=6).results["test_accuracy"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("onecycle", [0.1, 1.0, 0.5 / 0.9, 0.01 / 0.9]),
+        ("cosine", [1.0, 0.9755, 0.5, 0.00025]),
+        ("step", [1.0, 1.0, 0.1, 0.01]),
+        ("none", [1, 1, 1, 1]),
+    ],
+)
+def test_schedules(name, expected):
+    assert [ic.schedule(name, p, []) for p in (0, 0.1, 0.5, 0.99)] == pytest.approx(expected, rel=1e-2)
+
+
+def test_plateau_lowers_the_rate_after_three_stalled_epochs():
+    assert ic.schedule("plateau", 0.5, [3, 2, 2.5, 2.1]) == 1
+    assert ic.schedule("plateau", 0.5, [3, 2, 2.5, 2.1, 2.0]) == pytest.approx(0.1)
+    assert ic.schedule("plateau", 0.5, [3, 2, 2, 2, 2, 1, 1, 1, 1]) == pytest.approx(0.01)
+
+
+def test_learning_rate_reaches_the_optimizers(quick):
+    rates = [row["learning_rate"] for row in quick(scheduler="step", epochs=4, lr=0.1).history]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+def test_early_stopping(quick):
+    history = quick(early_stopping=1, epochs=30, lr=0.0, optimizer="sgd").history
+    assert len(history) < 10
+
+
+def test_loss_in_the_records_is_plain_cross_entropy(quick):
+    """Smoothing must not show in what is printed: at a learning rate of 0 it changes nothing."""
+    losses = [quick(lr=0.0, optimizer="sgd", epochs=1, label_smoothing=s).history[0]["train_loss"] for s in (0.0, 0.5)]
+    assert losses[0] == losses[1]
+
+
+def test_grad_clip_bounds_the_step(quick, folder):
+    start = ic.build_model(ic.Config(dataset="digits", width=0.25), ic.load_data(ic.Config(dataset="digits")))
+    quick(optimizer="sgd", momentum=0.0, weight_decay=0.0, scheduler="none", lr=1.0, grad_clip=1e-4, epochs=1)
+    moved = weights(folder / "model_cnn_digits.pth")
+    distance = sum((moved[name] - value).square().sum() for name, value in start.named_parameters()).sqrt()
+    assert 0 < distance <= 13 * 1e-4 + 1e-6  # an epoch is 13 steps
+
+
+def test_class_weights_help_the_rare_class(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = ic.Config(dataset="digits", width=0.25, epochs=4, batch_size=50)
+    data = ic.load_data(config)
+    keep = (data.train.labels != 8) | (torch.arange(len(data.train.labels)) % 12 == 0)
+    data.train = ic.Split(data.train.images[keep], data.train.labels[keep])
+    recalls = [ic.train(ic.replace(config, class_balance=b), data).results["recall"]["8"] for b in ("none", "weights")]
+    assert recalls[1] > recalls[0]
+
+
+def test_init_from_starts_with_those_weights(quick, folder):
+    report = quick()
+    model = ic.build_model(
+        ic.Config(dataset="digits", width=0.25, init_from=str(report.checkpoint)), ic.load_data(ic.Config(dataset="digits"))
+    )
+    assert same(model.state_dict(), weights(report.checkpoint))
+
+
+def test_repeat_gives_mean_spread_and_the_best_model(program, folder):
+    out, _ = program(*QUICK, "--repeat", "3")
+    run = only_run(folder)
+    one = [json.loads((run / f"seed-{seed}" / "report.json").read_text()) for seed in range(3)]
+    report = json.loads((run / "report.json").read_text())
+    scores = torch.tensor([each["test_accuracy"] for each in one], dtype=torch.float64)
+    assert report["test_accuracy"] == pytest.approx(scores.mean().item())
+    assert report["test_accuracy_std"] == pytest.approx(scores.std().item())
+    half = 4.302653 * scores.std().item() / 3**0.5  # Student's t, 2 degrees of freedom
+    assert report["test_accuracy_interval"] == pytest.approx([scores.mean() - half, scores.mean() + half])
+    assert f"Mean test accuracy of 3 seeds: {100 * scores.mean():.2f} %" in out
+    losses = []
+    for seed in range(3):
+        with (run / f"seed-{seed}" / "metrics.csv").open() as file:
+            losses.append(min(float(row["valid_loss"]) for row in csv.DictReader(file)))
+    best = run / f"seed-{losses.index(min(losses))}"
+    assert same(weights(folder / "model_cnn_digits.pth"), weights(best / "best.pth"))
+
+
+def test_minutes_are_kept(program):
+    began = time.monotonic()
+    out, _ = program("--dataset", "digits", "--minutes", "0.5")
+    assert 18 < time.monotonic() - began < 31, out
+
+
+def test_test_labels_change_nothing_but_the_report(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = ic.Config(dataset="digits", width=0.25, epochs=2)
+    honest, wrong = ic.load_data(config), ic.load_data(config)
+    opened = []
+
+    def load_test():
+        opened.append(len(list(folder.rglob("last.pth"))))
+        return ic.Split(honest.test.images, (honest.test.labels + 1) % 10)
+
+    wrong.load_test = load_test
+    first, second = ic.train(config, honest), ic.train(config, wrong)
+    assert opened == [2]  # once, after the second run's training
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (first, second)]
+    assert without_time[0] == without_time[1]
+    assert same(weights(first.run / "best.pth"), weights(second.run / "best.pth"))
+    assert first.results["test_accuracy"] > 0.3 and second.results["test_accuracy"] < 0.2
+
+
+# ---- stopping and going on ----
+
+LONGER = ["--dataset", "digits", "--width", "0.5", "--epochs", "5", "--batch-size", "50"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The final state of an undisturbed run with the settings LONGER."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    Program(folder)(*LONGER)
+    return torch.load(only_run(folder) / "last.pth", weights_only=True)
+
+
+def equal_state(first, second):
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in state["history"]] for state in (first, second)]
+    return same(first["model"], second["model"]) and rows[0] == rows[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_goes_on_bit_for_bit(program, folder, unbroken, signum, status):
+    process = program.start(*LONGER)
+    for line in process.stdout:
+        if line.startswith("Epoch 0001"):
+            time.sleep(0.1)  # into the next epoch
+            process.send_signal(signum)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    command = re.search(r"Go on with: python image_classification.py (--resume \S+)", out).group(1)
+    stopped = torch.load(only_run(folder) / "last.pth", weights_only=True)
+    assert stopped["step"] % 26 != 0, "it was to stop within an epoch"
+    program(*command.split())
+    assert equal_state(torch.load(only_run(folder) / "last.pth", weights_only=True), unbroken)
+    assert (folder / "model_cnn_digits.pth").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
+@pytest.mark.parametrize("moment", ["config.json", "last.pth"])
+def test_killed_run_goes_on_bit_for_bit(program, folder, unbroken, moment):
+    process = program.start(*LONGER)
+    wait_for(lambda: list(folder.glob(f"runs/*/*/{moment}")))
+    process.kill()
+    process.communicate()
+    program("--resume", "last")
+    assert equal_state(torch.load(only_run(folder) / "last.pth", weights_only=True), unbroken)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
+def test_second_ctrl_c_quits_at_once(program, folder):
+    slow = "import time; step = ic.Trainer.optimise\n" + "ic.Trainer.optimise = lambda self: (time.sleep(20), step(self))"
+    process = program.start(*LONGER, patch=slow)
+    for line in process.stdout:
+        if line.startswith("digits: "):
+            break
+    wait_for(lambda: list(folder.glob("runs/*/*/samples.png")))
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it wants to finish its step
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    process.communicate()
+
+
+def test_finished_run_is_made_longer_and_other_changes_are_refused(program, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    program(*QUICK)
+    assert "no unfinished run" in program.error("--resume", "last")
+    assert "--lr 0.1: the run goes on with its own --lr 0.24" in program.error(
+        "--resume", "last", "--epochs", "4", "--lr", "0.1", status=2
+    )
+    out, _ = program("--resume", "last", "--epochs", "4")
+    assert "Epoch 0001" not in out and "Epoch 0002" in out and "Epoch 0003" in out
+    run = only_run(folder)
+    assert len((run / "metrics.csv").read_text().splitlines()) == 5
+    for path in (run, run / "valid"):
+        assert [e.step for e in EventAccumulator(str(path)).Reload().Scalars("loss")] == [0, 1, 2, 3]
+
+
+def test_resume_of_nothing(program):
+    assert "no unfinished run" in program.error("--resume", "last")
+    assert "nowhere" in program.error("--resume", "nowhere")
+
+
+def test_run_folder_is_not_overwritten(program):
+    program(*QUICK, "--run-dir", "here")
+    assert "here holds a run" in program.error(*QUICK, "--run-dir", "here")
+
+
+# ---- what goes wrong ----
+
+
+def test_divergence_names_step_and_rate_and_saves_nothing_broken(program, folder):
+    error = program.error(*QUICK, "--optimizer", "sgd", "--lr", "1e30", "--precision", "fp32")
+    assert re.search(r"no longer finite at step \d+ \(epoch \d+, lr .*try --lr 1e\+29", error)
+    for path in folder.rglob("*.pth"):
+        assert all(tensor.isfinite().all() for tensor in weights(path).values())
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Hungry(nn.Sequential):
+    def forward(self, images):
+        if len(images) > {limit}:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+def small(classes=10, channels=3, image_size=32):
+    return Hungry(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(channels * image_size**2 // 16, 32), nn.ReLU(), nn.Linear(32, classes))
+"""
+
+
+def test_own_network_and_out_of_memory(program, folder):
+    (folder / "mine.py").write_text(NETWORK.format(limit=30))
+    out, _ = program("--dataset", "digits", "--epochs", "6", "--model", "mine.py:small")
+    assert "computed as 4 parts of 25 images" in out and "batch norm" in out
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    assert report["test_accuracy"] > 0.5
+    with pytest.raises(ic.UserError, match="name mine.py:small again"):
+        ic.load_checkpoint(folder / "model_small_digits.pth")
+    (folder / "mine.py").write_text(NETWORK.format(limit=1000))
+    model, _ = ic.load_checkpoint(folder / "model_small_digits.pth", model=f"{folder / 'mine.py'}:small")
+    assert ic.evaluate(model, *ic.load_data(ic.Config(dataset="digits")).test).accuracy == pytest.approx(report["test_accuracy"])
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(folder):
+    (folder / "mine.py").write_text(NETWORK.format(limit=1000))
+    config = ic.Config(dataset="digits", model=f"{folder / 'mine.py'}:small", precision="fp32")
+    data = ic.load_data(config)
+    gradients = []
+    for parts in (1, 3):
+        trainer = ic.Trainer(ic.settle(config, data), data, torch.device("cpu"))
+        trainer.parts = parts
+        plan = ic.plan_epoch(len(trainer.labels), 0, 0, False, trainer.device)
+        trainer.backward(trainer.model, plan, trainer.places[0])
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("text", ["def small(**k): raise KeyError('boom')", "small = 3", "import nothing_like_this", ""])
+def test_broken_own_network(program, folder, text):
+    (folder / "mine.py").write_text(text)
+    assert "--model mine.py:small" in program.error(*QUICK, "--model", "mine.py:small")
+
+
+def test_summary_that_fails_gives_the_parameter_count(capsys):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.LSTM(3, 4)
+
+        def forward(self, images):
+            raise RuntimeError("no images")
+
+    before = torch.get_rng_state()
+    ic.print_summary(Odd(), (3, 32, 32))
+    assert "144 parameters" in capsys.readouterr().out
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_summary_changes_nothing(capsys):
+    model = ic.CNN().train()
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    ic.print_summary(model, (3, 32, 32))
+    assert "Total params" in capsys.readouterr().out
+    assert same(before, model.state_dict()) and model.training and torch.equal(random, torch.get_rng_state())
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+
+
+def test_console_that_knows_only_cp1252(program):
+    program(*QUICK, "--out", "модель.pth", env={"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"})
+
+
+def test_bar_is_drawn_on_a_terminal(program):
+    pty = pytest.importorskip("pty")
+    terminal, inside = pty.openpty()
+    process = program.start(*QUICK, stderr=inside)
+    os.close(inside)
+    process.stdout.read()
+    drawn = b""
+    try:
+        while piece := os.read(terminal, 65536):
+            drawn += piece
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    assert re.search(rb"Epoch 0000:.*loss \d\.\d{3}, run 0:\d\d left", drawn) and b"img/s" in drawn
