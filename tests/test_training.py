@@ -83,7 +83,7 @@ def test_report_and_metrics_agree_with_what_was_printed(digits):
         assert report["recall"][name] == report["class_accuracy"][name] == pytest.approx((matrix[index, index] / matrix[index].sum()).item())
         assert report["precision"][name] == pytest.approx((matrix[index, index] / matrix[:, index].sum()).item())
     assert {"test_loss", "f1", "seconds", "dataset", "substituted_for", "commit", "hardware", "versions"} <= report.keys()
-    assert report["dataset"] == "digits" and report["substituted_for"] is None and report["train_images"] == 1293
+    assert report["dataset"] == "digits" and report["substituted_for"] is None and report["train_images"] == 1295
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ic.COLUMNS
