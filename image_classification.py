@@ -690,8 +690,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                average.mul_(group["momentum"]).add_(weight.grad)
+                if weight.grad is None:
+                    continue
+                if not (state := self.state[weight]):
+                    state["momentum"] = torch.zeros_like(weight)
+                average = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 update = orthogonal((weight.grad + group["momentum"] * average).flatten(1)).view_as(weight)
                 weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(update, alpha=group["lr"])
 
@@ -865,14 +868,16 @@ class Trainer:
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
         self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
         self.optimizers = build_optimizers(self.model, config)
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.peaks = [group["lr"] for group in self.groups]
+        self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.autocast = functools.partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.parts = 1  # that a batch is computed in, where memory is short
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice) -> torch.Tensor:
         """Gradients of one batch; returns its plain cross-entropy, summed, and its hits: float32 (2,)."""
@@ -908,7 +913,7 @@ class Trainer:
         """One step of the optimisers, with the gradients that are there."""
         losses = [row["train_loss" if row["valid_loss"] is None else "valid_loss"] for row in self.history]
         factor = schedule(self.config.scheduler, self.step / self.total_steps, losses)
-        for group, peak in zip(self.groups, self.peaks, strict=True):
+        for group, peak in zip(self.groups(), self.peaks, strict=True):
             group["lr"] = peak * factor
         if self.config.grad_clip:
             for optimizer in self.optimizers:
@@ -927,7 +932,7 @@ class Trainer:
             step = self.step - done + int(bad[0]) if len(bad) else self.step
             raise UserError(
                 f"the loss is no longer finite at step {step} (epoch {step // len(self.places)}, lr "
-                f"{self.groups[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g} or --grad-clip 1"
+                f"{self.groups()[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g} or --grad-clip 1"
             )
 
     def best(self) -> int:
@@ -1014,7 +1019,11 @@ def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "
     saved_at = probed_at = time.perf_counter()
     with stop_requests() as signals, RunLog(run, trainer) as log:
         while trainer.step < trainer.total_steps:
-            if config.early_stopping and len(trainer.history) - trainer.best() > config.early_stopping:
+            if (
+                config.early_stopping
+                and trainer.history
+                and len(trainer.history) - trainer.best() > config.early_stopping
+            ):
                 break
             epoch, done = divmod(trainer.step, steps)
             plan = plan_epoch(count, config.seed, epoch, data.mirrored, device)
@@ -1058,7 +1067,7 @@ def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
-            row |= {"learning_rate": trainer.groups[0]["lr"], "seconds": trainer.seconds - before}
+            row |= {"learning_rate": trainer.groups()[0]["lr"], "seconds": trainer.seconds - before}
             trainer.history.append(row)
             trainer.sums.zero_()
             if better := trainer.best() == epoch:

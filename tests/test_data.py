@@ -99,7 +99,9 @@ def test_proxy_is_honoured(fetch, mirror, monkeypatch):
 def test_refused_certificate_is_named_with_its_remedy(fetch, mirror, folder, monkeypatch):
     names = ["-subj", "/CN=localhost", "-days", "1", "-keyout", str(folder / "k"), "-out", str(folder / "c")]
     try:
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True)
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no openssl to make a certificate with")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -293,4 +295,3 @@ def test_gather_equals_flip_and_reflected_shift_one_by_one():
 
 def test_digits_are_never_mirrored():
     assert ic.load_data(ic.Config(dataset="digits")).mirrored is False
-

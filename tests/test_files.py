@@ -82,7 +82,10 @@ def test_unwritable_run_folder(program, folder, unwritable):
 def test_full_disk_while_saving(program, folder):
     disk = folder / "disk"
     disk.mkdir()
-    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", disk], capture_output=True).returncode:
+    if (
+        os.name != "posix"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", disk], capture_output=True).returncode
+    ):
         pytest.skip("no right to mount a small file system")
     try:
         error = program.error("--dataset", "digits", "--epochs", "1", "--run-dir", "disk/run", "--width", "0.8")

@@ -107,7 +107,8 @@ def test_cpu_only_torch_beside_an_nvidia_driver_is_named(program, folder):
     tool = folder / ("nvidia-smi.bat" if sys.platform == "win32" else "nvidia-smi")
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
-    patch = f"import os, torch; torch.version.cuda = None; os.environ['PATH'] = {str(folder)!r} + os.pathsep + os.environ['PATH']"
+    patch = "import os, torch; torch.version.cuda = None\n"
+    patch += f"os.environ['PATH'] = {str(folder)!r} + os.pathsep + os.environ['PATH']"
     mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
     assert mend in program.error(*QUICK, "--device", "cuda", patch=patch)
     assert mend in program(*QUICK, "--device", "auto", "--fast-dev-run", patch=patch)[0]

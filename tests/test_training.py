@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -59,7 +60,7 @@ def test_script_alone_does_its_whole_job(digits):
     epochs = [line for line in lines if line.startswith("Epoch ")]
     for index, line in enumerate(epochs):
         assert re.match(rf"Epoch {index:04d}: train loss {number}, valid loss {number}, ", line)
-    assert re.match(r"Accuracy of the network on the 360 test images: \d+ %", lines[start + 1])
+    assert re.match(r"Accuracy of the network on the 359 test images: \d+ %", lines[start + 1])
     for index, name in enumerate("0123456789"):
         assert re.match(rf"Accuracy for class {name}     is: \d+\.\d %", lines[start + 2 + index])
     assert "tensorboard --logdir runs" in out
@@ -75,14 +76,27 @@ def test_report_and_metrics_agree_with_what_was_printed(digits):
     run = only_run(folder)
     report = json.loads((run / "report.json").read_text())
     matrix = torch.tensor(report["confusion_matrix"])
-    assert matrix.sum() == 360
-    assert report["test_accuracy"] == pytest.approx(matrix.trace().item() / 360)
+    assert matrix.sum() == 359
+    assert report["test_accuracy"] == pytest.approx(matrix.trace().item() / 359)
     low, high = report["test_accuracy_interval"]
     assert low < report["test_accuracy"] < high
     for index, name in enumerate("0123456789"):
-        assert report["recall"][name] == report["class_accuracy"][name] == pytest.approx((matrix[index, index] / matrix[index].sum()).item())
+        assert (
+            report["recall"][name]
+            == report["class_accuracy"][name]
+            == pytest.approx((matrix[index, index] / matrix[index].sum()).item())
+        )
         assert report["precision"][name] == pytest.approx((matrix[index, index] / matrix[:, index].sum()).item())
-    assert {"test_loss", "f1", "seconds", "dataset", "substituted_for", "commit", "hardware", "versions"} <= report.keys()
+    assert {
+        "test_loss",
+        "f1",
+        "seconds",
+        "dataset",
+        "substituted_for",
+        "commit",
+        "hardware",
+        "versions",
+    } <= report.keys()
     assert report["dataset"] == "digits" and report["substituted_for"] is None and report["train_images"] == 1295
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -106,7 +120,11 @@ def test_model_file_reproduces_the_report(digits):
     def plain(value):
         if isinstance(value, dict):
             return all(plain(key) and plain(each) for key, each in value.items())
-        return all(map(plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None), torch.Tensor)
+        return (
+            all(map(plain, value))
+            if type(value) is list
+            else type(value) in (str, int, float, bool, type(None), torch.Tensor)
+        )
 
     content["model"] = dict(content["model"])
     assert plain(content)
@@ -181,7 +199,7 @@ def test_every_optimizer_learns(quick, optimizer):
     ("name", "expected"),
     [
         ("onecycle", [0.1, 1.0, 0.5 / 0.9, 0.01 / 0.9]),
-        ("cosine", [1.0, 0.9755, 0.5, 0.00025]),
+        ("cosine", [1.0, 0.9755, 0.5, 0.000247]),
         ("step", [1.0, 1.0, 0.1, 0.01]),
         ("none", [1, 1, 1, 1]),
     ],
@@ -233,7 +251,8 @@ def test_class_weights_help_the_rare_class(folder, monkeypatch):
 def test_init_from_starts_with_those_weights(quick, folder):
     report = quick()
     model = ic.build_model(
-        ic.Config(dataset="digits", width=0.25, init_from=str(report.checkpoint)), ic.load_data(ic.Config(dataset="digits"))
+        ic.Config(dataset="digits", width=0.25, init_from=str(report.checkpoint)),
+        ic.load_data(ic.Config(dataset="digits")),
     )
     assert same(model.state_dict(), weights(report.checkpoint))
 
@@ -247,7 +266,7 @@ def test_repeat_gives_mean_spread_and_the_best_model(program, folder):
     assert report["test_accuracy"] == pytest.approx(scores.mean().item())
     assert report["test_accuracy_std"] == pytest.approx(scores.std().item())
     half = 4.302653 * scores.std().item() / 3**0.5  # Student's t, 2 degrees of freedom
-    assert report["test_accuracy_interval"] == pytest.approx([scores.mean() - half, scores.mean() + half])
+    assert report["test_accuracy_interval"] == pytest.approx([scores.mean().item() - half, scores.mean().item() + half])
     assert f"Mean test accuracy of 3 seeds: {100 * scores.mean():.2f} %" in out
     losses = []
     for seed in range(3):
@@ -333,7 +352,9 @@ def test_killed_run_goes_on_bit_for_bit(program, folder, unbroken, moment):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 def test_second_ctrl_c_quits_at_once(program, folder):
-    slow = "import time; step = ic.Trainer.optimise\n" + "ic.Trainer.optimise = lambda self: (time.sleep(20), step(self))"
+    slow = (
+        "import time; step = ic.Trainer.optimise\n" + "ic.Trainer.optimise = lambda self: (time.sleep(20), step(self))"
+    )
     process = program.start(*LONGER, patch=slow)
     for line in process.stdout:
         if line.startswith("digits: "):
@@ -390,12 +411,13 @@ from torch import nn
 
 class Hungry(nn.Sequential):
     def forward(self, images):
-        if len(images) > {limit}:
+        if self.training and len(images) > {limit}:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().forward(images)
 
 def small(classes=10, channels=3, image_size=32):
-    return Hungry(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(channels * image_size**2 // 16, 32), nn.ReLU(), nn.Linear(32, classes))
+    inputs = channels * image_size**2 // 16
+    return Hungry(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, classes))
 """
 
 
@@ -409,7 +431,9 @@ def test_own_network_and_out_of_memory(program, folder):
         ic.load_checkpoint(folder / "model_small_digits.pth")
     (folder / "mine.py").write_text(NETWORK.format(limit=1000))
     model, _ = ic.load_checkpoint(folder / "model_small_digits.pth", model=f"{folder / 'mine.py'}:small")
-    assert ic.evaluate(model, *ic.load_data(ic.Config(dataset="digits")).test).accuracy == pytest.approx(report["test_accuracy"])
+    assert ic.evaluate(model, *ic.load_data(ic.Config(dataset="digits")).test).accuracy == pytest.approx(
+        report["test_accuracy"]
+    )
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient(folder):
@@ -426,7 +450,9 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("text", ["def small(**k): raise KeyError('boom')", "small = 3", "import nothing_like_this", ""])
+@pytest.mark.parametrize(
+    "text", ["def small(**k): raise KeyError('boom')", "small = 3", "import nothing_like_this", ""]
+)
 def test_broken_own_network(program, folder, text):
     (folder / "mine.py").write_text(text)
     assert "--model mine.py:small" in program.error(*QUICK, "--model", "mine.py:small")
@@ -441,8 +467,8 @@ def test_summary_that_fails_gives_the_parameter_count(capsys):
         def forward(self, images):
             raise RuntimeError("no images")
 
-    before = torch.get_rng_state()
-    ic.print_summary(Odd(), (3, 32, 32))
+    network, before = Odd(), torch.get_rng_state()
+    ic.print_summary(network, (3, 32, 32))
     assert "144 parameters" in capsys.readouterr().out
     assert torch.equal(before, torch.get_rng_state())
 
@@ -463,9 +489,8 @@ def test_console_that_knows_only_cp1252(program):
 def test_bar_is_drawn_on_a_terminal(program):
     pty = pytest.importorskip("pty")
     terminal, inside = pty.openpty()
-    process = program.start(*QUICK, stderr=inside)
+    process = program.start(*QUICK, stdout=subprocess.DEVNULL, stderr=inside)
     os.close(inside)
-    process.stdout.read()
     drawn = b""
     try:
         while piece := os.read(terminal, 65536):

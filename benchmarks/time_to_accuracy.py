@@ -1,0 +1,128 @@
+"""How long until which accuracy: whole runs of the training program, repeated, alternating, as a user starts them.
+
+    python benchmarks/time_to_accuracy.py default --runs 5
+    python benchmarks/time_to_accuracy.py default "default --epochs 5" --runs 3 --name shorter
+
+A variant is a recipe's name and options that go with it. Prints a Markdown table; writes NAME.json (every run's
+figures) and NAME.png (validation accuracy over time) into benchmarks/results/. Times to an accuracy count training
+and validation, from the first step to the end of the epoch that reaches it on validation images; "whole run" is the
+process from start to exit. The test images are used once, at the end of each run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
+
+
+def run(variant: str, seed: int, data_dir: str) -> dict:
+    """One run in a process and a folder of its own: seconds, MiB, accuracies and one row an epoch."""
+    recipe, *options = shlex.split(variant)
+    command = [sys.executable, str(SCRIPT), "--recipe", recipe, "--seed", str(seed), *options]
+    command += ["--data-dir", data_dir, "--run-dir", "run"]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        usage = os.wait4(process.pid, 0)[2] if hasattr(os, "wait4") else None  # Windows does not tell
+        process.wait()
+        seconds = time.perf_counter() - began
+        if not (Path(folder) / "run" / "report.json").exists():
+            output.seek(0)
+            sys.exit(f"error: {shlex.join(command)} failed:\n{output.read()}")
+        rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open()))
+        report = json.loads((Path(folder) / "run" / "report.json").read_text())
+    peak = usage and usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    elapsed, epochs = 0.0, []
+    for row in rows:
+        elapsed += float(row["seconds"])
+        epochs.append({"seconds": elapsed, "valid_accuracy": float(row["valid_accuracy"] or "nan")})
+    kept = {name: report[name] for name in ("test_accuracy", "train_images", "hardware", "versions", "commit")}
+    return {"variant": variant, "seed": seed, "whole_run": seconds, "peak_mib": peak, "epochs": epochs, **kept}
+
+
+def spread(values: list[float], unit: float = 1, digits: int = 1) -> str:
+    """Mean ± standard deviation, as text."""
+    text = f"{unit * statistics.mean(values):.{digits}f}"
+    return text + (f" ± {unit * statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def reached(result: dict, target: float) -> tuple[int, float] | None:
+    """The number of epochs and seconds until a run's validation accuracy was at least `target`."""
+    for number, epoch in enumerate(result["epochs"], 1):
+        if epoch["valid_accuracy"] >= target:
+            return number, epoch["seconds"]
+    return None
+
+
+def table(results: list[dict], variants: list[str], targets: list[float]) -> str:
+    """A Markdown table, a row a variant. A time is given only where every run got there."""
+    head = [
+        "variant",
+        *(f"{100 * target:g} % valid" for target in targets),
+        "whole run, s",
+        "test accuracy, %",
+        "peak, MiB",
+        "runs",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for variant in variants:
+        own = [result for result in results if result["variant"] == variant]
+        cells = []
+        for target in targets:
+            times = [found for result in own if (found := reached(result, target))]
+            got = (
+                f"{statistics.mean(t[1] for t in times):.0f} s, {statistics.mean(t[0] for t in times):.1f} epochs"
+                if times
+                else ""
+            )
+            cells.append(got if len(times) == len(own) else f"{len(times)} of {len(own)} runs")
+        score = spread([result["test_accuracy"] for result in own], 100, 2)
+        lines.append([f"`{variant}`", *cells, spread([result["whole_run"] for result in own]), score])
+        peaks = [result["peak_mib"] for result in own if result["peak_mib"]]
+        lines[-1] += [f"{max(peaks):.0f}" if peaks else "?", str(len(own))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=["default"], help="recipe and options (default: default)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each variant, with seeds 0, 1, … (default: 3)")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.85, 0.9], help="shares in [0, 1]")
+    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    parser.add_argument("--name", default="time_to_accuracy", help="of the result files")
+    options = parser.parse_args()
+
+    data_dir = str(Path(options.data_dir).resolve())
+    order = [(variant, seed) for seed in range(options.runs) for variant in options.variants]
+    results = [run(variant, seed, data_dir) for variant, seed in tqdm(order, unit="run", disable=None)]
+    print(table(results, options.variants, options.targets))
+    folder = Path(__file__).resolve().parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, variant in enumerate(options.variants):
+        for result in (result for result in results if result["variant"] == variant):
+            times = [epoch["seconds"] for epoch in result["epochs"]]
+            values = [100 * epoch["valid_accuracy"] for epoch in result["epochs"]]
+            axes.plot(times, values, f"C{number}.-", alpha=0.7, label=variant if result["seed"] == 0 else None)
+    axes.set(xlabel="seconds of training", ylabel="validation accuracy, %", title=results[0]["hardware"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / f"{options.name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
