@@ -164,8 +164,8 @@ FOR_DATASET: dict[str, dict[str, Any]] = {
 FOR_OPTIMIZER: dict[str, dict[str, Any]] = {
     "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 0.0},
     "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-    "adam": {"lr": 0.002, "momentum": 0.9, "weight_decay": 0.0},
-    "adamw": {"lr": 0.002, "momentum": 0.9, "weight_decay": 0.05},
+    "adam": {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.0},
+    "adamw": {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.05},
     "rmsprop": {"lr": 0.0005, "momentum": 0.9, "weight_decay": 0.0},
 }
 RECIPES: dict[str, dict[str, Any]] = {"": {}, "default": {}}
@@ -567,7 +567,7 @@ class CNN(nn.Module):
         """Set the first layer's filters from normalised images, float (N, C, H, W)."""
         patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + 5e-4).sqrt()).T.reshape(-1, *self.whiten.weight.shape[1:])
+        filters = (directions / (variances + 1e-2).sqrt()).T.reshape(-1, *self.whiten.weight.shape[1:])
         self.whiten.weight.data.copy_(torch.cat([filters, -filters]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -747,7 +747,7 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
-PROBE_STEPS, REPORT_SECONDS = 24, 9.0  # --minutes times the second half of these; the report but for the test images
+PROBE_STEPS, REPORT_SECONDS = 24, 9.0  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
@@ -935,6 +935,12 @@ class Trainer:
                 f"{self.groups()[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g} or --grad-clip 1"
             )
 
+    def fit_minutes(self, per_step: float) -> None:
+        """Fix the number of steps so that --minutes suffice for them, at `per_step` s each, and for the report."""
+        report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop
+        left = 60 * self.config.minutes - (time.perf_counter() - START) - report
+        self.total_steps = self.step + max(1, int(left / per_step))
+
     def best(self) -> int:
         """The epoch with the lowest validation loss, or the last one without validation images."""
         losses = [-row["epoch"] if row["valid_loss"] is None else row["valid_loss"] for row in self.history]
@@ -1046,9 +1052,7 @@ def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "
                     if config.minutes and trainer.step == PROBE_STEPS // 2:
                         probed_at = now
                     elif config.minutes and trainer.step == PROBE_STEPS:
-                        per_step = (now - probed_at) / (PROBE_STEPS - PROBE_STEPS // 2)
-                        others = per_step * (10_000 + 0.5 * validation * config.minutes) / place.stop + REPORT_SECONDS
-                        trainer.total_steps += max(1, int((config.minutes * 60 - (now - START) - others) / per_step))
+                        trainer.fit_minutes((now - probed_at) / (PROBE_STEPS - PROBE_STEPS // 2))
                     if signals or now - saved_at > SAVE_EVERY:
                         trainer.check_finite(done, weights=True)
                         save_checkpoint(last, trainer.state())
@@ -1075,6 +1079,8 @@ def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "
             save_checkpoint(last, trainer.state())
             saved_at = time.perf_counter()
             log.epoch(trainer.history, rate)
+            if config.minutes and epoch == 0:
+                trainer.fit_minutes((time.perf_counter() - begun) / done)  # now with validation and saving
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
