@@ -1256,7 +1256,8 @@ class RunLog:
 
         for name, figure in figures.items():
             self.train.add_figure(name, figure, epoch)
-        settings = {name: "" if value is None else value for name, value in asdict(config).items()}
+        places = {"data_dir", "mirror", "init_from", "device", "run_dir", "out", "resume", "fast_dev_run", "debug"}
+        settings = {name: value for name, value in asdict(config).items() if name not in places}
         for summary in hparams(settings, metrics):  # add_hparams() would make a run of its own of them
             self.train._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
