@@ -683,8 +683,9 @@ class Muon(torch.optim.Optimizer):
     weights are brought to norm √O first, which makes `lr` a relative step.
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor], lr: float, momentum: float):
+    def __init__(self, weights: Iterable[torch.Tensor], lr: float, momentum: float, dtype: torch.dtype):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype  # of the Newton-Schulz steps
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -695,29 +696,32 @@ class Muon(torch.optim.Optimizer):
                 if not (state := self.state[weight]):
                     state["momentum"] = torch.zeros_like(weight)
                 average = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                update = orthogonal((weight.grad + group["momentum"] * average).flatten(1)).view_as(weight)
-                weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(update, alpha=group["lr"])
+                update = orthogonal((weight.grad + group["momentum"] * average).flatten(1).to(self.dtype))
+                weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest orthogonal matrix, by three Newton–Schulz steps in bf16 with Muon's coefficients."""
-    x = matrix.bfloat16()
-    x = (x.T if len(matrix) > matrix.shape[1] else x) / (x.norm() + 1e-7)
+    """Roughly the nearest orthogonal matrix, by three Newton–Schulz steps with Muon's coefficients."""
+    x = (matrix.T if len(matrix) > matrix.shape[1] else matrix) / (matrix.norm() + 1e-7)
     for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+    return x.T if len(matrix) > matrix.shape[1] else x
 
 
-def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """The optimisers of all trained weights. Muon takes convolutions and hidden matrices, AdamW the rest."""
+def build_optimizers(model: nn.Module, config: Config, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """The optimisers of all trained weights. Muon takes convolutions and hidden matrices, AdamW the rest.
+
+    dtype: what the network computes in; Muon uses it where it is bf16, whose range suffices, else fp32.
+    """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     lr, momentum, decay = config.lr or 0.0, config.momentum or 0.0, config.weight_decay or 0.0
     if config.optimizer == "muon":
         hidden = [weight for weight in weights if weight.ndim > 1][:-1]  # the last one is the classifier
         rest = [weight for weight in weights if not any(weight is other for other in hidden)]
+        dtype = dtype if dtype == torch.bfloat16 else torch.float32
         others = torch.optim.AdamW(rest, lr / 12, weight_decay=decay)
-        return [Muon(hidden, lr, momentum), others] if hidden else [others]
+        return [Muon(hidden, lr, momentum, dtype), others] if hidden else [others]
     if config.optimizer == "sgd":
         return [torch.optim.SGD(weights, lr, momentum, weight_decay=decay, nesterov=momentum > 0)]
     if config.optimizer == "rmsprop":
@@ -867,10 +871,11 @@ class Trainer:
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
         self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
-        self.optimizers = build_optimizers(self.model, config)
+        self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.autocast = functools.partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != torch.float32)
+        low = self.dtype if self.dtype != torch.float32 else None
+        self.autocast = functools.partial(torch.autocast, device.type, low, enabled=bool(low))
         self.parts = 1  # that a batch is computed in, where memory is short
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps

@@ -500,3 +500,14 @@ def test_bar_is_drawn_on_a_terminal(program):
         pass
     assert process.wait() == 0
     assert re.search(rb"Epoch 0000:.*loss \d\.\d{3}, run 0:\d\d left", drawn) and b"img/s" in drawn
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 3, 3), (8, 32, 3, 3), (10, 40), (40, 10)])
+def test_muon_makes_the_update_orthogonal(shape):
+    weight = torch.nn.Parameter(torch.randn(shape))
+    weight.grad = torch.randn(shape)
+    norm = shape[0] ** 0.5
+    before = weight.detach() * norm / weight.detach().norm()
+    ic.Muon([weight], lr=1.0, momentum=0.6, dtype=torch.float32).step()
+    singular = torch.linalg.svdvals((before - weight.detach()).flatten(1))
+    assert 0.3 < singular.min() and singular.max() < 1.5
