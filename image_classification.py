@@ -816,8 +816,9 @@ def stop_requests() -> Iterator[list[int]]:
             os._exit(130)
         received.append(signum)
 
+    signums = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]
     main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM) if main}
+    before = {signum: signal.signal(signum, receive) for signum in signums if main}
     try:
         yield received
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "image_classification.py"
 sys.path.insert(0, str(REPOSITORY))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
 QUICK = ["--dataset", "digits", "--width", "0.25", "--subset", "400", "--epochs", "2"]
@@ -48,6 +50,37 @@ class Program:
         if status == 1:
             assert err.strip() == lines[0], err
         return lines[0]
+
+
+class Inside:
+    """The same in this process, where that is as good: it saves the seconds that importing takes."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+
+    def __call__(self, *arguments, status=0):
+        import image_classification as ic
+
+        self.capsys.readouterr()
+        try:
+            got = ic.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            got = exit.code
+        out, err = self.capsys.readouterr()
+        assert got == status, f"status {got}\n{out}\n{err}"
+        return out, err
+
+    def error(self, *arguments, status=1):
+        _, err = self(*arguments, status=status)
+        *usage, line = err.strip().splitlines()
+        assert "error: " in line and "error: " not in "".join(usage), err
+        return line
+
+
+@pytest.fixture
+def inside(capsys, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return Inside(capsys)
 
 
 @pytest.fixture

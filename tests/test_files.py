@@ -60,16 +60,16 @@ def test_checkpoint_of_another_network_or_other_classes(model_file, folder):
         ic.build_model(ic.Config(dataset="digits", width=0.25, init_from=str(folder / "other.pth")), data)
 
 
-def test_missing_checkpoint(program):
-    assert "nowhere.pth" in program.error(*QUICK, "--init-from", "nowhere.pth")
+def test_missing_checkpoint(inside):
+    assert "nowhere.pth" in inside.error(*QUICK, "--init-from", "nowhere.pth")
 
 
-def test_damaged_last_checkpoint_of_a_run(program, folder):
-    program(*QUICK)
+def test_damaged_last_checkpoint_of_a_run(inside, folder):
+    inside(*QUICK)
     run = only_run(folder)
     (run / "report.json").unlink()
     (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:2000])
-    assert "last.pth is damaged" in program.error("--resume", "last")
+    assert "last.pth is damaged" in inside.error("--resume", "last")
 
 
 def test_unwritable_run_folder(program, folder, unwritable):
@@ -79,7 +79,7 @@ def test_unwritable_run_folder(program, folder, unwritable):
     assert "runs" in error and "permissions" in error
 
 
-def test_full_disk_while_saving(program, folder):
+def test_full_disk_while_saving(inside, folder):
     disk = folder / "disk"
     disk.mkdir()
     if (
@@ -88,7 +88,7 @@ def test_full_disk_while_saving(program, folder):
     ):
         pytest.skip("no right to mount a small file system")
     try:
-        error = program.error("--dataset", "digits", "--epochs", "1", "--run-dir", "disk/run", "--width", "0.8")
+        error = inside.error("--dataset", "digits", "--epochs", "1", "--run-dir", "disk/run", "--width", "0.8")
         assert "No space left on device" in error and ".pth" in error
         assert weights(disk / "run" / "best.pth")  # the last good one is intact
         assert not list(disk.rglob("*.tmp"))
