@@ -35,13 +35,14 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import http.client
+import importlib.util
 import io
 import json
 import math
 import os
 import platform
 import queue
-import shlex
 import shutil
 import signal
 import ssl
@@ -128,7 +129,7 @@ class Config:
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = setting("auto", "auto: what is fast here", "auto", "fp32", "bf16", "fp16")
-    seed: int = setting(0, "seed of everything drawn at random", low=0)
+    seed: int = setting(0, "seed of everything drawn at random", low=0, below=2**40)
     deterministic: bool = setting(False, "deterministic algorithms on GPUs too, slower")
     repeat: int = setting(1, "train with N seeds and report mean and spread", low=1)
     run_dir: str = setting("", "folder of this run (default: a new one in runs/)")
@@ -190,6 +191,9 @@ def settle(config: Config, data: "Data") -> Config:
         values["batch_size"] = count
     if config.fast_dev_run:
         config = replace(config, epochs=1, minutes=0.0, repeat=1)
+    if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
+        raise UserError(f"--out {config.out} is a folder, or in one that does not exist")
+    config = replace(config, dataset={"CIFAR10": "cifar10"}.get(data.name, data.name))  # for resuming, never another
     return replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
 
 
@@ -208,6 +212,7 @@ SOURCES = [  # the original comes last: throttled to 55-85 kB/s since June 2026 
 ]
 SLOW, PATIENCE = 500_000, 10.0  # bytes/s, s: a source that stays below the one for the other is left for the next
 PROBE_SECONDS = 20.0
+NETWORK_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -220,9 +225,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # gone already, if all went well
 
 
 def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
@@ -261,7 +267,7 @@ def probe(urls: list[str], start: int) -> tuple[dict[str, float], dict[str, str]
                 if received >= 2**19 or time.perf_counter() - began > 3:
                     break
             answers.put((url, received / (time.perf_counter() - began)))
-        except Exception as error:
+        except NETWORK_ERRORS as error:
             answers.put((url, error))
 
     for url in urls:
@@ -288,15 +294,17 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def stream(url: str, part: Path, slowest: float) -> None:
-    """Continue the partial file from `url`; OSError where that breaks off, stalls or stays below `slowest` bytes/s."""
+def stream(url: str, file: io.FileIO, slowest: float) -> None:
+    """Continue the partial file from `url`; a NETWORK_ERROR where that fails or stays below `slowest` bytes/s."""
     begun, mark = time.perf_counter(), -1
-    bar = tqdm(desc="CIFAR-10", total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None)
-    with part.open("r+b") as file, bar:
-        for position, chunk in chunks(url, part.stat().st_size):
+    with tqdm(desc="CIFAR-10", total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None) as bar:
+        for position, chunk in chunks(url, file.seek(0, os.SEEK_END)):
             if mark < 0:
                 mark = bar.n = bar.initial = file.seek(position)
-            bar.update(file.write(chunk))
+            try:
+                bar.update(file.write(chunk))
+            except OSError as error:  # not the source's fault: no other one would help
+                raise UserError(f"cannot write {file.name!r}: {error.strerror}") from None
             if (elapsed := time.perf_counter() - begun) > PATIENCE:
                 if (rate := (position - mark) / elapsed) < slowest:
                     raise OSError(f"it is slow: {rate / 1000:.0f} kB/s")
@@ -318,7 +326,7 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
         mirror = f"{mirror.rstrip('/')}/{ARCHIVE}"
     sources, helpers = [mirror, *SOURCES] if mirror else SOURCES, set()
     failures: dict[str, str] = {}
-    before, slowest = -1, SLOW
+    before, slowest, clean, restarts = -1, SLOW, not part.stat().st_size, 0
     while sources and (size := part.stat().st_size) > before:
         if size < ARCHIVE_BYTES:
             rates, errors = probe(sources, size)
@@ -327,9 +335,10 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}", flush=True)
                 helpers.add(url)
                 try:
-                    stream(url, part, slowest)
+                    with part.open("r+b", buffering=0) as file:
+                        stream(url, file, slowest)
                     break
-                except (OSError, ValueError) as error:
+                except NETWORK_ERRORS as error:
                     failures[url] = explain(error)
                     print(f"note: leaving {url}: {failures[url]}", flush=True)
             before, slowest = size, 0
@@ -338,9 +347,10 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
         else:
             print("note: what came is not the archive (its SHA-256 differs): starting clean", flush=True)
             part.write_bytes(b"")
-            sources = [url for url in sources if url not in helpers]
             failures |= dict.fromkeys(helpers, "what came is not the archive")
-            helpers, before, slowest = set(), -1, SLOW
+            if (restarts := restarts + 1) > 3 or (clean and len(helpers) == 1):  # else nobody knows whose fault it is
+                sources = [url for url in sources if url not in helpers]
+            before, slowest, clean, helpers = -1, SLOW, True, set()
     raise Unreachable(
         f"CIFAR-10 could not be downloaded. Tried {'; '.join(f'{url} ({why})' for url, why in failures.items())}. Put "
         f"{ARCHIVE} (SHA-256 {ARCHIVE_SHA256}) into {path.parent.absolute()} by hand, or name a place with --mirror URL"
@@ -637,7 +647,10 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
         if zipfile.is_zipfile(file):
             file.seek(0)
             content = torch.load(file, weights_only=True, map_location="cpu")
-    if not isinstance(content, dict) or not {"model", "config", "classes"} <= content.keys():
+    if (
+        not isinstance(content, dict)
+        or not {"model", "config", "classes", "mean", "std", "image_size"} <= content.keys()
+    ):
         raise UserError(f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)")
     if classes and classes != content["classes"]:
         raise UserError(f"{path} is for other classes: {', '.join(content['classes'])}")
@@ -697,7 +710,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 average = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 update = orthogonal((weight.grad + group["momentum"] * average).flatten(1).to(self.dtype))
-                weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(update.reshape(weight.shape), alpha=group["lr"])
+                weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=1e-7)).sub_(
+                    update.reshape(weight.shape), alpha=group["lr"]
+                )
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -717,7 +732,7 @@ def build_optimizers(model: nn.Module, config: Config, dtype: torch.dtype) -> li
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     lr, momentum, decay = config.lr or 0.0, config.momentum or 0.0, config.weight_decay or 0.0
     if config.optimizer == "muon":
-        hidden = [weight for weight in weights if weight.ndim > 1][:-1]  # the last one is the classifier
+        hidden = [weight for weight in weights if weight.ndim in (2, 4)][:-1]  # the last one is the classifier
         rest = [weight for weight in weights if not any(weight is other for other in hidden)]
         dtype = dtype if dtype == torch.bfloat16 else torch.float32
         others = torch.optim.AdamW(rest, lr / 12, weight_decay=decay)
@@ -790,6 +805,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{platform.machine()} {device.type}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -828,12 +845,17 @@ def stop_requests() -> Iterator[list[int]]:
 
 def new_run_folder(config: Config, data: Data) -> Path:
     """A folder for this run that no other process gets as well: --run-dir, or runs/<data set>/<time>."""
-    folder = Path(config.run_dir or Path("runs", data.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
-    if config.run_dir and (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a run: go on with it by --resume {folder}, or name another --run-dir")
+    if config.run_dir and Path(config.run_dir, "config.json").exists():
+        raise UserError(
+            f"{config.run_dir} holds a run: --resume {config.run_dir} goes on with it; or another --run-dir"
+        )
+    if config.run_dir:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        return Path(config.run_dir)
+    folder = Path("runs", data.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
     for candidate in [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))]:
         with contextlib.suppress(FileExistsError):
-            candidate.mkdir(parents=True, exist_ok=bool(config.run_dir))
+            candidate.mkdir(parents=True)
             return candidate
     raise UserError(f"{folder} is taken")
 
@@ -855,18 +877,20 @@ def resume_config(resume: str, **changes: Any) -> Config:
             raise UsageError(
                 f"{option(name)} {changes[name]}: the run goes on with its own {option(name)} {settings[name]}"
             )
+    settings |= {"minutes": 0.0} if "epochs" in changes else {}
     return Config(**settings | changes | {"resume": str(path.parent)})
 
 
 class Trainer:
     """A network in training: all that a step changes. `state()` is what a resume needs."""
 
-    def __init__(self, config: Config, data: Data, device: torch.device):
-        self.config, self.data, self.device = config, data, device
+    def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0):
+        self.config, self.data, self.device, self.deadline = config, data, device, deadline
         self.dtype = choose_precision(config.precision, device)
         self.model = build_model(config, data).to(device).to(memory_format=torch.channels_last)
         limit = config.batch_size if config.fast_dev_run else None
-        self.images, self.labels = data.train.images[:limit].to(device), data.train.labels[:limit].to(device)
+        self.images, self.labels = (part[:limit].to(device) for part in data.train)
+        self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         count = len(self.labels)
         steps = math.ceil(count / (config.batch_size or count))
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
@@ -887,13 +911,16 @@ class Trainer:
 
     def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice) -> torch.Tensor:
         """Gradients of one batch; returns its plain cross-entropy, summed, and its hits: float32 (2,)."""
-        result, size = torch.zeros(2, device=self.device), place.stop - place.start
+        result = torch.zeros(2, device=self.device)
+        everyone = self.labels[plan[0][place]]
+        size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
         for chosen, flips, shifts in zip(*(drawn[place].chunk(self.parts) for drawn in plan), strict=True):
             images, labels = normalise(gather(self.images, chosen, flips, shifts), self.model), self.labels[chosen]
             with self.autocast():
                 logits = model(images).float()
-            loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=self.config.label_smoothing)
-            self.scaler.scale(loss * (len(labels) / size)).backward()
+            smoothing = self.config.label_smoothing
+            loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing, reduction="sum")
+            self.scaler.scale(loss / size).backward()
             with torch.no_grad():
                 hits = (logits.argmax(1) == labels).sum()
                 result += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits])
@@ -944,8 +971,12 @@ class Trainer:
     def fit_minutes(self, per_step: float) -> None:
         """Fix the number of steps so that --minutes suffice for them, at `per_step` s each, and for the report."""
         report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop
-        left = 60 * self.config.minutes - (time.perf_counter() - START) - report
+        left = self.deadline - time.perf_counter() - report
         self.total_steps = self.step + max(1, int(left / per_step))
+
+    def stalled(self) -> bool:
+        patience = self.config.early_stopping
+        return bool(patience and self.history) and len(self.history) - 1 - self.best() >= patience
 
     def best(self) -> int:
         """The epoch with the lowest validation loss, or the last one without validation images."""
@@ -955,13 +986,22 @@ class Trainer:
     def left(self) -> str:
         return f"{clock(self.seconds / self.step * (self.total_steps - self.step))} left"
 
-    def state(self) -> dict[str, Any]:
-        random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if self.device.type == "cuda" else [])
+    def finished(self) -> dict[str, Any]:
+        """What a model file holds, with the weights of this moment."""
         return {
             "model": self.model.state_dict(), "config": asdict(self.config), "classes": self.data.classes,
+            "mean": self.data.mean, "std": self.data.std, "image_size": self.images.shape[-1],
+            "dataset": self.data.name, "train_images": len(self.labels), "versions": versions(),
+            "metrics": dict(self.history[-1]) if self.history else {},
+        }  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return self.finished() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
-            "random": random, "step": self.step, "total_steps": self.total_steps, "seconds": self.seconds,
-            "parts": self.parts, "sums": self.sums, "history": self.history, "environment": self.environment(),
+            "step": self.step, "total_steps": self.total_steps, "seconds": self.seconds, "parts": self.parts,
+            "sums": self.sums, "history": self.history, "random": torch.get_rng_state(), "random_cuda": cuda,
+            "environment": self.environment(), "substitution": self.data.substitution,
         }  # fmt: skip
 
     def environment(self) -> dict[str, Any]:
@@ -974,25 +1014,19 @@ class Trainer:
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.parts, self.history = (state[k] for k in ("step", "seconds", "parts", "history"))
         self.total_steps = state["total_steps"] if self.config.minutes else self.total_steps
         self.sums.copy_(state["sums"])
-        torch.set_rng_state(state["random"][0])
-        if self.device.type == "cuda" and len(state["random"]) > 1:
-            torch.cuda.set_rng_state(state["random"][1])
+        self.history = self.history[: self.step // len(self.places)]  # without that of an epoch now made longer
+        self.data.substitution = state["substitution"]
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
         for name, now in self.environment().items():
             if (then := state["environment"][name]) != now:
                 print(f"note: {name} was {then}, is {now}: the last digits will differ from an unbroken run's")
-
-    def finished(self) -> dict[str, Any]:
-        """What a model file holds, with the weights of this moment."""
-        return {
-            "model": self.model.state_dict(), "config": asdict(self.config), "classes": self.data.classes,
-            "mean": self.data.mean, "std": self.data.std, "image_size": self.images.shape[-1],
-            "dataset": self.data.name, "train_images": len(self.labels), "metrics": dict(self.history[-1]),
-            "versions": versions(),
-        }  # fmt: skip
 
 
 class Evaluation(NamedTuple):
@@ -1014,36 +1048,35 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Ev
     return Evaluation(F.cross_entropy(logits, labels.cpu()).item(), accuracy, logits)
 
 
-def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "Report":
-    """Train one network with one seed, all in the folder `run`; goes on from its last.pth if there is one."""
-    trainer, last = Trainer(config, data, device), run / "last.pth"
+def train_once(
+    config: Config, data: Data, device: torch.device, run: Path, deadline: float, signals: list[int]
+) -> "Report":
+    """Train one network with one seed, all in the folder `run`; goes on from its last.pth if there is one.
+
+    deadline: when, on time.perf_counter(), --minutes are over; signals: see stop_requests. Raises Stopped.
+    """
+    last = run / "last.pth"
+    trainer = Trainer(replace(config, init_from="") if last.exists() else config, data, device, deadline)
     if device.type == "cpu":
         keep_freed_memory()
-    count, steps, validation = len(trainer.labels), len(trainer.places), len(data.valid.labels)
+    count, steps, validation = len(trainer.labels), len(trainer.places), len(trainer.valid.labels)
     if last.exists():
         trainer.load(last)
-    else:
-        print_summary(build_model(config, data), tuple(trainer.images.shape[1:]))
-        if device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
-            trainer.settle_batch(plan_epoch(count, config.seed, 0, data.mirrored, device))
+    elif device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
+        trainer.settle_batch(plan_epoch(count, config.seed, 0, data.mirrored, device))
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
     print(f"{data.name}: {count} training and {validation} validation images, {steps} steps an epoch", flush=True)
     saved_at = probed_at = time.perf_counter()
-    with stop_requests() as signals, RunLog(run, trainer) as log:
-        while trainer.step < trainer.total_steps:
-            if (
-                config.early_stopping
-                and trainer.history
-                and len(trainer.history) - trainer.best() > config.early_stopping
-            ):
-                break
+    with RunLog(run, trainer) as log:
+        while trainer.step < trainer.total_steps and not trainer.stalled():
             epoch, done = divmod(trainer.step, steps)
             plan = plan_epoch(count, config.seed, epoch, data.mirrored, device)
             trainer.model.train()
-            begun, before, looked, passed = time.perf_counter(), trainer.seconds, 0.0, trainer.places[done].start
+            begun, before, looked, first = time.perf_counter(), trainer.seconds, 0.0, done
+            passed = trainer.places[first].start
             with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
                       disable=None) as bar:  # fmt: skip
-                while done < steps and trainer.step < trainer.total_steps:
+                while True:
                     place = trainer.places[done]
                     trainer.sums[done] = trainer.backward(trainer.model, plan, place)
                     trainer.optimise()
@@ -1059,21 +1092,22 @@ def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "
                         probed_at = now
                     elif config.minutes and trainer.step == PROBE_STEPS:
                         trainer.fit_minutes((now - probed_at) / (PROBE_STEPS - PROBE_STEPS // 2))
+                    if done == steps or trainer.step == trainer.total_steps:
+                        break  # what ends an epoch is saved with its validation
                     if signals or now - saved_at > SAVE_EVERY:
                         trainer.check_finite(done, weights=True)
                         save_checkpoint(last, trainer.state())
                         saved_at = now
                     if signals:
-                        raise Stopped(signals[0], run)
+                        raise Stopped(signals[0])
             trainer.check_finite(done, weights=True)
             rate = (place.stop - passed) / (time.perf_counter() - begun)
             loss, hits = (trainer.sums[:done].sum(0) / place.stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
             valid_loss, valid_accuracy = "-", ""
             if validation:
-                some = slice(config.batch_size if config.fast_dev_run else None)
                 with trainer.autocast():
-                    valid = evaluate(trainer.model, data.valid.images[some], data.valid.labels[some])
+                    valid = evaluate(trainer.model, *trainer.valid)
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
@@ -1085,37 +1119,59 @@ def train_once(config: Config, data: Data, device: torch.device, run: Path) -> "
             save_checkpoint(last, trainer.state())
             saved_at = time.perf_counter()
             log.epoch(trainer.history, rate)
-            if config.minutes and epoch == 0:
-                trainer.fit_minutes((time.perf_counter() - begun) / done)  # now with validation and saving
+            if config.minutes and epoch == 0 and trainer.step < trainer.total_steps:
+                trainer.fit_minutes((time.perf_counter() - begun) / (done - first))  # now with validation and saving
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
                 flush=True,
             )
+            if signals:
+                raise Stopped(signals[0])
         print("Finished Training", flush=True)
         return write_report(trainer, run, log)
 
 
-def train(config: Config, data: Data | None = None) -> "Report":
+def train(config: Config, data: Data | None = None, begun: float | None = None) -> "Report":
     """The whole job: data, network, training, test, files. With `repeat`, for that many seeds.
 
-    Raises UserError for what the user can mend, and Stopped after Ctrl-C or SIGTERM.
+    begun: when it began, on time.perf_counter(), for `minutes`. Raises UserError for what the user can mend, and
+    Stopped after Ctrl-C or SIGTERM.
     """
-    device = choose_device(config.device)
-    torch.use_deterministic_algorithms(config.deterministic)
+    begun, device = begun or time.perf_counter(), choose_device(config.device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # it names what has no such algorithm
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     data = data or load_data(config)
     config = settle(config, data)
-    run = Path(config.resume) if config.resume else new_run_folder(config, data)
+    if config.resume:
+        run = Path(config.resume)
+        (run / "report.json").unlink(missing_ok=True)  # unfinished again
+    else:
+        print_summary(build_model(config, data), tuple(data.train.images.shape[1:]))
+        run = new_run_folder(config, data)  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
     write_atomically(run / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2).encode())
     reports: list[Report] = []
-    for seed in range(config.seed, config.seed + config.repeat):
-        folder = run / f"seed-{seed}" if config.repeat > 1 else run
-        folder.mkdir(exist_ok=True)
-        print(f"\nSeed {seed}, {len(reports) + 1} of {config.repeat}\n" if config.repeat > 1 else "", end="")
-        reports.append(train_once(replace(config, seed=seed, repeat=1), data, device, folder))
+    with stop_requests() as signals:
+        for left in range(config.repeat, 0, -1):
+            seed = config.seed + len(reports)
+            folder = run / f"seed-{seed}" if config.repeat > 1 else run
+            folder.mkdir(exist_ok=True)
+            print(f"\nSeed {seed}, {left} to go\n" if config.repeat > 1 else "", end="")
+            now = time.perf_counter()
+            one, deadline = replace(config, seed=seed, repeat=1), now + (begun + 60 * config.minutes - now) / left
+            try:
+                reports.append(train_once(one, data, device, folder, deadline, signals))
+            except Stopped as stop:
+                raise Stopped(stop.args[0], run) from None
+            if signals and left > 1:
+                raise Stopped(signals[0], run)
     report = reports[0] if config.repeat == 1 else write_summary(reports, run)
-    return keep_model(report, config, data)
+    report = keep_model(report, config, data)
+    print(f"Done in {clock(time.perf_counter() - begun)}", flush=True)
+    return report
 
 
 # ==== Report ==========================================================================================================
@@ -1225,9 +1281,10 @@ class RunLog:
         save_figure(figure, run / "samples.png")
         self.train.add_figure("training images", figure)
         try:
-            warnings.simplefilter("ignore", FutureWarning)  # of the deprecated tracer that TensorBoard's graph needs
-            network = copy.deepcopy(trainer.model).cpu().eval()
-            self.train.add_graph(network, torch.zeros(1, *trainer.images.shape[1:]))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the tracer that TensorBoard's graph needs is deprecated
+                network = copy.deepcopy(trainer.model).cpu().eval()
+                self.train.add_graph(network, torch.zeros(1, *trainer.images.shape[1:]))
         except Exception as error:  # it traces, which not every network allows
             print(f"note: no graph of this network in TensorBoard ({type(error).__name__})")
 
@@ -1275,7 +1332,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     from sklearn.metrics import classification_report, confusion_matrix
 
     config, data, history, classes = trainer.config, trainer.data, trainer.history, trainer.data.classes
-    load_weights(trainer.model, read_checkpoint(run / "best.pth")["model"], run / "best.pth")
+    content = read_checkpoint(run / "best.pth")
+    load_weights(trainer.model, content["model"], run / "best.pth")
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
     result = evaluate(trainer.model, *test)
     sure, guess = result.logits.softmax(1).max(1)
@@ -1325,6 +1383,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         figures["worst mistakes"] = draw_images(test.images[worst], titles, 5)
     metrics = {"test accuracy": hits / count, "test loss": result.loss}
     log.report(config, len(history) - 1, metrics, figures)
+    content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss}
+    save_checkpoint(run / "best.pth", content)
     write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, history, run, run / "best.pth")
 
@@ -1364,14 +1424,11 @@ def keep_model(report: Report, config: Config, data: Data) -> Report:
     inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
     out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
     replaced = " (replaced)" if out.exists() else ""
-    content = read_checkpoint(report.checkpoint)
-    content["metrics"]["test_accuracy"] = report.results["test_accuracy"]
-    for path in {inside, out}:
-        save_checkpoint(path, content)
+    for path in (inside, out):
+        write_atomically(path, report.checkpoint.read_bytes())
     print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir runs")
     if Path(__file__).with_name("inference.py").exists():
-        print(f"Use it: python inference.py --checkpoint {shlex.quote(str(out))} IMAGE")
-    print(f"Done in {clock(time.perf_counter() - START)}", flush=True)
+        print(f'Use it: python inference.py --checkpoint "{out}" IMAGE')
     return replace(report, checkpoint=out)
 
 
@@ -1413,12 +1470,16 @@ def main(arguments: list[str] | None = None) -> int:
         if given.get("recipe", "") not in RECIPES:
             raise UsageError(f"unknown recipe {given['recipe']}: {suggest(given['recipe'], filter(None, RECIPES))}")
         settings = RECIPES[given.get("recipe", "")] | given
-        train(resume_config(**given) if given.get("resume") else Config(**settings))
+        for package in ("torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"):
+            if not importlib.util.find_spec(package):  # rather now than after the training
+                raise UserError(f"No module named {package!r}: {INSTALL}")
+        train(resume_config(**given) if given.get("resume") else Config(**settings), begun=START)
         return 0
     except UsageError as error:
         parser.error(str(error))
     except Stopped as stop:
-        command = f"python {Path(__file__).name} --resume {shlex.quote(str(stop.args[1]))}"
+        quote = '"' if " " in f"{sys.argv[0]}{stop.args[1]}" else ""
+        command = f"python {quote}{sys.argv[0]}{quote} --resume {quote}{stop.args[1]}{quote}"
         print(f"\nStopped, and all is saved. Go on with: {command}", flush=True)
         return 128 + stop.args[0]
     except KeyboardInterrupt:
@@ -1429,11 +1490,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split())
         if isinstance(error, OSError):
-            text = f"{error.filename or ''}: {error.strerror or text}: check permissions and free space"
-        elif "torchvision" in text:
-            text = f"{text}: {PAIR}"
+            text = f"{error.filename or ''}: {error.strerror or text}: is there space, and the right to write?"
+        elif isinstance(error, ModuleNotFoundError):
+            text += f": {INSTALL}"
         elif not isinstance(error, UserError):
-            text = f"{text}: {INSTALL}" if isinstance(error, ImportError) else f"{error!r} (--debug shows where)"
+            text = f"{text}: {PAIR}" if "torchvision" in text else f"{error!r} (--debug shows where)"
         print(f"error: {text}", file=sys.stderr)
         return 1
 

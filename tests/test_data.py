@@ -76,7 +76,7 @@ def test_partial_file_is_continued(fetch, mirror, folder):
 @pytest.mark.parametrize("damage", [b"x" * 1000, bytes(len(CONTENT)), bytes(len(CONTENT) + 5)])
 def test_wrong_partial_file_starts_clean(fetch, folder, damage):
     (folder / f"{ic.ARCHIVE}.part").write_bytes(damage)
-    fetch("good", "rangeless")
+    fetch("good")
 
 
 def test_all_sources_failing_is_named(fetch, mirror):
@@ -256,7 +256,7 @@ def test_unwritable_data_folder(program, folder, unwritable):
     (folder / "data").mkdir()
     unwritable(folder / "data")
     error = program.error(patch=f"ic.SOURCES = ['{DEAD}']")
-    assert "data" in error and "permissions" in error
+    assert "data" in error and "right to write" in error
 
 
 # ---- the split and the batches ----

@@ -72,11 +72,17 @@ def test_damaged_last_checkpoint_of_a_run(inside, folder):
     assert "last.pth is damaged" in inside.error("--resume", "last")
 
 
+def test_out_is_checked_before_training(inside, folder):
+    for wrong in ("nowhere/model.pth", "."):
+        assert f"--out {wrong}" in inside.error(*QUICK, "--out", wrong)
+    assert not list(folder.rglob("*.pth"))
+
+
 def test_unwritable_run_folder(program, folder, unwritable):
     (folder / "runs").mkdir()
     unwritable(folder / "runs")
     error = program.error(*QUICK)
-    assert "runs" in error and "permissions" in error
+    assert "runs" in error and "right to write" in error
 
 
 def test_full_disk_while_saving(inside, folder):

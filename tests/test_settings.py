@@ -80,9 +80,12 @@ def test_default_batch_is_clamped_with_a_note(inside):
     assert "note: the batch size is 60" in out
 
 
-def test_missing_package_is_named(program):
-    code = "import sys; sys.modules['sklearn.datasets'] = None"
-    assert "sklearn" in (error := program.error(*QUICK, patch=code)) and "pip install -r requirements.txt" in error
+@pytest.mark.parametrize("package", ["sklearn", "torchvision", "torchsummary", "tensorboard", "matplotlib"])
+def test_missing_package_is_named_before_anything_is_done(inside, folder, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    error = inside.error(*QUICK)
+    assert f"No module named '{package}'" in error and "pip install -r requirements.txt" in error
+    assert ic.PAIR not in error and not list(folder.iterdir())
 
 
 def test_missing_torch_is_named(program, folder):
@@ -112,6 +115,7 @@ def test_cpu_only_torch_beside_an_nvidia_driver_is_named(inside, folder, monkeyp
     mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
     if not torch.cuda.is_available():
         assert mend in inside.error(*QUICK, "--device", "cuda")
+        assert ic.PAIR not in inside.error(*QUICK, "--device", "cuda")
     assert mend in inside(*QUICK, "--fast-dev-run")[0]
 
 
