@@ -160,7 +160,7 @@ GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device":
 # What None stands for; chosen on validation images.
 FOR_DATASET: dict[str, dict[str, Any]] = {
     "CIFAR10": {"epochs": 10, "batch_size": 500},
-    "digits": {"epochs": 30, "batch_size": 100},
+    "digits": {"epochs": 12, "batch_size": 100},
 }
 FOR_OPTIMIZER: dict[str, dict[str, Any]] = {
     "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 0.0},

@@ -146,7 +146,7 @@ def test_precision_follows_the_hardware(monkeypatch):
 def test_recipe_is_overruled_by_options(monkeypatch):
     monkeypatch.setitem(ic.RECIPES, "test", {"epochs": 3, "seed": 5})
     seen = []
-    monkeypatch.setattr(ic, "train", seen.append)
+    monkeypatch.setattr(ic, "train", lambda config, begun: seen.append(config))
     assert ic.main(["--recipe", "test", "--epochs", "4"]) == 0
     assert (seen[0].epochs, seen[0].seed) == (4, 5)
 

@@ -199,6 +199,12 @@ def test_fp16_with_scaler_and_clipping_learns(quick):
     assert quick(precision="fp16", grad_clip=10.0, batch_size=50).results["test_accuracy"] > 0.5
 
 
+def test_network_computes_the_same_in_fp32_as_in_the_bf16_that_trained_it(quick):
+    """Whitening magnifies what bf16 rounds off: a network can learn from the rounding, and fail without it."""
+    report = quick(optimizer="adam", epochs=6, batch_size=50, precision="bf16")
+    assert report.results["test_accuracy"] > report.history[-1]["valid_accuracy"] - 0.05
+
+
 def test_deterministic_runs(quick):
     first, second = (quick(deterministic=True, epochs=1) for _ in range(2))
     torch.use_deterministic_algorithms(False)
@@ -288,8 +294,8 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
 
 def test_minutes_are_kept(program):
     began = time.monotonic()
-    out, _ = program("--dataset", "digits", "--minutes", "0.5")
-    assert 12 < time.monotonic() - began < 31, out
+    out, _ = program("--dataset", "digits", "--minutes", "0.4")
+    assert 10 < time.monotonic() - began < 25, out
 
 
 def test_test_labels_change_nothing_but_the_report(folder, monkeypatch):
@@ -352,7 +358,7 @@ def test_stopped_run_goes_on_bit_for_bit(program, folder, unbroken, signum, stat
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
 @pytest.mark.parametrize("moment", ["config.json", "last.pth"])
 def test_killed_run_goes_on_bit_for_bit(program, folder, unbroken, moment):
-    process = program.start(*LONGER)
+    process = program.start(*LONGER, patch="ic.SAVE_EVERY = 0.0")  # last.pth comes after the first step
     wait_for(lambda: list(folder.glob(f"runs/*/*/{moment}")))
     process.kill()
     process.communicate()
