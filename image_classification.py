@@ -1404,13 +1404,14 @@ def write_summary(reports: list[Report], run: Path) -> Report:
     accuracies = torch.tensor([report.results["test_accuracy"] for report in reports], dtype=torch.float64)
     mean, std = accuracies.mean().item(), accuracies.std().item()
     half = float(t.ppf(0.975, len(reports) - 1)) * std / math.sqrt(len(reports))
+    low, high = max(0.0, mean - half), min(1.0, mean + half)
     print(
         f"\nMean test accuracy of {len(reports)} seeds: {100 * mean:.2f} %, standard deviation {100 * std:.2f}, "
-        f"95 % interval {100 * (mean - half):.2f} to {100 * (mean + half):.2f} %"
+        f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
     )
     best = min(reports, key=lambda report: min(row["valid_loss"] or 0.0 for row in report.history))
     results = best.results | {
-        "test_accuracy": mean, "test_accuracy_std": std, "test_accuracy_interval": [mean - half, mean + half],
+        "test_accuracy": mean, "test_accuracy_std": std, "test_accuracy_interval": [low, high],
         "seconds": sum(report.results["seconds"] for report in reports), "kept": best.run.name,
         "repeats": [report.results for report in reports],
     }  # fmt: skip
