@@ -1019,7 +1019,8 @@ class Trainer:
         self.step, self.seconds, self.parts, self.history = (state[k] for k in ("step", "seconds", "parts", "history"))
         self.total_steps = state["total_steps"] if self.config.minutes else self.total_steps
         self.sums.copy_(state["sums"])
-        self.history = self.history[: self.step // len(self.places)]  # without that of an epoch now made longer
+        if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
+            self.history = self.history[: self.step // len(self.places)]
         self.data.substitution = state["substitution"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
