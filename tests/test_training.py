@@ -410,10 +410,13 @@ def test_interrupted_repeat_goes_on(program, inside, folder):
     assert [epochs_of(config.parent / f"seed-{seed}") for seed in range(3)] == [list(range(9))] * 3
 
 
-def test_minutes_shorter_than_an_epoch(program, folder):
+def test_minutes_shorter_than_an_epoch(program, inside, folder):
     program(
         "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2", patch="ic.REPORT_SECONDS = 3"
     )
+    assert epochs_of(only_run(folder)) == [0]
+    (only_run(folder) / "report.json").unlink()  # as if killed before the report
+    inside("--resume", "last")
     assert epochs_of(only_run(folder)) == [0]
 
 
