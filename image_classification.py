@@ -54,7 +54,6 @@ import typing
 import urllib.request
 import uuid
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -92,7 +91,7 @@ class Stopped(Exception):
 # ==== Settings ========================================================================================================
 
 
-def setting(default: Any, help: str, *choices: str, low: float = -math.inf, below: float = math.inf) -> Any:
+def setting(default: Any, help: str, *choices: str | int, low: float = -math.inf, below: float = math.inf) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
 
 
@@ -109,7 +108,7 @@ class Config:
     val_fraction: float = setting(0.1, "share of the training images kept for validation", low=0, below=1)
     subset: int = setting(0, "train on N of the training images only; 0: all", low=0)
 
-    model: str = setting("cnn", "cnn, or FILE.py:FACTORY, a network of your own")
+    model: str = setting("cnn", "cnn, a name in alternatives/networks.py, or FILE.py:FACTORY: your own")
     width: float = setting(1.0, "channels of cnn, as a multiple of its own", low=0.05)
     init_from: str = setting("", "model file whose weights to start from")
 
@@ -123,6 +122,8 @@ class Config:
     weight_decay: float | None = setting(None, "weight decay; an L2 penalty with sgd, adam, rmsprop", low=0)
     scheduler: str = setting("onecycle", "course of the learning rate", "onecycle", "cosine", "step", "plateau", "none")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes", low=0, below=1)
+    augment: str | None = setting(None, "flip: mirror; crop=N: shift by up to N pixels; or both, or none")
+    low_res: float | None = setting(None, "share of the run on smaller images: half as wide, then 3/4", low=0, below=1)
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: any", low=0)
     class_balance: str = setting("none", "weights: rarer classes count more in the loss", "none", "weights")
     early_stopping: int = setting(0, "stop after N epochs without a lower validation loss; 0: never", low=0)
@@ -132,6 +133,9 @@ class Config:
     seed: int = setting(0, "seed of everything drawn at random", low=0, below=2**40)
     deterministic: bool = setting(False, "deterministic algorithms on GPUs too, slower")
     repeat: int = setting(1, "train with N seeds and report mean and spread", low=1)
+    test_views: int = setting(
+        1, "also test on the mean of: 2: each image and its mirror image; 6: and shifted", 1, 2, 6
+    )
     run_dir: str = setting("", "folder of this run (default: a new one in runs/)")
     out: str = setting("", "the finished model (default: model_<model>.pth here)")
     resume: str = setting("", "go on with the run in this folder; last: the newest unfinished one")
@@ -148,9 +152,10 @@ class Config:
             if type(value) is not kind:
                 raise UsageError(f"{name} takes a value of type {kind.__name__}, not {value!r}")
             if rule["choices"] and value not in rule["choices"]:
-                raise UsageError(f"{name} {value}: {suggest(value, rule['choices'])}")
+                raise UsageError(f"{name} {value}: {suggest(str(value), map(str, rule['choices']))}")
             if kind in (int, float) and not rule["low"] <= value < rule["below"]:
                 raise UsageError(f"{name} {value}: must be at least {rule['low']:g} and below {rule['below']:g}")
+        augmentation(self.augment or "none")
         if self.early_stopping and not self.val_fraction:
             raise UsageError("--early-stopping needs validation images: leave --val-fraction above 0")
 
@@ -159,17 +164,21 @@ KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.ge
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # each by its first setting
 # What None stands for; muon's values and adam's rate were chosen on validation images, the others are customary.
 FOR_DATASET: dict[str, dict[str, Any]] = {
-    "CIFAR10": {"epochs": 10, "batch_size": 500},
-    "digits": {"epochs": 12, "batch_size": 100},
+    "CIFAR10": {"epochs": 10, "batch_size": 500, "augment": "flip,crop=2"},
+    "digits": {"epochs": 12, "batch_size": 100, "augment": "crop=2"},
 }
 FOR_OPTIMIZER: dict[str, dict[str, Any]] = {
-    "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 0.0},
+    "muon": {"lr": 0.1, "momentum": 0.6, "weight_decay": 0.0},
     "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
     "adam": {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.0},
     "adamw": {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.05},
     "rmsprop": {"lr": 0.0005, "momentum": 0.9, "weight_decay": 0.0},
 }
-RECIPES: dict[str, dict[str, Any]] = {"": {}, "default": {}}
+LOW_RES = 0.7
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "accuracy94": {"width": 2.0, "epochs": 18, "val_fraction": 0.0, "test_views": 6},
+}
 
 
 def option(name: str) -> str:
@@ -177,22 +186,42 @@ def option(name: str) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known := list(known), n=1)
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+
+
+def augmentation(text: str) -> tuple[bool, int]:
+    """What --augment names: whether to mirror, and by how many pixels to shift at most."""
+    steps = {name: value for name, _, value in (step.partition("=") for step in text.split(",") if step != "none")}
+    if steps.keys() - {"flip", "crop"} or steps.get("flip") or not steps.get("crop", "0").isdecimal():
+        raise UsageError(f"--augment {text}: it takes flip, crop=PIXELS, flip,crop=PIXELS or none")
+    return "flip" in steps, int(steps.get("crop", 0))
+
+
+def alternative(kind: str, asker: str) -> Any:
+    """The module alternatives/<kind>.py, wanted by the option `asker`; a script copied alone does without it."""
+    if not importlib.util.find_spec("alternatives"):
+        raise UserError(f"{asker} needs the folder alternatives/ beside this program")
+    return importlib.import_module(f"alternatives.{kind}")
 
 
 def settle(config: Config, data: "Data") -> Config:
     """The same settings with every None replaced by what suits the data set and the optimiser."""
     values, count = FOR_DATASET[data.name] | FOR_OPTIMIZER[config.optimizer], len(data.train.labels)
+    values["low_res"] = LOW_RES if config.model == "cnn" else 0.0  # not every network takes images of other sizes
     if config.batch_size and config.batch_size > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
     if not config.batch_size and values["batch_size"] > count:
         print(f"note: the batch size is {count}, the number of training images")
         values["batch_size"] = count
+    if config.test_views > 1 and not data.mirrored:
+        raise UsageError(f"--test-views {config.test_views} mirrors the images, which changes what {data.name} show")
     if config.fast_dev_run:
         config = replace(config, epochs=1, minutes=0.0, repeat=1)
     if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
         raise UserError(f"--out {config.out} is a folder, or in one that does not exist")
+    if augmentation(config.augment or "none")[1] >= (size := data.train.images.shape[-1]):
+        raise UsageError(f"--augment {config.augment} shifts images of {size} pixels out of sight")
     config = replace(config, dataset={"CIFAR10": "cifar10"}.get(data.name, data.name))  # for resuming, never another
     return replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
 
@@ -476,10 +505,7 @@ def load_digits(config: Config, substitution: str = "") -> Data:
     from sklearn.datasets import load_digits as embedded
 
     digits = embedded()
-    images, labels = (
-        torch.from_numpy(digits.images)[:, None].float() * (255 / 16),
-        torch.from_numpy(digits.target).long(),
-    )
+    images, labels = torch.from_numpy(digits.images)[:, None].float() * (255 / 16), torch.from_numpy(digits.target)
     images = F.interpolate(images, size=32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
     kept, tested = split_off(labels, 0.2)
     test = Split(images[tested], labels[tested])
@@ -510,21 +536,20 @@ def load_data(config: Config) -> Data:
 
 # ==== Batches on the device ===========================================================================================
 
-SHIFT = 2  # pixels: how far a training image moves at most, each way
 
-
-def plan_epoch(count: int, seed: int, epoch: int, mirrored: bool, device: torch.device) -> list[torch.Tensor]:
+def plan_epoch(count: int, seed: int, epoch: int, augment: str, device: torch.device) -> list[torch.Tensor]:
     """All that is random in an epoch, drawn at once from (seed, epoch) alone; a step takes its slice of each.
 
     Returns the order of the images, int64 (N,); which of them are mirrored, bool (N,); by how many pixels they move
-    down and right, int64 (N, 2), in [-SHIFT, SHIFT]. An image is mirrored in every other epoch, the first at random,
-    so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench).
+    down and right, int64 (N, 2), both as `augment` says. An image is mirrored in every other epoch, the first at
+    random, so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench).
     """
+    mirror, most = augmentation(augment)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
-    shifts = torch.randint(-SHIFT, SHIFT + 1, (count, 2), generator=generator)
+    shifts = torch.randint(-most, most + 1, (count, 2), generator=generator)
     first = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
-    flips = (first ^ bool(epoch % 2))[order] & mirrored
+    flips = (first ^ bool(epoch % 2))[order] & mirror
     return [order.to(device), flips.to(device), shifts.to(device)]
 
 
@@ -555,14 +580,14 @@ class CNN(nn.Module):
     """Whitened patches, then three stages of two 3×3 convolutions, each stage at half the size of the last.
 
     The first layer is not trained: its filters turn 2×2 patches into uncorrelated parts of equal variance, with both
-    signs (as in airbench), so that nothing has to learn what statistics tell.
+    signs (as in airbench), so that nothing has to learn what statistics tell. Without a bias in it, the gradient need
+    not come down to it: a tenth of a step.
     """
 
     def __init__(self, classes: int = 10, channels: int = 3, image_size: int = 32, width: float = 1.0):
         super().__init__()
-        self.whiten = nn.Conv2d(channels, inputs := 2 * channels * 2 * 2, 2)
+        self.whiten = nn.Conv2d(channels, inputs := 2 * channels * 2 * 2, 2, bias=False)
         self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(typing.cast(torch.Tensor, self.whiten.bias))
         layers: list[nn.Module] = [nn.SiLU()]
         for outputs in (max(8, round(base * width / 8) * 8) for base in (32, 96, 192)):
             for pool in (nn.MaxPool2d(2), None):
@@ -570,7 +595,7 @@ class CNN(nn.Module):
                 nn.init.dirac_(convolution.weight[: min(inputs, outputs)])  # begin by passing the input through
                 layers += [convolution, *([pool] if pool else []), nn.BatchNorm2d(outputs, momentum=0.4), nn.SiLU()]
                 inputs = outputs
-        self.stages = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.stages = nn.Sequential(*layers)
         self.head = nn.Linear(inputs, classes, bias=False)
 
     def whiten_for(self, images: torch.Tensor) -> None:
@@ -582,7 +607,7 @@ class CNN(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
-        return self.head(self.stages(self.whiten(images)))
+        return self.head(self.stages(self.whiten(images)).amax((2, 3)))
 
 
 def build_network(config: Config, classes: int, mean: list[float], std: list[float], size: int) -> nn.Module:
@@ -593,15 +618,15 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
     torch.manual_seed(config.seed)
     if config.model == "cnn":
         network: nn.Module = CNN(classes, len(mean), size, config.width)
-    elif ".py:" in config.model:
+    else:
+        networks = alternative("networks", f"--model {config.model}")
+        if ".py:" not in config.model and config.model not in networks.NAMES:
+            known = suggest(config.model, ["cnn", *networks.NAMES])
+            raise UsageError(f"unknown model {config.model}: {known}, or FILE.py:FACTORY")
         try:
-            from alternatives.networks import from_file
-
-            network = from_file(config.model)(classes=classes, channels=len(mean), image_size=size)
+            network = networks.find(config.model)(classes=classes, channels=len(mean), image_size=size)
         except Exception as error:
             raise UserError(f"--model {config.model} gives no network: {error}") from error
-    else:
-        raise UsageError(f"unknown model {config.model}: {suggest(config.model, ['cnn'])}, or FILE.py:FACTORY")
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
     network.register_buffer("pixel_scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
     return network
@@ -642,15 +667,10 @@ def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
 
 def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[str, Any]:
     """Read what save_checkpoint wrote, executing nothing in it; UserError if it is not that, or for other classes."""
-    content = None
+    content, needed = None, {"model", "config", "classes", "mean", "std", "image_size"}
     with open(path, "rb") as file, contextlib.suppress(Exception):
-        if zipfile.is_zipfile(file):
-            file.seek(0)
-            content = torch.load(file, weights_only=True, map_location="cpu")
-    if (
-        not isinstance(content, dict)
-        or not {"model", "config", "classes", "mean", "std", "image_size"} <= content.keys()
-    ):
+        content = torch.load(file, weights_only=True, map_location="cpu")
+    if not isinstance(content, dict) or not needed <= content.keys():
         raise UserError(f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)")
     if classes and classes != content["classes"]:
         raise UserError(f"{path} is for other classes: {', '.join(content['classes'])}")
@@ -659,9 +679,7 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load weights whose names and shapes all fit; else UserError, and nothing has changed."""
-    here, there = (
-        {name: list(tensor.shape) for name, tensor in each.items()} for each in (model.state_dict(), weights)
-    )
+    here, there = ({name: list(t.shape) for name, t in each.items()} for each in (model.state_dict(), weights))
     if wrong := [name for name in here | there if here.get(name) != there.get(name)]:
         first = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there, {here.get(wrong[0], 'missing')} here"
         raise UserError(f"{path} holds another network: {len(wrong)} tensors differ, {first}")
@@ -674,14 +692,11 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     A file never makes this program import another one: a network of your own is named again with `model`.
     """
     content = read_checkpoint(path)
-    settings = {name: value for name, value in content["config"].items() if name in KINDS} | (
-        {"model": model} if model else {}
-    )
-    if ":" in settings["model"] and not model:
-        raise UserError(f"{path} holds a network of its own: name {settings['model']} again as the model")
-    network = build_network(
-        Config(**settings), len(content["classes"]), content["mean"], content["std"], content["image_size"]
-    )
+    config = Config(**{name: value for name, value in content["config"].items() if name in KINDS})
+    if ":" in config.model and not model:
+        raise UserError(f"{path} holds a network of its own: name {config.model} again as the model")
+    config = replace(config, model=model or config.model)
+    network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
     load_weights(network, content["model"], path)
     return network.eval(), content
 
@@ -766,7 +781,8 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
-PROBE_STEPS, REPORT_SECONDS = 24, 9.0  # --minutes times half of these; what the report takes but for the test images
+COST = {0.5: 0.4, 0.75: 0.7, 1.0: 1.0}  # of a step on images of that scale, measured on a CPU
+PROBE_STEPS, REPORT_SECONDS = 24, 5.0  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
@@ -776,11 +792,8 @@ def choose_device(name: str) -> torch.device:
     """The device that --device names; auto: the accelerator that there is, else the CPU."""
     stranded = ""
     if not (torch.version.cuda or torch.version.hip) and shutil.which("nvidia-smi"):
-        index = "https://download.pytorch.org/whl/cu130"
-        stranded = (
-            f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: pip install --force-reinstall "
-        )
-        stranded += f"torch torchvision --index-url {index}"
+        mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
+        stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
     if name == "auto":
         print(f"note: {stranded}\n" if stranded else "", end="")
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -847,7 +860,7 @@ def new_run_folder(config: Config, data: Data) -> Path:
     """A folder for this run that no other process gets as well: --run-dir, or runs/<data set>/<time>."""
     if config.run_dir and Path(config.run_dir, "config.json").exists():
         raise UserError(
-            f"{config.run_dir} holds a run: --resume {config.run_dir} goes on with it; or another --run-dir"
+            f"{config.run_dir} holds a run: go on with --resume {config.run_dir}, or name another --run-dir"
         )
     if config.run_dir:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
@@ -874,9 +887,7 @@ def resume_config(resume: str, **changes: Any) -> Config:
         raise UserError(f"--resume {resume}: no unfinished run there; --epochs N trains a finished one on to N")
     for name in changes.keys() - MAY_CHANGE:
         if settings[name] != changes[name]:
-            raise UsageError(
-                f"{option(name)} {changes[name]}: the run goes on with its own {option(name)} {settings[name]}"
-            )
+            raise UsageError(f"{option(name)} {changes[name]}: the run goes on with its own, {settings[name]}")
     settings |= {"minutes": 0.0} if "epochs" in changes else {}
     return Config(**settings | changes | {"resume": str(path.parent)})
 
@@ -903,19 +914,26 @@ class Trainer:
         self.autocast = functools.partial(torch.autocast, device.type, low, enabled=bool(low))
         self.parts = 1  # that a batch is computed in, where memory is short
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
+        self.cost = 0.0  # of the steps done, in steps on whole images
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
+        self.saved_at = self.probed_at = time.perf_counter()
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice) -> torch.Tensor:
-        """Gradients of one batch; returns its plain cross-entropy, summed, and its hits: float32 (2,)."""
+    def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice, scale: float) -> torch.Tensor:
+        """Gradients of one batch of images made smaller by `scale`.
+
+        Returns its plain cross-entropy, summed, and its hits: float32 (2,).
+        """
         result = torch.zeros(2, device=self.device)
         everyone = self.labels[plan[0][place]]
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
         for chosen, flips, shifts in zip(*(drawn[place].chunk(self.parts) for drawn in plan), strict=True):
             images, labels = normalise(gather(self.images, chosen, flips, shifts), self.model), self.labels[chosen]
+            if scale < 1:
+                images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
             with self.autocast():
                 logits = model(images).float()
             smoothing = self.config.label_smoothing
@@ -926,12 +944,28 @@ class Trainer:
                 result += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits])
         return result
 
-    def settle_batch(self, plan: list[torch.Tensor]) -> None:
+    def scale(self) -> float:
+        """Of the images in this step: coarse features are learned first, and as well from fewer pixels."""
+        progress, low = self.step / self.total_steps, self.config.low_res or 0.0
+        if self.config.minutes and self.step < PROBE_STEPS:  # these show what a whole image costs
+            return 1.0
+        return 0.5 if progress < low / 2 else 0.75 if progress < low else 1.0
+
+    def work(self, progress: float) -> float:
+        """The time until then, as a share of what the run would take on whole images."""
+        half = (self.config.low_res or 0.0) / 2
+        small, larger, whole = min(progress, half), min(max(progress - half, 0), half), max(progress - 2 * half, 0)
+        return COST[0.5] * small + COST[0.75] * larger + whole
+
+    def plan(self, epoch: int) -> list[torch.Tensor]:
+        return plan_epoch(len(self.labels), self.config.seed, epoch, self.config.augment or "none", self.device)
+
+    def settle_batch(self) -> None:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
         size = self.places[0].stop
         while True:
             try:
-                self.backward(copy.deepcopy(self.model).train(), plan, self.places[0])
+                self.backward(copy.deepcopy(self.model).train(), self.plan(0), self.places[0], 1.0)
                 return
             except torch.OutOfMemoryError:
                 if self.parts >= size:
@@ -951,11 +985,17 @@ class Trainer:
         if self.config.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+            norm = nn.utils.get_total_norm([typing.cast(torch.Tensor, weight.grad) for weight in weights])
+            # the scaler skips the optimiser that overflowed: its NaN must not spread to the other
+            nn.utils.clip_grads_with_norm_(
+                weights, self.config.grad_clip, norm.nan_to_num(nan=math.inf, posinf=math.inf)
+            )
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
+        self.cost += COST[self.scale()]
         self.step += 1
 
     def check_finite(self, done: int, weights: bool = False) -> None:
@@ -969,10 +1009,10 @@ class Trainer:
             )
 
     def fit_minutes(self, per_step: float) -> None:
-        """Fix the number of steps so that --minutes suffice for them, at `per_step` s each, and for the report."""
+        """Fix the number of steps so that --minutes suffice for them and the report; per_step: s for whole images."""
         report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop
         left = self.deadline - time.perf_counter() - report
-        self.total_steps = self.step + max(1, int(left / per_step))
+        self.total_steps = self.step + max(1, int(left / per_step / self.work(1.0)))
 
     def stalled(self) -> bool:
         patience = self.config.early_stopping
@@ -984,7 +1024,8 @@ class Trainer:
         return losses.index(min(losses))
 
     def left(self) -> str:
-        return f"{clock(self.seconds / self.step * (self.total_steps - self.step))} left"
+        work = self.total_steps * (self.work(1.0) - self.work(self.step / self.total_steps))
+        return f"{clock(self.seconds / self.cost * work)} left"
 
     def finished(self) -> dict[str, Any]:
         """What a model file holds, with the weights of this moment."""
@@ -999,10 +1040,15 @@ class Trainer:
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return self.finished() | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
-            "step": self.step, "total_steps": self.total_steps, "seconds": self.seconds, "parts": self.parts,
-            "sums": self.sums, "history": self.history, "random": torch.get_rng_state(), "random_cuda": cuda,
+            "step": self.step, "total_steps": self.total_steps, "seconds": self.seconds, "cost": self.cost,
+            "parts": self.parts, "sums": self.sums, "history": self.history,
+            "random": torch.get_rng_state(), "random_cuda": cuda,
             "environment": self.environment(), "substitution": self.data.substitution,
         }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        save_checkpoint(path, self.state())
+        self.saved_at = time.perf_counter()
 
     def environment(self) -> dict[str, Any]:
         """What has to be the same for a resumed run to repeat an unbroken one bit for bit."""
@@ -1016,7 +1062,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.parts, self.history = (state[k] for k in ("step", "seconds", "parts", "history"))
+        self.step, self.seconds, self.cost, self.parts = (state[k] for k in ("step", "seconds", "cost", "parts"))
+        self.history = state["history"]
         self.total_steps = state["total_steps"] if self.config.minutes else self.total_steps
         self.sums.copy_(state["sums"])
         if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
@@ -1038,15 +1085,75 @@ class Evaluation(NamedTuple):
     logits: torch.Tensor  # float32 (N, classes), on the CPU
 
 
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Evaluation:
-    """Classify uint8 images (N, C, H, W), each once, on the model's device, in fp32 or the autocast around it."""
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, views: int = 1) -> Evaluation:
+    """Classify uint8 images (N, C, H, W) on the model's device, in fp32 or the autocast around it.
+
+    views: 1: each image once; 2: the mean logits of it and its mirror image; 6: of those (weighing a half) and of
+    both shifted by a pixel up and left, down and right (airbench's test-time augmentation).
+    """
     device, was_training = next(model.parameters()).device, model.training
+
+    def classify(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(batch).float()
+        return logits if views == 1 else (logits + model(batch.flip(3)).float()) / 2
+
     model.eval()
+    results = []
     with torch.no_grad():
-        logits = torch.cat([model(normalise(batch.to(device), model)).float() for batch in images.split(250)]).cpu()
+        for batch in images.split(250):
+            batch = normalise(batch.to(device), model)
+            results.append(classify(batch))
+            if views == 6:
+                height, width = batch.shape[2:]
+                padded = F.pad(batch, (1, 1, 1, 1), "reflect")
+                shifted = [classify(padded[:, :, by : by + height, by : by + width]) for by in (0, 2)]
+                results[-1] = results[-1] / 2 + sum(shifted) / 4
     model.train(was_training)
+    logits = torch.cat(results).cpu()
     accuracy = (logits.argmax(1) == labels.cpu()).float().mean().item()
     return Evaluation(F.cross_entropy(logits, labels.cpu()).item(), accuracy, logits)
+
+
+def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
+    """Train to the end of the epoch or the run, saved to `last` every few minutes; returns images/s.
+
+    signals: see stop_requests; one there: saves and raises Stopped.
+    """
+    config, count, before, begun, looked = (
+        trainer.config,
+        len(trainer.labels),
+        trainer.seconds,
+        time.perf_counter(),
+        0.0,
+    )
+    epoch, first = divmod(trainer.step, len(trainer.places))
+    plan, passed = trainer.plan(epoch), trainer.places[first].start
+    trainer.model.train()
+    with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
+              disable=None) as bar:  # fmt: skip
+        for done, place in enumerate(trainer.places[first:], first + 1):
+            trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, trainer.scale())
+            trainer.optimise()
+            now = time.perf_counter()
+            trainer.seconds = before + now - begun
+            bar.update(place.stop - place.start)
+            if trainer.device.type == "cpu" or now - looked > 0.5:  # elsewhere to look at the loss is to wait for it
+                trainer.check_finite(done)
+                loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
+                bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
+            if config.minutes and trainer.step == PROBE_STEPS // 2:
+                trainer.probed_at = now
+            elif config.minutes and trainer.step == PROBE_STEPS:
+                trainer.fit_minutes((now - trainer.probed_at) / (PROBE_STEPS - PROBE_STEPS // 2))
+            if done == len(trainer.places) or trainer.step == trainer.total_steps:
+                break  # what ends an epoch is saved with its validation
+            if signals or now - trainer.saved_at > SAVE_EVERY:
+                trainer.check_finite(done, weights=True)
+                trainer.save(last)
+            if signals:
+                raise Stopped(signals[0])
+    trainer.check_finite(done, weights=True)
+    return (place.stop - passed) / (time.perf_counter() - begun)
 
 
 def train_once(
@@ -1060,50 +1167,22 @@ def train_once(
     trainer = Trainer(replace(config, init_from="") if last.exists() else config, data, device, deadline)
     if device.type == "cpu":
         keep_freed_memory()
-    count, steps, validation = len(trainer.labels), len(trainer.places), len(trainer.valid.labels)
     if last.exists():
         trainer.load(last)
     elif device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
-        trainer.settle_batch(plan_epoch(count, config.seed, 0, data.mirrored, device))
+        trainer.settle_batch()
+    steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
-    print(f"{data.name}: {count} training and {validation} validation images, {steps} steps an epoch", flush=True)
-    saved_at = probed_at = time.perf_counter()
+    print(
+        f"{data.name}: {len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch",
+        flush=True,
+    )
     with RunLog(run, trainer) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
-            epoch, done = divmod(trainer.step, steps)
-            plan = plan_epoch(count, config.seed, epoch, data.mirrored, device)
-            trainer.model.train()
-            begun, before, looked, first = time.perf_counter(), trainer.seconds, 0.0, done
-            passed = trainer.places[first].start
-            with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
-                      disable=None) as bar:  # fmt: skip
-                while True:
-                    place = trainer.places[done]
-                    trainer.sums[done] = trainer.backward(trainer.model, plan, place)
-                    trainer.optimise()
-                    done += 1
-                    now = time.perf_counter()
-                    trainer.seconds = before + now - begun
-                    bar.update(place.stop - place.start)
-                    if device.type == "cpu" or now - looked > 0.5:  # elsewhere to look at the loss is to wait for it
-                        trainer.check_finite(done)
-                        loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
-                        bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
-                    if config.minutes and trainer.step == PROBE_STEPS // 2:
-                        probed_at = now
-                    elif config.minutes and trainer.step == PROBE_STEPS:
-                        trainer.fit_minutes((now - probed_at) / (PROBE_STEPS - PROBE_STEPS // 2))
-                    if done == steps or trainer.step == trainer.total_steps:
-                        break  # what ends an epoch is saved with its validation
-                    if signals or now - saved_at > SAVE_EVERY:
-                        trainer.check_finite(done, weights=True)
-                        save_checkpoint(last, trainer.state())
-                        saved_at = now
-                    if signals:
-                        raise Stopped(signals[0])
-            trainer.check_finite(done, weights=True)
-            rate = (place.stop - passed) / (time.perf_counter() - begun)
-            loss, hits = (trainer.sums[:done].sum(0) / place.stop).tolist()
+            begun, before = time.perf_counter(), trainer.seconds
+            rate = train_one_epoch(trainer, last, signals)
+            epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
+            loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
             valid_loss, valid_accuracy = "-", ""
             if validation:
@@ -1117,11 +1196,11 @@ def train_once(
             trainer.sums.zero_()
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
-            save_checkpoint(last, trainer.state())
-            saved_at = time.perf_counter()
+            trainer.save(last)
+            spent = time.perf_counter() - begun
             log.epoch(trainer.history, rate)
             if config.minutes and epoch == 0 and trainer.step < trainer.total_steps:
-                trainer.fit_minutes((time.perf_counter() - begun) / (done - first))  # now with validation and saving
+                trainer.fit_minutes(spent / trainer.cost)  # now with validation and saving
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
@@ -1238,11 +1317,9 @@ def draw_curves(history: list[Row]) -> Any:
     for axes, kind, unit, scale in zip(
         figure.axes, ("loss", "accuracy"), ("cross-entropy", "%"), (1, 100), strict=True
     ):
-        for name, label in (("train", "training"), ("valid", "validation")):
-            points = [
-                (row["epoch"], row[f"{name}_{kind}"] * scale) for row in history if row[f"{name}_{kind}"] is not None
-            ]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=label)
+        for name in ("training", "validation"):
+            values = [row[f"{name[:5]}_{kind}"] for row in history]
+            axes.plot([math.nan if value is None else scale * value for value in values], marker=".", label=name)
         axes.set(title=kind.capitalize(), xlabel="epoch", ylabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -1268,24 +1345,32 @@ class RunLog:
     """metrics.csv and TensorBoard: two writers with the same tags put both losses into one chart."""
 
     def __init__(self, run: Path, trainer: Trainer):
+        self.run, self.trainer, self.begun = run, trainer, len(trainer.history) or None
+
+    @functools.cached_property
+    def boards(self) -> list[Any]:
+        """TensorBoard's writers for training and validation, opened after the first epoch: importing takes a second."""
         from torch.utils.tensorboard import SummaryWriter
 
-        begun = len(trainer.history) or None
-        self.run, self.train = run, SummaryWriter(str(run), purge_step=begun)
-        self.valid = SummaryWriter(str(run / "valid"), purge_step=begun)
-        if begun:
-            return
-        names = [trainer.data.classes[label] for label in trainer.labels[:10].tolist()]
-        _, flips, shifts = plan_epoch(len(names), trainer.config.seed, 0, trainer.data.mirrored, trainer.device)
-        after = gather(trainer.images, torch.arange(len(names), device=trainer.device), flips, shifts)
-        figure = draw_images(torch.cat([trainer.images[:10], after]), names + ["augmented"] * len(names), len(names))
-        save_figure(figure, run / "samples.png")
-        self.train.add_figure("training images", figure)
+        boards = [SummaryWriter(str(path), purge_step=self.begun) for path in (self.run, self.run / "valid")]
+        if not self.begun:
+            self.show_input(boards[0])
+        return boards
+
+    def show_input(self, board: Any) -> None:
+        """samples.png, the same in TensorBoard, and the network's graph."""
+        trainer = self.trainer
+        order, flips, shifts = (part[:10] for part in trainer.plan(0))
+        before, names = trainer.images[order], [trainer.data.classes[label] for label in trainer.labels[order].tolist()]
+        after = gather(trainer.images, order, flips, shifts)
+        figure = draw_images(torch.cat([before, after]), names + ["augmented"] * len(names), len(names))
+        save_figure(figure, self.run / "samples.png")
+        board.add_figure("training images", figure)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer that TensorBoard's graph needs is deprecated
                 network = copy.deepcopy(trainer.model).cpu().eval()
-                self.train.add_graph(network, torch.zeros(1, *trainer.images.shape[1:]))
+                board.add_graph(network, torch.zeros(1, *trainer.images.shape[1:]))
         except Exception as error:  # it traces, which not every network allows
             print(f"note: no graph of this network in TensorBoard ({type(error).__name__})")
 
@@ -1293,8 +1378,8 @@ class RunLog:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.train.close()
-        self.valid.close()
+        for board in self.__dict__.get("boards", []):
+            board.close()
 
     def epoch(self, history: list[Row], rate: float) -> None:
         """Log the newest epoch. metrics.csv is written whole: one that was locked is complete an epoch later."""
@@ -1308,7 +1393,7 @@ class RunLog:
             except PermissionError:  # Excel locks what it shows
                 time.sleep(pause) if pause else print("note: metrics.csv is locked: close it elsewhere", flush=True)
         scalars = {"learning rate": row["learning_rate"], "images per second": rate}
-        for board, kind in ((self.train, "train"), (self.valid, "valid")):
+        for board, kind in zip(self.boards, ("train", "valid"), strict=True):
             scalars |= {metric: row[f"{kind}_{metric}"] for metric in ("loss", "accuracy")}
             for tag, value in scalars.items() if row[f"{kind}_loss"] is not None else []:
                 board.add_scalar(tag, value, row["epoch"])
@@ -1319,13 +1404,13 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams
 
         for name, figure in figures.items():
-            self.train.add_figure(name, figure, epoch)
+            self.boards[0].add_figure(name, figure, epoch)
         places = {"data_dir", "mirror", "init_from", "device", "run_dir", "out", "resume", "fast_dev_run", "debug"}
         settings = {name: value for name, value in asdict(config).items() if name not in places}
         for summary in hparams(settings, metrics):  # add_hparams() would make a run of its own of them
-            self.train._get_file_writer().add_summary(summary)
+            self.boards[0]._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
-            self.train.add_scalar(name, value, epoch)
+            self.boards[0].add_scalar(name, value, epoch)
 
 
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
@@ -1355,6 +1440,10 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         "train_images": len(trainer.labels), "epochs": len(history), "commit": commit(),
         "hardware": describe(trainer.device), "versions": versions(),
     }  # fmt: skip
+    if config.test_views > 1:
+        with trainer.autocast():
+            many = evaluate(trainer.model, *test, config.test_views)
+        results |= {"test_views": config.test_views, "test_views_accuracy": many.accuracy}
     instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
     print(
         f"Accuracy of the network on the {count} test images: {100 * hits // count} % "
@@ -1365,6 +1454,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
             f"Accuracy for class {name:5s} is: {percent(scores['recall'][name])}  "
             f"(precision {percent(scores['precision'][name])}, F1 {percent(scores['f1-score'][name])})"
         )
+    if config.test_views > 1:
+        print(f"Accuracy with {config.test_views} views of each image: {100 * many.accuracy:.2f} %")
     ranked = sorted(classes, key=lambda name: scores["recall"][name])
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     print(f"Trained on {len(trainer.labels)} images for {clock(trainer.seconds)}", flush=True)
@@ -1454,10 +1545,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
             tables = FOR_DATASET | FOR_OPTIMIZER
             default = ", ".join(f"{tables[key][name]} ({key})" for key in tables if name in tables[key])
         text = entry.metadata["help"] + (f" (default: {default})" if default != "" else "")
-        choices, metavar = (
-            entry.metadata["choices"] or None,
-            {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind],
-        )
+        choices = entry.metadata["choices"] or None
+        metavar = {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind]
         group.add_argument(option(name), type=kind, choices=choices, metavar=None if choices else metavar, help=text)
     return parser, vars(parser.parse_args(arguments))
 
@@ -1469,9 +1558,11 @@ def main(arguments: list[str] | None = None) -> int:
             console.reconfigure(errors="replace")  # what it cannot show becomes a ?
     parser, given = parse(arguments)
     try:
-        if given.get("recipe", "") not in RECIPES:
-            raise UsageError(f"unknown recipe {given['recipe']}: {suggest(given['recipe'], filter(None, RECIPES))}")
-        settings = RECIPES[given.get("recipe", "")] | given
+        recipe = given.get("recipe", "default")
+        recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
+        if recipe not in recipes:
+            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
+        settings = recipes[recipe] | given
         for package in ("torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"):
             if not importlib.util.find_spec(package):  # rather now than after the training
                 raise UserError(f"No module named {package!r}: {INSTALL}")

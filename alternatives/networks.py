@@ -7,6 +7,33 @@ from pathlib import Path
 
 from torch import nn
 
+NAMES = ["beginner-cnn", "coursework-cnn"]
+
+
+def find(name: str) -> Callable[..., nn.Module]:
+    """The factory of one of NAMES, or the one that FILE.py:FACTORY names (see from_file)."""
+    return from_file(name) if ".py:" in name else globals()[name.replace("-", "_")]
+
+
+def blocks(widths: list[int]) -> list[nn.Module]:
+    """Conv 3×3, batch norm, ReLU and max-pooling to half the size, once for each width after the first."""
+    pairs = zip(widths, widths[1:], strict=False)
+    parts = [[nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)] for i, o in pairs]
+    return [part for block in parts for part in block]
+
+
+def beginner_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Reference 002's network: two blocks of 32 and 64 channels, one hidden layer of 128; 545,290 parameters."""
+    head = [nn.Linear(64 * (image_size // 4) ** 2, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)]
+    return nn.Sequential(*blocks([channels, 32, 64]), nn.Flatten(), *head)
+
+
+def coursework_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Reference 000's network, rebuilt from the sizes in its table's footer: 685,962 parameters."""
+    head: list[nn.Module] = [nn.Linear(256 * (image_size // 16) ** 2, 256), nn.ReLU(), nn.Dropout(0.5)]
+    head += [nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)]
+    return nn.Sequential(*blocks([channels, 32, 64, 128, 256]), nn.Flatten(), *head)
+
 
 def from_file(name: str) -> Callable[..., nn.Module]:
     """The factory that FILE.py:FACTORY names: `factory(classes=10, channels=3, image_size=32) -> nn.Module`.

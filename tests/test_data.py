@@ -274,15 +274,15 @@ def test_split_is_disjoint_complete_stratified_and_repeatable(fraction):
 
 def test_epoch_plan_follows_from_seed_and_epoch():
     device = torch.device("cpu")
-    plans = [ic.plan_epoch(100, seed, epoch, True, device) for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]]
+    plans = [ic.plan_epoch(100, seed, epoch, "flip,crop=2", device) for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]]
     order, flips, shifts = plans[0]
     assert sorted(order.tolist()) == list(range(100))
     assert all(torch.equal(a, b) for a, b in zip(plans[0], plans[1], strict=True))
     assert not torch.equal(order, plans[2][0]) and not torch.equal(order, plans[3][0])
-    assert shifts.min() == -ic.SHIFT and shifts.max() == ic.SHIFT
+    assert shifts.min() == -2 and shifts.max() == 2
     flipped = [dict(zip(plan[0].tolist(), plan[1].tolist(), strict=True)) for plan in (plans[0], plans[2])]
     assert all(flipped[0][image] != flipped[1][image] for image in range(100))  # alternating
-    assert not ic.plan_epoch(100, 1, 0, False, device)[1].any()
+    assert not ic.plan_epoch(100, 1, 0, "crop=2", device)[1].any()
 
 
 def test_gather_equals_flip_and_reflected_shift_one_by_one():

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import QUICK, REPOSITORY, SCRIPT
 
 import image_classification as ic
+from alternatives import networks, recipes
 
 
 def test_script_metadata_equals_requirements():
@@ -50,6 +52,11 @@ def test_every_setting_is_in_help_and_readme():
         ("--optimizer lion", "invalid choice: 'lion'"),
         ("--dataset digits --batch-size 5000", "larger than the training set of 1295 images"),
         ("--dataset digits --val-fraction 0.001", "leaves no image"),
+        ("--augment turn", "it takes flip, crop=PIXELS"),
+        ("--augment crop", "it takes flip, crop=PIXELS"),
+        ("--augment crop=32", "out of sight"),
+        ("--test-views 3", "invalid choice"),
+        ("--dataset digits --test-views 2", "changes what digits show"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ],
 )
@@ -156,3 +163,31 @@ def test_config_from_python_is_checked():
     for wrong in ({"epochs": 2.5}, {"optimizer": "lion"}, {"minutes": float("nan")}, {"debug": 1}):
         with pytest.raises(ic.UsageError):
             ic.Config(**wrong)
+
+
+@pytest.mark.parametrize("recipe", [*ic.RECIPES, *recipes.RECIPES])
+def test_every_recipe_names_settings_and_a_network_that_exist(recipe):
+    config = ic.Config(**(ic.RECIPES | recipes.RECIPES)[recipe])
+    assert config.model == "cnn" or config.model in networks.NAMES
+
+
+def test_recipe_and_network_by_name(inside, folder):
+    out, _ = inside("--recipe", "beginner", *QUICK[:2], "--subset", "64", "--epochs", "1")
+    assert "545,290" in out and "float32" in out
+    assert (folder / "model_beginner-cnn_digits.pth").exists()
+
+
+def test_coursework_network_has_the_footer_of_the_reference(capsys):
+    """Input 0.01, forward/backward 1.54, parameters 2.62, in all 4.17 MB: the table in the coursework's README."""
+    network = networks.coursework_cnn()
+    ic.print_summary(network, (3, 32, 32))
+    numbers = re.findall(r"\(MB\): (\S+)", capsys.readouterr().out)
+    assert numbers == ["0.01", "1.54", "2.62", "4.17"]
+    assert sum(weight.numel() for weight in network.parameters()) == 685_962
+
+
+def test_script_alone_says_what_an_alternative_needs(folder):
+    shutil.copy(SCRIPT, folder)
+    command = [sys.executable, "image_classification.py", "--dataset", "digits", "--recipe", "beginner"]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 1 and "needs the folder alternatives/ beside this program" in process.stderr

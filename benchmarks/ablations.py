@@ -1,0 +1,106 @@
+"""What each idea in the training program gives: the program with one thing changed, several seeds, alternating.
+
+    python benchmarks/ablations.py --runs 2
+    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3
+
+Judged on validation images, never on the test set. A change is a replacement in the script's text or an option, so
+this file shows what was compared. Prints a Markdown table; writes results/ablations.json with every run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from time_to_accuracy import spread
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
+BASE = "as it is"
+# Name: (options, replacements in the script's text).
+VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
+    BASE: ([], []),
+    "whole images from the start": (["--low-res", "0"], []),
+    "whole images from the start, 5 epochs": (["--low-res", "0", "--epochs", "5"], []),
+    "ReLU": ([], [("nn.SiLU()", "nn.ReLU()")]),
+    "GELU": ([], [("nn.SiLU()", "nn.GELU()")]),
+    "average pooling": ([], [("nn.MaxPool2d(2)", "nn.AvgPool2d(2)")]),
+    "no whitening": ([], [("        model.whiten_for(", "        model.whiten.requires_grad_(True)  # (")]),
+    "no identity initialisation": ([], [("nn.init.dirac_(", "(")]),
+    "random flips": ([], [("(first ^ bool(epoch % 2))", "(torch.rand(count, generator=generator) < 0.5)")]),
+    "shifts of 4 pixels": (["--augment", "flip,crop=4"], []),
+    "no augmentation": (["--augment", "none"], []),
+    "label smoothing 0": (["--label-smoothing", "0"], []),
+    "batch 250, lr as it is": (["--batch-size", "250"], []),
+    "batch 1000, lr as it is": (["--batch-size", "1000"], []),
+    "lr x 2": (["--lr", "0.2"], []),
+    "lr / 2": (["--lr", "0.05"], []),
+    "AdamW": (["--optimizer", "adamw"], []),
+    "cosine": (["--scheduler", "cosine"], []),
+    "fp32": (["--precision", "fp32"], []),
+    "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
+}
+
+
+def run(name: str, seed: int, data_dir: str) -> dict:
+    """Train once: seconds of training, and the validation accuracy after the last epoch."""
+    options, replacements = VARIANTS[name]
+    text = SCRIPT.read_text(encoding="utf-8")
+    for old, new in replacements:
+        if old not in text:
+            sys.exit(f"error: {name}: the script no longer has {old!r}")
+        text = text.replace(old, new)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, SCRIPT.name).write_text(text, encoding="utf-8")
+        command = [
+            sys.executable,
+            SCRIPT.name,
+            "--data-dir",
+            data_dir,
+            "--run-dir",
+            "run",
+            "--seed",
+            str(seed),
+            *options,
+        ]
+        process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if process.returncode:
+            sys.exit(f"error: {name} failed:\n{process.stdout}")
+        with Path(folder, "run", "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    seconds = sum(float(row["seconds"]) for row in rows)
+    return {"variant": name, "seed": seed, "seconds": seconds, "valid_accuracy": float(rows[-1]["valid_accuracy"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each variant, with seeds 0, 1, … (default: 2)")
+    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    options = parser.parse_args()
+
+    names = list(dict.fromkeys([BASE, *options.only]))
+    order = [(name, seed) for seed in range(options.runs) for name in names]
+    data_dir = str(Path(options.data_dir).resolve())
+    results = [run(name, seed, data_dir) for name, seed in tqdm(order, unit="run", disable=None)]
+    own = {name: [result for result in results if result["variant"] == name] for name in names}
+    base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
+    print("| change | training, s | against as it is | validation accuracy, % | against as it is | runs |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, found in own.items():
+        seconds, accuracy = ([result[key] for result in found] for key in ("seconds", "valid_accuracy"))
+        slower = 100 * (statistics.mean(seconds) / base["seconds"] - 1)
+        better = 100 * (statistics.mean(accuracy) - base["valid_accuracy"])
+        cells = [spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", str(len(found))]
+        print("| " + " | ".join([name, *cells]) + " |")
+    path = Path(__file__).resolve().parent / "results" / "ablations.json"
+    path.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
