@@ -576,8 +576,26 @@ def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
 # ==== Network =========================================================================================================
 
 
+class Stage(nn.Module):
+    """Two 3×3 convolutions; the first ends at half the size, the second adds to what it is given (He et al., 2015)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs, momentum=0.4)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs, momentum=0.4)
+        for convolution in (self.first, self.second):
+            nn.init.dirac_(convolution.weight[: convolution.in_channels])  # begin by passing the input through
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, H, W) to (N, outputs, H // 2, W // 2)."""
+        x = F.silu(self.first_norm(F.max_pool2d(self.first(x), 2)))
+        return x + F.silu(self.second_norm(self.second(x)))
+
+
 class CNN(nn.Module):
-    """Whitened patches, then three stages of two 3×3 convolutions, each stage at half the size of the last.
+    """Whitened patches, three stages, the maximum over what remains of the image, a linear classifier.
 
     The first layer is not trained: its filters turn 2×2 patches into uncorrelated parts of equal variance, with both
     signs (as in airbench), so that nothing has to learn what statistics tell. Without a bias in it, the gradient need
@@ -586,17 +604,11 @@ class CNN(nn.Module):
 
     def __init__(self, classes: int = 10, channels: int = 3, image_size: int = 32, width: float = 1.0):
         super().__init__()
-        self.whiten = nn.Conv2d(channels, inputs := 2 * channels * 2 * 2, 2, bias=False)
+        self.whiten = nn.Conv2d(channels, 2 * channels * 2 * 2, 2, bias=False)
         self.whiten.weight.requires_grad_(False)
-        layers: list[nn.Module] = [nn.SiLU()]
-        for outputs in (max(8, round(base * width / 8) * 8) for base in (32, 96, 192)):
-            for pool in (nn.MaxPool2d(2), None):
-                convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-                nn.init.dirac_(convolution.weight[: min(inputs, outputs)])  # begin by passing the input through
-                layers += [convolution, *([pool] if pool else []), nn.BatchNorm2d(outputs, momentum=0.4), nn.SiLU()]
-                inputs = outputs
-        self.stages = nn.Sequential(*layers)
-        self.head = nn.Linear(inputs, classes, bias=False)
+        widths = [2 * channels * 2 * 2, *(max(8, round(base * width / 8) * 8) for base in (32, 96, 192))]
+        self.stages = nn.Sequential(*(Stage(*pair) for pair in zip(widths, widths[1:], strict=False)))
+        self.head = nn.Linear(widths[-1], classes, bias=False)
 
     def whiten_for(self, images: torch.Tensor) -> None:
         """Set the first layer's filters from normalised images, float (N, C, H, W)."""
@@ -607,7 +619,7 @@ class CNN(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
-        return self.head(self.stages(self.whiten(images)).amax((2, 3)))
+        return self.head(self.stages(F.silu(self.whiten(images))).amax((2, 3)))
 
 
 def build_network(config: Config, classes: int, mean: list[float], std: list[float], size: int) -> nn.Module:
