@@ -26,7 +26,7 @@ BASE = "as it is"
 VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     BASE: ([], []),
     "whole images from the start": (["--low-res", "0"], []),
-    "whole images from the start, 5 epochs": (["--low-res", "0", "--epochs", "5"], []),
+    "whole images from the start, 7 epochs": (["--low-res", "0", "--epochs", "7"], []),
     "ReLU": ([], [("F.silu(", "F.relu(")]),
     "GELU": ([], [("F.silu(", "F.gelu(")]),
     "average pooling": ([], [("F.max_pool2d(", "F.avg_pool2d(")]),
@@ -40,12 +40,12 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "label smoothing 0": (["--label-smoothing", "0"], []),
     "batch 250, lr as it is": (["--batch-size", "250"], []),
     "batch 1000, lr as it is": (["--batch-size", "1000"], []),
-    "lr x 2": (["--lr", "0.2"], []),
-    "lr / 2": (["--lr", "0.05"], []),
+    "lr x 2": (["--lr", "0.24"], []),
+    "lr / 2": (["--lr", "0.06"], []),
     "AdamW": (["--optimizer", "adamw"], []),
     "cosine": (["--scheduler", "cosine"], []),
     "fp32": (["--precision", "fp32"], []),
-    "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
+    "memory given back to the system": ([], [("        keep_freed_memory(True)", "        pass")]),
 }
 
 

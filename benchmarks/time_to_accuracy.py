@@ -48,7 +48,8 @@ def run(variant: str, seed: int, data_dir: str) -> dict:
     for row in rows:
         elapsed += float(row["seconds"])
         epochs.append({"seconds": elapsed, "valid_accuracy": float(row["valid_accuracy"] or "nan")})
-    kept = {name: report[name] for name in ("test_accuracy", "train_images", "hardware", "versions", "commit")}
+    names = ("test_accuracy", "test_views", "test_views_accuracy", "train_images", "hardware", "versions", "commit")
+    kept = {name: report.get(name) for name in names}
     return {"variant": variant, "seed": seed, "whole_run": seconds, "peak_mib": peak, "epochs": epochs, **kept}
 
 
@@ -68,29 +69,22 @@ def reached(result: dict, target: float) -> tuple[int, float] | None:
 
 def table(results: list[dict], variants: list[str], targets: list[float]) -> str:
     """A Markdown table, a row a variant. A time is given only where every run got there."""
-    head = [
-        "variant",
-        *(f"{100 * target:g} % valid" for target in targets),
-        "whole run, s",
-        "test accuracy, %",
-        "peak, MiB",
-        "runs",
-    ]
+    head = ["variant", *(f"{100 * target:g} % valid" for target in targets)]
+    head += ["whole run, s", "test accuracy, %", "with 6 views, %", "peak, MiB", "runs"]
     lines = [head, ["---"] * len(head)]
     for variant in variants:
         own = [result for result in results if result["variant"] == variant]
         cells = []
         for target in targets:
             times = [found for result in own if (found := reached(result, target))]
-            got = (
-                f"{statistics.mean(t[1] for t in times):.0f} s, {statistics.mean(t[0] for t in times):.1f} epochs"
-                if times
-                else ""
-            )
-            cells.append(got if len(times) == len(own) else f"{len(times)} of {len(own)} runs")
+            seconds, epochs = ([each[place] for each in times] for place in (1, 0))
+            got = f"{statistics.mean(seconds):.0f} s, {statistics.mean(epochs):.1f} epochs" if times else "no run"
+            cells.append(got if len(times) in (0, len(own)) else f"{len(times)} of {len(own)} runs")
         score = spread([result["test_accuracy"] for result in own], 100, 2)
         lines.append([f"`{variant}`", *cells, spread([result["whole_run"] for result in own]), score])
         peaks = [result["peak_mib"] for result in own if result["peak_mib"]]
+        many = [result["test_views_accuracy"] for result in own if result["test_views_accuracy"]]
+        lines[-1].append(spread(many, 100, 2) if many else "")
         lines[-1] += [f"{max(peaks):.0f}" if peaks else "?", str(len(own))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
