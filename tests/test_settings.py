@@ -56,7 +56,7 @@ def test_every_setting_is_in_help_and_readme():
         ("--augment crop", "it takes flip, crop=PIXELS"),
         ("--augment crop=32", "out of sight"),
         ("--test-views 3", "invalid choice"),
-        ("--dataset digits --test-views 2", "changes what digits show"),
+        ("--mirror teacher:8000", "has to begin with http://"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ],
 )
@@ -76,6 +76,16 @@ def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, 
 @pytest.fixture
 def cifar10_or_digits():
     return "--dataset digits"
+
+
+def test_missing_files_are_named(inside):
+    for arguments in (["--init-from", "nothere.pth"], ["--resume", "nothere"]):
+        assert "nothere" in (error := inside.error(*QUICK, *arguments)) and "there is no such file" in error
+
+
+def test_views_of_images_that_must_not_be_mirrored(inside):
+    out, _ = inside(*QUICK, "--test-views", "6")
+    assert "mirroring changes what digits show" in out and "6 views" not in out
 
 
 def test_wrong_usage_seen_from_outside(program):

@@ -264,6 +264,19 @@ def test_learning_rate_reaches_the_optimizers(quick):
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
+def test_images_are_small_at_first(quick, monkeypatch):
+    sizes, forward = [], ic.CNN.forward
+
+    def watched(self, images):
+        sizes.append((self.training, images.shape[-1]))
+        return forward(self, images)
+
+    monkeypatch.setattr(ic.CNN, "forward", watched)
+    quick(low_res=0.5, epochs=4)  # of 13 steps
+    assert [size for training, size in sizes if training] == [16] * 13 + [24] * 13 + [32] * 26
+    assert {size for training, size in sizes if not training} == {32}
+
+
 def test_early_stopping(quick):
     losses = [row["valid_loss"] for row in quick(early_stopping=2, epochs=40).history]
     assert len(losses) < 40 and len(losses) == losses.index(min(losses)) + 1 + 2
@@ -550,7 +563,15 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
 
 
 @pytest.mark.parametrize(
-    "text", ["def small(**k): raise KeyError('boom')", "small = 3", "import nothing_like_this", ""]
+    "text",
+    [
+        "def small(**k): raise KeyError('boom')",
+        "def small(**k): pass",
+        "import torch\ndef small(**k): return torch.nn.Flatten()",
+        "small = 3",
+        "import nothing_like_this",
+        "",
+    ],
 )
 def test_broken_own_network(inside, folder, text):
     (folder / "mine.py").write_text(text)
