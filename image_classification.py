@@ -1171,7 +1171,7 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
             if config.minutes and trainer.step == PROBE_STEPS // 2:
                 trainer.probed_at = now
-            elif config.minutes and trainer.step == PROBE_STEPS:
+            elif config.minutes and done == trainer.step == PROBE_STEPS:
                 trainer.fit_minutes((now - trainer.probed_at) / (PROBE_STEPS - PROBE_STEPS // 2))
             if done == len(trainer.places) or trainer.step == trainer.total_steps:
                 break  # what ends an epoch is saved with its validation

@@ -268,7 +268,7 @@ def test_images_are_small_at_first(quick, monkeypatch):
     sizes, forward = [], ic.CNN.forward
 
     def watched(self, images):
-        sizes.append((self.training, images.shape[-1]))
+        sizes.append((self.training, int(images.shape[-1])))
         return forward(self, images)
 
     monkeypatch.setattr(ic.CNN, "forward", watched)
