@@ -1279,6 +1279,10 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 reports.append(train_once(one, data, device, folder, deadline, signals))
             except Stopped as stop:
                 raise Stopped(stop.args[0], run) from None
+            except Exception:
+                if not any(run.rglob("last.pth")):  # a failure with nothing to go on from is no run to resume
+                    (run / "config.json").unlink(missing_ok=True)
+                raise
             if signals and left > 1:
                 raise Stopped(signals[0], run)
     report = reports[0] if config.repeat == 1 else write_summary(reports, run)

@@ -156,6 +156,17 @@ def test_learning_on_real_images(cifar10, folder, monkeypatch):
 LEARNED = 0.55
 
 
+def test_hints_and_worst_mistakes(inside, folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, _ = inside(*QUICK[:4], "--subset", "30", "--epochs", "15", "--batch-size", "10")
+    assert "Overfitting: " in out
+    events = EventAccumulator(str(only_run(folder)), size_guidance={"images": 0}).Reload()
+    assert "worst mistakes" in events.Tags()["images"]
+    out, _ = inside(*QUICK, "--optimizer", "sgd", "--lr", "0")
+    assert "hardly better than guessing" in out
+
+
 def test_fast_dev_run_replaces_no_model(inside, folder):
     (folder / "model_cnn_digits.pth").write_text("precious")
     inside("--dataset", "digits", "--fast-dev-run")
@@ -577,6 +588,18 @@ def test_broken_own_network(inside, folder, text):
     (folder / "mine.py").write_text(text)
     assert "--model mine.py:small" in inside.error(*QUICK, "--model", "mine.py:small")
     assert not (folder / "runs").exists()  # or it would be the newest unfinished run
+
+
+def test_run_that_failed_at_once_is_not_resumed(inside, folder):
+    inside(*QUICK, "--fast-dev-run")
+    (only_run(folder) / "report.json").unlink()  # as if it had been killed
+    failing = (
+        NETWORK.format(limit=0).replace("self.training", "torch.is_grad_enabled()").replace("OutOfMemory", "Runtime")
+    )
+    (folder / "mine.py").write_text(failing.replace("torch.RuntimeError", "RuntimeError"))
+    assert "CUDA out of memory" in inside.error(*QUICK, "--model", "mine.py:small")
+    out, _ = inside("--resume", "last")
+    assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 
 
 def test_summary_that_fails_gives_the_parameter_count(capsys):
