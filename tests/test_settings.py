@@ -201,3 +201,16 @@ def test_script_alone_says_what_an_alternative_needs(folder):
     command = [sys.executable, "image_classification.py", "--dataset", "digits", "--recipe", "beginner"]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert process.returncode == 1 and "needs the folder alternatives/ beside this program" in process.stderr
+
+
+def test_every_ablation_still_fits_the_script(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import ablations
+
+    for name, (options, replacements) in ablations.VARIANTS.items():
+        text = SCRIPT.read_text(encoding="utf-8")
+        for old, new in replacements:
+            assert old in text, name
+            text = text.replace(old, new)
+        compile(text, name, "exec")
+        ic.parse([*options])
