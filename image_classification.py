@@ -135,9 +135,7 @@ class Config:
     seed: int = setting(0, "seed of everything drawn at random", low=0, below=2**40)
     deterministic: bool = setting(False, "deterministic algorithms on GPUs too, slower")
     repeat: int = setting(1, "train with N seeds and report mean and spread", low=1)
-    test_views: int = setting(
-        1, "also test on the mean of: 2: each image and its mirror image; 6: and shifted", 1, 2, 6
-    )
+    test_views: int = setting(1, "also test on the mean of 2: image and mirror image; 6: and shifted", 1, 2, 6)
     run_dir: str = setting("", "folder of this run (default: a new one in runs/)")
     out: str = setting("", "the finished model (default: model_<model>.pth here)")
     resume: str = setting("", "go on with the run in this folder; last: the newest unfinished one")
@@ -195,7 +193,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def augmentation(text: str) -> tuple[bool, int]:
-    """What --augment names: whether to mirror, and by how many pixels to shift at most."""
+    """What --augment names: whether to mirror, and by how many pixels to shift at most. UsageError for others."""
     steps = {name: value for name, _, value in (step.partition("=") for step in text.split(",") if step != "none")}
     if steps.keys() - {"flip", "crop"} or steps.get("flip") or not steps.get("crop", "0").isdecimal():
         raise UsageError(f"--augment {text}: it takes flip, crop=PIXELS, flip,crop=PIXELS or none")
@@ -210,7 +208,10 @@ def alternative(kind: str, asker: str) -> Any:
 
 
 def settle(config: Config, data: "Data") -> Config:
-    """The same settings with every None replaced by what suits the data set and the optimiser."""
+    """The same settings with every None replaced by what suits the data set and the optimiser.
+
+    Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
+    """
     values, count = FOR_DATASET[data.name] | FOR_OPTIMIZER[config.optimizer], len(data.train.labels)
     if config.model != "cnn":  # not every network takes images of other sizes
         values["low_res"] = 0.0
@@ -986,6 +987,7 @@ class Trainer:
         return COST[0.5] * small + COST[0.75] * larger + whole
 
     def plan(self, epoch: int) -> list[torch.Tensor]:
+        """What is random in that epoch: see plan_epoch."""
         return plan_epoch(len(self.labels), self.config.seed, epoch, self.config.augment or "none", self.device)
 
     def settle_batch(self) -> None:
@@ -1075,6 +1077,7 @@ class Trainer:
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
+        """Write all that a resume needs; OSError where that fails, and the old file stays."""
         save_checkpoint(path, self.state())
         self.saved_at = time.perf_counter()
 
@@ -1147,13 +1150,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
 
     signals: see stop_requests; one there: saves and raises Stopped.
     """
-    config, count, before, begun, looked = (
-        trainer.config,
-        len(trainer.labels),
-        trainer.seconds,
-        time.perf_counter(),
-        0.0,
-    )
+    config, count = trainer.config, len(trainer.labels)
+    begun, before, looked = time.perf_counter(), trainer.seconds, 0.0
     epoch, first = divmod(trainer.step, len(trainer.places))
     plan, passed = trainer.plan(epoch), trainer.places[first].start
     trainer.model.train()
@@ -1211,7 +1209,7 @@ def train_once(
         )
     with RunLog(run, trainer) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
-            begun, before = time.perf_counter(), trainer.seconds
+            begun, before, cost = time.perf_counter(), trainer.seconds, trainer.cost
             rate = train_one_epoch(trainer, last, signals)
             epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
             loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
@@ -1232,7 +1230,7 @@ def train_once(
             spent = time.perf_counter() - begun
             log.epoch(trainer.history, rate)
             if config.minutes and epoch == 0 and trainer.step < trainer.total_steps:
-                trainer.fit_minutes(spent / trainer.cost)  # now with validation and saving
+                trainer.fit_minutes(spent / (trainer.cost - cost))  # now with validation and saving
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
@@ -1279,8 +1277,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 reports.append(train_once(one, data, device, folder, deadline, signals))
             except Stopped as stop:
                 raise Stopped(stop.args[0], run) from None
-            except Exception:
-                if not any(run.rglob("last.pth")):  # a failure with nothing to go on from is no run to resume
+            except Exception as error:  # one with nothing to go on from is no run to resume; a full disk passes
+                if not isinstance(error, OSError) and not any(run.rglob("last.pth")):
                     (run / "config.json").unlink(missing_ok=True)
                 raise
             if signals and left > 1:
