@@ -602,6 +602,17 @@ def test_run_that_failed_at_once_is_not_resumed(inside, folder):
     assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 
 
+def test_run_whose_first_save_fails_for_want_of_space_can_go_on(inside, folder, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ic, "save_checkpoint", full)
+        assert "No space left" in inside.error(*QUICK)
+    out, _ = inside("--resume", "last")
+    assert "Finished Training" in out and (only_run(folder) / "report.json").exists()
+
+
 def test_summary_that_fails_gives_the_parameter_count(capsys):
     class Odd(torch.nn.Module):
         def __init__(self):
