@@ -4,7 +4,7 @@
     python benchmarks/time_to_accuracy.py default "default --epochs 5" --runs 3 --name shorter
 
 A variant is a recipe's name and options that go with it. Prints a Markdown table; writes NAME.json (every run's
-figures) and NAME.png (validation accuracy over time) into benchmarks/results/. Times to an accuracy count training
+figures) and NAME.png (validation accuracy over time, where there is one) into benchmarks/results/. Times to an accuracy count training
 and validation, from the first step to the end of the epoch that reaches it on validation images; "whole run" is the
 process from start to exit. The test images are used once, at the end of each run.
 """
@@ -12,6 +12,7 @@ process from start to exit. The test images are used once, at the end of each ru
 import argparse
 import csv
 import json
+import math
 import os
 import shlex
 import statistics
@@ -59,6 +60,11 @@ def spread(values: list[float], unit: float = 1, digits: int = 1) -> str:
     return text + (f" ± {unit * statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def validated(results: list[dict]) -> list[dict]:
+    """The runs that had validation images."""
+    return [result for result in results if math.isfinite(result["epochs"][-1]["valid_accuracy"])]
+
+
 def reached(result: dict, target: float) -> tuple[int, float] | None:
     """The number of epochs and seconds until a run's validation accuracy was at least `target`."""
     for number, epoch in enumerate(result["epochs"], 1):
@@ -79,6 +85,7 @@ def table(results: list[dict], variants: list[str], targets: list[float]) -> str
             times = [found for result in own if (found := reached(result, target))]
             seconds, epochs = ([each[place] for each in times] for place in (1, 0))
             got = f"{statistics.mean(seconds):.0f} s, {statistics.mean(epochs):.1f} epochs" if times else "no run"
+            got = got if validated(own) else ""
             cells.append(got if len(times) in (0, len(own)) else f"{len(times)} of {len(own)} runs")
         score = spread([result["test_accuracy"] for result in own], 100, 2)
         lines.append([f"`{variant}`", *cells, spread([result["whole_run"] for result in own]), score])
@@ -105,10 +112,12 @@ def main() -> None:
     folder = Path(__file__).resolve().parent / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1))
+    if not validated(results):
+        return  # nothing to draw
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, variant in enumerate(options.variants):
-        for result in (result for result in results if result["variant"] == variant):
+        for result in (result for result in validated(results) if result["variant"] == variant):
             times = [epoch["seconds"] for epoch in result["epochs"]]
             values = [100 * epoch["valid_accuracy"] for epoch in result["epochs"]]
             axes.plot(times, values, f"C{number}.-", alpha=0.7, label=variant if result["seed"] == 0 else None)
