@@ -4,9 +4,9 @@
     python benchmarks/time_to_accuracy.py default "default --epochs 5" --runs 3 --name shorter
 
 A variant is a recipe's name and options that go with it. Prints a Markdown table; writes NAME.json (every run's
-figures) and NAME.png (validation accuracy over time, where there is one) into benchmarks/results/. Times to an accuracy count training
-and validation, from the first step to the end of the epoch that reaches it on validation images; "whole run" is the
-process from start to exit. The test images are used once, at the end of each run.
+figures) and, where there are validation images, NAME.png (their accuracy over time) into benchmarks/results/. Times
+to an accuracy count training and validation, from the first step to the end of the epoch that reaches it on
+validation images; "whole run" is the process from start to exit. The test images are used once, at the end of each.
 """
 
 import argparse
