@@ -164,19 +164,12 @@ class Config:
 
 KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(Config).items()}
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # each by its first setting
-# What None stands for; muon's values and adam's rate were chosen on validation images, the others are customary. 11
-# epochs, because 10 end too close to 90 %.
+# What None stands for, chosen on validation images. 11 epochs, because 10 end too close to 90 %.
 FOR_DATASET: dict[str, dict[str, Any]] = {
     "CIFAR10": {"epochs": 11, "batch_size": 500, "augment": "flip,crop=2", "low_res": 0.7},
     "digits": {"epochs": 12, "batch_size": 100, "augment": "crop=2", "low_res": 0.0},
 }
-FOR_OPTIMIZER: dict[str, dict[str, Any]] = {
-    "muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.0},
-    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-    "adam": {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.0},
-    "adamw": {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.05},
-    "rmsprop": {"lr": 0.0005, "momentum": 0.9, "weight_decay": 0.0},
-}
+FOR_OPTIMIZER = {"muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.0}}  # others: alternatives/optimizers.py
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "accuracy94": {"width": 2.0, "epochs": 18, "val_fraction": 0.0, "test_views": 6},
@@ -212,10 +205,12 @@ def settle(config: Config, data: "Data") -> Config:
 
     Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
     """
-    values, count = FOR_DATASET[data.name] | FOR_OPTIMIZER[config.optimizer], len(data.train.labels)
+    count, size, name = len(data.train.labels), data.train.images.shape[-1], config.optimizer
+    known = FOR_OPTIMIZER if name in FOR_OPTIMIZER else alternative("optimizers", f"--optimizer {name}").DEFAULTS
+    values = FOR_DATASET[data.name] | known[name]
     if config.model != "cnn":  # not every network takes images of other sizes
         values["low_res"] = 0.0
-    if config.batch_size and config.batch_size > count:
+    if (config.batch_size or 0) > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
     if not config.batch_size and values["batch_size"] > count:
         print(f"note: the batch size is {count}, the number of training images")
@@ -227,8 +222,9 @@ def settle(config: Config, data: "Data") -> Config:
         config = replace(config, epochs=1, minutes=0.0, repeat=1)
     if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
         raise UserError(f"--out {config.out} is a folder, or in one that does not exist")
-    if augmentation(config.augment or "none")[1] >= (size := data.train.images.shape[-1]):
+    if augmentation(config.augment or "none")[1] >= size:
         raise UsageError(f"--augment {config.augment} shifts images of {size} pixels out of sight")
+    schedule(config.scheduler, 0.0, [])  # if that fails, then rather now
     config = replace(config, dataset={"CIFAR10": "cifar10"}.get(data.name, data.name))  # for resuming, never another
     return replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
 
@@ -263,8 +259,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # gone already, if all went well
+        temporary.unlink(missing_ok=True)
 
 
 def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
@@ -279,21 +274,16 @@ def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
         if length != ARCHIVE_BYTES or f"bytes {position}-" not in response.headers.get("Content-Range", "bytes 0-"):
             raise OSError(f"it serves something else, of {length} bytes, not {ARCHIVE_BYTES}")
         while position < ARCHIVE_BYTES:
-            chunk = response.read1(2**18)[: ARCHIVE_BYTES - position]
-            if not chunk:
+            if not (chunk := response.read1(2**18)[: ARCHIVE_BYTES - position]):
                 raise OSError(f"it broke off after {position} bytes")
             yield position, chunk
             position += len(chunk)
 
 
-def probe(urls: list[str], start: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Ask all sources at once for a piece: bytes/s of those that send it, what is wrong with the others.
-
-    In daemon threads, because a name look-up can hang for minutes and nothing can interrupt it.
-    """
-    answers: queue.Queue[tuple[str, float | Exception]] = queue.Queue()
-    rates: dict[str, float] = {}
-    errors = dict.fromkeys(urls, "no answer")
+def probe(urls: list[str], start: int) -> dict[str, float | str]:
+    """Ask all sources at once for a piece: the bytes/s of each, or what is wrong with it."""
+    answers: queue.Queue[tuple[str, float | str]] = queue.Queue()
+    found: dict[str, float | str] = dict.fromkeys(urls, "no answer")
 
     def ask(url: str) -> None:
         began, received = time.perf_counter(), 0
@@ -304,30 +294,25 @@ def probe(urls: list[str], start: int) -> tuple[dict[str, float], dict[str, str]
                     break
             answers.put((url, received / (time.perf_counter() - began)))
         except NETWORK_ERRORS as error:
-            answers.put((url, error))
+            answers.put((url, explain(error)))
 
-    for url in urls:
+    for url in urls:  # in daemons, because nothing can interrupt a name look-up, which may hang for minutes
         threading.Thread(target=ask, args=(url,), daemon=True).start()
     deadline = time.perf_counter() + PROBE_SECONDS
-    for _ in urls:
-        with contextlib.suppress(queue.Empty):
+    with contextlib.suppress(queue.Empty):
+        for _ in urls:
             url, answer = answers.get(timeout=max(0.0, deadline - time.perf_counter()))
-            del errors[url]
+            found[url] = answer
             if isinstance(answer, float):
-                rates[url] = answer
                 deadline = min(deadline, time.perf_counter() + 3)  # the others had time to show as much
-            else:
-                errors[url] = explain(answer)
-    return rates, errors
+    return found
 
 
 def explain(error: Exception) -> str:
-    if isinstance(reason := getattr(error, "reason", error), ssl.SSLCertVerificationError):
-        return (
-            f"its certificate was refused, {reason.verify_message}: on macOS run Python's 'Install Certificates"
-            ".command'; behind a company's proxy set SSL_CERT_FILE to its certificates"
-        )
-    return str(error)
+    if not isinstance(reason := getattr(error, "reason", error), ssl.SSLCertVerificationError):
+        return str(error)
+    mend = "on macOS run Python's 'Install Certificates.command'; behind a company's proxy set SSL_CERT_FILE to its own"
+    return f"its certificate was refused, {reason.verify_message}: {mend}"
 
 
 def stream(url: str, file: io.FileIO, slowest: float) -> None:
@@ -361,12 +346,13 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
     if mirror and not mirror.partition("?")[0].endswith(".gz"):
         mirror = f"{mirror.rstrip('/')}/{ARCHIVE}"
     sources, helpers = [mirror, *SOURCES] if mirror else SOURCES, set()
-    failures: dict[str, str] = {}
-    before, slowest, clean, restarts = -1, SLOW, not part.stat().st_size, 0
+    failures: dict[str, Any] = {}
+    before, slowest, clean = -1, SLOW, not part.stat().st_size
     while sources and (size := part.stat().st_size) > before:
         if size < ARCHIVE_BYTES:
-            rates, errors = probe(sources, size)
-            failures |= errors
+            answers = probe(sources, size)
+            rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
+            failures |= {url: answers[url] for url in answers.keys() - rates.keys()}
             for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}", flush=True)
                 helpers.add(url)
@@ -384,8 +370,7 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             print("note: what came is not the archive (its SHA-256 differs): starting clean", flush=True)
             part.write_bytes(b"")
             failures |= dict.fromkeys(helpers, "what came is not the archive")
-            if (restarts := restarts + 1) > 3 or (clean and len(helpers) == 1):  # else nobody knows whose fault it is
-                sources = [url for url in sources if url not in helpers]
+            sources = [url for url in sources if not clean or url not in helpers]  # else it is an older piece's fault
             before, slowest, clean, helpers = -1, SLOW, True, set()
     raise Unreachable(
         f"CIFAR-10 could not be downloaded. Tried {'; '.join(f'{url} ({why})' for url, why in failures.items())}. Put "
@@ -394,7 +379,10 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
 
 
 def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
-    """The folder with CIFAR-10's batch files: found in `data_dir`, or unpacked or downloaded into it."""
+    """The folder with CIFAR-10's batch files: found in `data_dir`, or unpacked or downloaded into it.
+
+    Raises Unreachable where there is none to be had, UserError for a damaged archive.
+    """
     folder, archive = data_dir / BATCHES, data_dir / ARCHIVE
 
     def complete(folder: Path) -> bool:
@@ -407,11 +395,11 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".cifar-10.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is getting CIFAR-10 into {data_dir}: waiting for it", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         if complete(folder):  # the other process got it
             return folder
         if not (given := archive.exists()):
@@ -429,8 +417,6 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
                     write_atomically(folder / name, source.read())
         if not given:  # an archive that somebody put there stays: a teacher serves it to a class
             archive.unlink()
-    finally:
-        lock.release()
     return folder
 
 
@@ -632,24 +618,21 @@ class CNN(nn.Module):
 def build_network(config: Config, classes: int, mean: list[float], std: list[float], size: int) -> nn.Module:
     """The network that `config.model` names, its weights drawn from `config.seed`, for images of `size` pixels.
 
-    It carries mean and std (per channel, in [0, 1]) to whatever device it moves, apart from its weights.
+    It carries mean and std (per channel, in [0, 1]) to whatever device it moves, apart from its weights. Raises
+    UsageError for an unknown name, UserError for a network that does not work.
     """
     torch.manual_seed(config.seed)
+    network: nn.Module
     if config.model == "cnn":
-        network: nn.Module = CNN(classes, len(mean), size, config.width)
+        network = CNN(classes, len(mean), size, config.width)
     else:
         networks = alternative("networks", f"--model {config.model}")
         if ".py:" not in config.model and config.model not in networks.NAMES:
             known = suggest(config.model, ["cnn", *networks.NAMES])
             raise UsageError(f"unknown model {config.model}: {known}, or FILE.py:FACTORY")
         try:
-            network = networks.find(config.model)(classes=classes, channels=len(mean), image_size=size)
-            with torch.no_grad():  # rather now than after the run has begun; lazy layers get their shapes here
-                shape = tuple(network.eval()(torch.zeros(2, len(mean), size, size)).shape)
-            if shape != (2, classes):
-                raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
-            network.train()
-        except Exception as error:
+            network = networks.build(config.model, classes, len(mean), size)
+        except Exception as error:  # anything, in a user's own file
             raise UserError(f"--model {config.model} gives no network: {error}") from error
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
     network.register_buffer("pixel_scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
@@ -755,11 +738,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest orthogonal matrix, by three Newton–Schulz steps with Muon's coefficients."""
+    """Roughly the nearest orthogonal matrix, by three Newton–Schulz steps with Muon's coefficients.
+
+    They are polynomials in the Gram matrix, which is smaller: a third of the multiplications, and less is rounded off.
+    """
     x = (matrix.T if len(matrix) > matrix.shape[1] else matrix) / (matrix.norm() + 1e-7)
+    one = torch.eye(len(x), device=x.device)
+    gram, product = (x @ x.T).float(), one
     for _ in range(3):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        gram, product = factor @ gram @ factor, factor @ product
+    x = product.to(x.dtype) @ x
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
@@ -770,45 +759,34 @@ def build_optimizers(model: nn.Module, config: Config, dtype: torch.dtype) -> li
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     lr, momentum, decay = config.lr or 0.0, config.momentum or 0.0, config.weight_decay or 0.0
-    if config.optimizer == "muon":
-        hidden = [weight for weight in weights if weight.ndim in (2, 4)][:-1]  # the last one is the classifier
-        rest = [weight for weight in weights if not any(weight is other for other in hidden)]
-        dtype = dtype if dtype == torch.bfloat16 else torch.float32
-        others = torch.optim.AdamW(rest, lr / 12, weight_decay=decay)
-        return [Muon(hidden, lr, momentum, dtype), others] if hidden else [others]
-    if config.optimizer == "sgd":
-        return [torch.optim.SGD(weights, lr, momentum, weight_decay=decay, nesterov=momentum > 0)]
-    if config.optimizer == "rmsprop":
-        return [torch.optim.RMSprop(weights, lr, momentum=momentum, weight_decay=decay)]
-    return [(torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(weights, lr, weight_decay=decay)]
+    if config.optimizer != "muon":
+        optimizers = alternative("optimizers", f"--optimizer {config.optimizer}")
+        return [optimizers.build(config.optimizer, weights, lr, momentum, decay)]
+    hidden = [weight for weight in weights if weight.ndim in (2, 4)][:-1]  # the last one is the classifier
+    rest = [weight for weight in weights if not any(weight is other for other in hidden)]
+    others = torch.optim.AdamW(rest, lr / 12, weight_decay=decay)
+    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    return [Muon(hidden, lr, momentum, dtype), others] if hidden else [others]
 
 
 def schedule(name: str, progress: float, losses: list[float]) -> float:
     """The learning rate as a share of its highest, by the run's progress in [0, 1) and its validation losses.
 
-    onecycle: up and down in straight lines; cosine: half of one; step: a tenth at 50 and at 75 %; plateau: a tenth
-    whenever three epochs bring no lower loss. A function of these alone: resuming needs no other state.
+    onecycle: up in a straight line for a tenth of the run, then down; the others are in alternatives/schedules.py.
     """
     if name == "onecycle":
         return min(0.1 + 9 * progress, (1 - progress) / 0.9)
-    if name == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
-    if name == "step":
-        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
-    factor, best, stalled = 1.0, math.inf, 0
-    for loss in losses if name == "plateau" else []:
-        best, stalled = min(best, loss), 0 if loss < best else stalled + 1
-        factor, stalled = (factor / 10, 0) if stalled == 3 else (factor, stalled)
-    return factor
+    return getattr(alternative("schedules", f"--scheduler {name}"), name)(progress, losses)
 
 
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
-CPU_IMAGES = 250  # computed at once on a CPU: as fast as 500, with 150 MiB less; batch norm sees these
+CPU_IMAGES = 250  # whole ones, computed at once on a CPU: as fast as 500, with 150 MiB less; batch norm sees these
 COST = {0.5: 0.4, 0.75: 0.7, 1.0: 1.0}  # of a step on images of that scale, measured on a CPU
 PROBE_STEPS, REPORT_SECONDS = 24, 5.0  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
+STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
 
@@ -842,14 +820,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    """The hardware by its name."""
     if device.type != "cpu":
-        return f"{platform.machine()} {device.type}"
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    with contextlib.suppress(OSError, IndexError):
+        name = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -857,11 +833,12 @@ def keep_freed_memory(keep: bool) -> None:
     """Let glibc keep freed tensors for the next step: giving them back and faulting them in took a third of it."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        if keep and libc.gnu_get_libc_version:  # other C libraries lack this, or mean something else by the numbers
+        libc.malloc_trim(
+            0
+        )  # only glibc has this; other libraries lack mallopt too, or mean other things by its numbers
+        if keep:
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well,
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is not given back
-        elif not keep:
-            libc.malloc_trim(0)
 
 
 @contextlib.contextmanager
@@ -886,19 +863,18 @@ def stop_requests() -> Iterator[list[int]]:
 
 def new_run_folder(config: Config, data: Data) -> Path:
     """A folder for this run that no other process gets as well: --run-dir, or runs/<data set>/<time>."""
-    if config.run_dir and Path(config.run_dir, "config.json").exists():
-        raise UserError(
-            f"{config.run_dir} holds a run: go on with --resume {config.run_dir}, or name another --run-dir"
-        )
     if config.run_dir:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        return Path(config.run_dir)
-    folder = Path("runs", data.name, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    for candidate in [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))]:
+        run = Path(config.run_dir)
+        if (run / "config.json").exists():
+            raise UserError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
+        run.mkdir(parents=True, exist_ok=True)
+        return run
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for i in range(10_000):
         with contextlib.suppress(FileExistsError):
-            candidate.mkdir(parents=True)
-            return candidate
-    raise UserError(f"{folder} is taken")
+            (run := Path("runs", data.name, f"{name}-{i}" if i else name)).mkdir(parents=True)
+            return run
+    raise UserError(f"runs/{data.name}/{name} is taken: name another --run-dir")
 
 
 def resume_config(resume: str, **changes: Any) -> Config:
@@ -959,7 +935,8 @@ class Trainer:
         result = torch.zeros(2, device=self.device)
         everyone = self.labels[plan[0][place]]
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
-        for chosen, flips, shifts in zip(*(drawn[place].chunk(self.parts) for drawn in plan), strict=True):
+        parts = math.ceil(self.parts * scale**2)  # memory grows with the pixels
+        for chosen, flips, shifts in zip(*(drawn[place].chunk(parts) for drawn in plan), strict=True):
             images, labels = normalise(gather(self.images, chosen, flips, shifts), self.model), self.labels[chosen]
             if scale < 1:
                 images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
@@ -983,8 +960,8 @@ class Trainer:
     def work(self, progress: float) -> float:
         """The time until then, as a share of what the run would take on whole images."""
         half = (self.config.low_res or 0.0) / 2
-        small, larger, whole = min(progress, half), min(max(progress - half, 0), half), max(progress - 2 * half, 0)
-        return COST[0.5] * small + COST[0.75] * larger + whole
+        small, larger = min(progress, half), min(max(progress - half, 0), half)
+        return progress - (1 - COST[0.5]) * small - (1 - COST[0.75]) * larger
 
     def plan(self, epoch: int) -> list[torch.Tensor]:
         """What is random in that epoch: see plan_epoch."""
@@ -1015,12 +992,12 @@ class Trainer:
         if self.config.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            weights = [weight for weight in self.model.parameters() if weight.grad is not None]
-            norm = nn.utils.get_total_norm([typing.cast(torch.Tensor, weight.grad) for weight in weights])
-            # the scaler skips the optimiser that overflowed: its NaN must not spread to the other
-            nn.utils.clip_grads_with_norm_(
-                weights, self.config.grad_clip, norm.nan_to_num(nan=math.inf, posinf=math.inf)
+            norm = nn.utils.get_total_norm(
+                [weight.grad for weight in self.model.parameters() if weight.grad is not None]
             )
+            # the scaler skips the optimiser that overflowed: its NaN must not spread to the other
+            norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad()
@@ -1055,24 +1032,23 @@ class Trainer:
 
     def left(self) -> str:
         work = self.total_steps * (self.work(1.0) - self.work(self.step / self.total_steps))
-        return f"{clock(self.seconds / self.cost * work)} left"
+        return f"{tqdm.format_interval(self.seconds / self.cost * work)} left"
 
     def finished(self) -> dict[str, Any]:
         """What a model file holds, with the weights of this moment."""
         return {
             "model": self.model.state_dict(), "config": asdict(self.config), "classes": self.data.classes,
             "mean": self.data.mean, "std": self.data.std, "image_size": self.images.shape[-1],
-            "dataset": self.data.name, "train_images": len(self.labels), "versions": versions(),
+            "dataset": self.data.name, "train_images": len(self.labels), "versions": VERSIONS,
             "metrics": dict(self.history[-1]) if self.history else {},
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return self.finished() | {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
-            "step": self.step, "total_steps": self.total_steps, "seconds": self.seconds, "cost": self.cost,
-            "parts": self.parts, "sums": self.sums, "history": self.history,
-            "random": torch.get_rng_state(), "random_cuda": cuda,
+        """All that a resume needs."""
+        return self.finished() | {name: getattr(self, name) for name in STATE} | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "environment": self.environment(), "substitution": self.data.substitution,
         }  # fmt: skip
 
@@ -1087,18 +1063,19 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
-        state = read_checkpoint(path, self.data.classes)
+        state, total_steps = read_checkpoint(path, self.data.classes), self.total_steps
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.cost, self.parts = (state[k] for k in ("step", "seconds", "cost", "parts"))
-        self.history = state["history"]
-        self.total_steps = state["total_steps"] if self.config.minutes else self.total_steps
-        self.sums.copy_(state["sums"])
+        for name in STATE:
+            setattr(self, name, state[name])
+        if not self.config.minutes:
+            self.total_steps = total_steps
         if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
             self.history = self.history[: self.step // len(self.places)]
+        self.sums.copy_(state["sums"])
         self.data.substitution = state["substitution"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
@@ -1122,23 +1099,17 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, views
     views: 1: each image once; 2: the mean logits of it and its mirror image; 6: of those (weighing a half) and of
     both shifted by a pixel up and left, down and right (airbench's test-time augmentation).
     """
-    device, was_training = next(model.parameters()).device, model.training
-
-    def classify(batch: torch.Tensor) -> torch.Tensor:
-        logits = model(batch).float()
-        return logits if views == 1 else (logits + model(batch.flip(3)).float()) / 2
-
+    device, was_training, results = next(model.parameters()).device, model.training, []
     model.eval()
-    results = []
     with torch.no_grad():
-        for batch in images.split(250):
-            batch = normalise(batch.to(device), model)
-            results.append(classify(batch))
+        for batch in images.split(125):
+            seen = [(1.0, normalise(batch.to(device), model))]
             if views == 6:
-                height, width = batch.shape[2:]
-                padded = F.pad(batch, (1, 1, 1, 1), "reflect")
-                shifted = [classify(padded[:, :, by : by + height, by : by + width]) for by in (0, 2)]
-                results[-1] = results[-1] / 2 + sum(shifted) / 4
+                padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
+                seen = [(0.5, seen[0][1]), (0.25, padded[:, :, :-2, :-2]), (0.25, padded[:, :, 2:, 2:])]
+            if views > 1:
+                seen = [(weight / 2, view) for weight, image in seen for view in (image, image.flip(3))]
+            results.append(torch.stack([weight * model(view).float() for weight, view in seen]).sum(0))
     model.train(was_training)
     logits = torch.cat(results).cpu()
     accuracy = (logits.argmax(1) == labels.cpu()).float().mean().item()
@@ -1285,11 +1256,13 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 raise Stopped(signals[0], run)
     report = reports[0] if config.repeat == 1 else write_summary(reports, run)
     report = keep_model(report, config, data)
-    print(f"Done in {clock(time.perf_counter() - begun)}", flush=True)
+    print(f"Done in {tqdm.format_interval(time.perf_counter() - begun)}", flush=True)
     return report
 
 
 # ==== Report ==========================================================================================================
+
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform()}
 
 
 @dataclass
@@ -1304,21 +1277,6 @@ class Report:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform()}
-
-
-def wilson(hits: int, count: int) -> list[float]:
-    """95 % interval of the share hits / count (Wilson, 1927)."""
-    z2 = 1.959964**2
-    middle, half = hits + z2 / 2, math.sqrt(z2 * (hits * (count - hits) / count + z2 / 4))
-    return [max(0.0, (middle - half) / (count + z2)), min(1.0, (middle + half) / (count + z2))]
 
 
 def draw(rows: int, columns: int, width: float, height: float) -> Any:
@@ -1359,20 +1317,6 @@ def draw_curves(history: list[Row]) -> Any:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    return figure
-
-
-def draw_confusion(matrix: Any, classes: list[str]) -> Any:
-    """The confusion matrix, int (classes, classes), a row a true class, coloured by the share of the row."""
-    figure = draw(1, 1, 6.5, 6)
-    axes, shares = figure.axes[0], matrix / matrix.sum(1, keepdims=True).clip(min=1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in ((row, column) for row in range(len(classes)) for column in range(len(classes))):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted", ylabel="true", title="Test images")
     return figure
 
 
@@ -1450,7 +1394,8 @@ class RunLog:
 
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     """Test the best weights, or the last without validation images, once, in fp32; print, draw and write it."""
-    from sklearn.metrics import classification_report, confusion_matrix
+    from scipy.stats import binomtest
+    from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
 
     config, data, history, classes = trainer.config, trainer.data, trainer.history, trainer.data.classes
     content = read_checkpoint(run / "best.pth")
@@ -1458,42 +1403,39 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
     result = evaluate(trainer.model, *test)
     sure, guess = result.logits.softmax(1).max(1)
-    numbers = range(len(classes))
+    numbers, count = range(len(classes)), len(guess)
     matrix = confusion_matrix(test.labels, guess, labels=numbers)
-    table = classification_report(
-        test.labels, guess, labels=numbers, target_names=classes, output_dict=True, zero_division=0
+    table = classification_report(test.labels, guess, labels=numbers, target_names=classes, output_dict=True,
+                                  zero_division=0)  # fmt: skip
+    recall, precision, f1 = (
+        {name: table[name][key] for name in classes} for key in ("recall", "precision", "f1-score")
     )
-    scores = {key: {name: table[name][key] for name in classes} for key in ("precision", "recall", "f1-score")}
-    hits, count = int(matrix.trace()), len(guess)
-    low, high = wilson(hits, count)
+    hits = int(matrix.trace())
+    low, high = binomtest(hits, count).proportion_ci(method="wilson")
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     results = {
-        "test_accuracy": hits / count, "test_accuracy_interval": [low, high], "test_loss": result.loss,
-        "class_accuracy": scores["recall"],  # the share of a class that is recognised: both are this
-        "precision": scores["precision"], "recall": scores["recall"], "f1": scores["f1-score"],
-        "confusion_matrix": matrix.tolist(), "seconds": trainer.seconds, "dataset": data.name,
-        "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None,
-        "train_images": len(trainer.labels), "epochs": len(history), "commit": commit(),
-        "hardware": describe(trainer.device), "versions": versions(),
+        "test_accuracy": hits / count, "test_accuracy_interval": [float(low), float(high)], "test_loss": result.loss,
+        "class_accuracy": recall,  # the share of a class that is recognised: both are this
+        "precision": precision, "recall": recall, "f1": f1, "confusion_matrix": matrix.tolist(),
+        "seconds": trainer.seconds, "dataset": data.name, "train_images": len(trainer.labels), "epochs": len(history),
+        "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None, "commit": commit or None,
+        "hardware": describe(trainer.device), "versions": VERSIONS,
     }  # fmt: skip
+    instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
+    interval = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead}"
+    print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % ({interval})")
+    for name in classes:
+        more = f"(precision {percent(precision[name])}, F1 {percent(f1[name])})"
+        print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  {more}")
     if config.test_views > 1:
         with trainer.autocast():
-            many = evaluate(trainer.model, *test, config.test_views)
-        results |= {"test_views": config.test_views, "test_views_accuracy": many.accuracy}
-    instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
-    print(
-        f"Accuracy of the network on the {count} test images: {100 * hits // count} % "
-        f"({100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead})"
-    )
-    for name in classes:
-        print(
-            f"Accuracy for class {name:5s} is: {percent(scores['recall'][name])}  "
-            f"(precision {percent(scores['precision'][name])}, F1 {percent(scores['f1-score'][name])})"
-        )
-    if config.test_views > 1:
-        print(f"Accuracy with {config.test_views} views of each image: {100 * many.accuracy:.2f} %")
-    ranked = sorted(classes, key=lambda name: (scores["recall"][name], scores["f1-score"][name]))
+            many = evaluate(trainer.model, *test, config.test_views).accuracy
+        results |= {"test_views": config.test_views, "test_views_accuracy": many}
+        print(f"Accuracy with {config.test_views} views of each image: {100 * many:.2f} %")
+    ranked = sorted(classes, key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
-    print(f"Trained on {len(trainer.labels)} images for {clock(trainer.seconds)}", flush=True)
+    print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}", flush=True)
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"] or history[-1]["train_accuracy"]
     if config.fast_dev_run:
         print("This was a trial of one batch: its figures mean nothing")
@@ -1502,28 +1444,22 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     elif training - reached > 0.1:
         print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
     save_figure(draw_curves(history), run / "training_results.png")
-    figures = {"confusion matrix": draw_confusion(matrix, classes)}
+    figures = {"confusion matrix": draw(1, 1, 6.5, 6)}
+    ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
+        ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, xticks_rotation=45
+    )
     save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
-    worst = (sure * (guess != test.labels)).argsort(descending=True)[:20]
-    if len(worst := worst[guess[worst] != test.labels[worst]]):
-        titles = [
-            f"{classes[test.labels[i]]}, taken for\n{classes[guess[i]]} ({percent(sure[i].item())})" for i in worst
-        ]
-        figures["worst mistakes"] = draw_images(test.images[worst], titles, 5)
+    wrong = [i for i in sure.argsort(descending=True).tolist() if guess[i] != test.labels[i]][:20]
+    if wrong:
+        pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
+        titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
+        figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
     metrics = {"test accuracy": hits / count, "test loss": result.loss}
     log.report(config, len(history) - 1, metrics, figures)
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss}
     save_checkpoint(run / "best.pth", content)
     write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, history, run, run / "best.pth")
-
-
-def commit() -> str | None:
-    """The commit of the repository that this file is in, if there is one and git."""
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return None
 
 
 def write_summary(reports: list[Report], run: Path) -> Report:
@@ -1533,17 +1469,15 @@ def write_summary(reports: list[Report], run: Path) -> Report:
     best = min(reports, key=lambda report: min(row["valid_loss"] or 0.0 for row in report.history))
     results = best.results | {"seconds": sum(report.results["seconds"] for report in reports), "kept": best.run.name}
     print()
-    names = {"test_accuracy": "", "test_views_accuracy": f" with {results.get('test_views')} views"}
-    for key in sorted(names.keys() & results.keys()):
-        values = torch.tensor([report.results[key] for report in reports], dtype=torch.float64)
-        mean, std = values.mean().item(), values.std().item()
-        half = float(t.ppf(0.975, len(reports) - 1)) * std / math.sqrt(len(reports))
-        interval = [max(0.0, mean - half), min(1.0, mean + half)]
-        results |= {key: mean, f"{key}_std": std, f"{key}_interval": interval}
-        print(
-            f"Mean test accuracy of {len(reports)} seeds{names[key]}: {100 * mean:.2f} %, "
-            f"standard deviation {100 * std:.2f}, 95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f} %"
-        )
+    for key, what in {"test_accuracy": "", "test_views_accuracy": f" with {results.get('test_views')} views"}.items():
+        if key in results:
+            values = torch.tensor([report.results[key] for report in reports], dtype=torch.float64)
+            mean, std = values.mean().item(), values.std().item()
+            half = float(t.ppf(0.975, len(reports) - 1)) * std / math.sqrt(len(reports))
+            low, high = max(0.0, mean - half), min(1.0, mean + half)
+            results |= {key: mean, f"{key}_std": std, f"{key}_interval": [low, high]}
+            spread = f"standard deviation {100 * std:.2f}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+            print(f"Mean test accuracy of {len(reports)} seeds{what}: {100 * mean:.2f} %, {spread}")
     results["repeats"] = [report.results for report in reports]
     write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, best.history, run, best.checkpoint)

@@ -5,14 +5,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 NAMES = ["beginner-cnn", "coursework-cnn"]
 
 
-def find(name: str) -> Callable[..., nn.Module]:
-    """The factory of one of NAMES, or the one that FILE.py:FACTORY names (see from_file)."""
-    return from_file(name) if ".py:" in name else globals()[name.replace("-", "_")]
+def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
+    """The network that one of NAMES or FILE.py:FACTORY stands for, tried on two images: lazy layers get their shapes.
+
+    Raises ValueError if its output is not (2, classes), and whatever the factory or the network raises.
+    """
+    factory = from_file(name) if ".py:" in name else globals()[name.replace("-", "_")]
+    network = factory(classes=classes, channels=channels, image_size=image_size)
+    with torch.no_grad():  # rather now than after the run has begun
+        shape = tuple(network.eval()(torch.zeros(2, channels, image_size, image_size)).shape)
+    if shape != (2, classes):
+        raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
+    return network.train()
 
 
 def blocks(widths: list[int]) -> list[nn.Module]:

@@ -134,9 +134,3 @@ def test_run_folders_are_distinct(folder, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(set(found)) == 50
-
-
-def test_interval_is_wilsons():
-    assert ic.wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=5e-5)  # Newcombe (1998), table I
-    assert ic.wilson(0, 20) == pytest.approx([0.0, 0.1611], abs=5e-5)
-    assert ic.wilson(148, 148)[1] == pytest.approx(1.0)

@@ -1,0 +1,31 @@
+"""What `--scheduler` takes besides the script's own `onecycle`.
+
+Each gives the learning rate as a share of its highest, from the run's progress in [0, 1) and its validation losses so
+far. A function of these alone: resuming needs no other state.
+"""
+
+import math
+
+
+def none(progress: float, losses: list[float]) -> float:
+    """The same rate throughout."""
+    return 1.0
+
+
+def cosine(progress: float, losses: list[float]) -> float:
+    """Down along half a cosine (Loshchilov and Hutter, 2016)."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def step(progress: float, losses: list[float]) -> float:
+    """A tenth from 50 % of the run on, a hundredth from 75 %."""
+    return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+
+
+def plateau(progress: float, losses: list[float]) -> float:
+    """A tenth whenever three epochs in a row bring no lower loss."""
+    factor, best, stalled = 1.0, math.inf, 0
+    for loss in losses:
+        best, stalled = min(best, loss), 0 if loss < best else stalled + 1
+        factor, stalled = (factor / 10, 0) if stalled == 3 else (factor, stalled)
+    return factor

@@ -1,0 +1,55 @@
+"""Does time grow in a straight line with the images, and memory stay flat over the epochs?
+
+    python benchmarks/growth.py --runs 2
+
+Whole runs of the default recipe, as a user starts them, on 10,000 to 50,000 training images for three epochs, and on
+5,000 images for more and more epochs. Prints two Markdown tables; writes results/growth.json with every run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+
+import numpy as np
+from time_to_accuracy import run
+from tqdm import tqdm
+
+IMAGES = [10_000, 20_000, 30_000, 40_000, 50_000]
+EPOCHS = [4, 8, 16, 32]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=2, help="runs of each, with seeds 0, 1, … (default: 2)")
+    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    options = parser.parse_args()
+
+    data_dir = str(Path(options.data_dir).resolve())
+    images = {count: f"default --val-fraction 0 --epochs 3 --subset {count}" for count in IMAGES}
+    epochs = {count: f"default --val-fraction 0 --subset 5000 --epochs {count}" for count in EPOCHS}
+    variants = [*images.values(), *epochs.values()]
+    order = [(variant, seed) for seed in range(options.runs) for variant in variants]
+    results = [run(variant, seed, data_dir) for variant, seed in tqdm(order, unit="run", disable=None)]
+
+    def mean(variant: str, key: str) -> float:
+        return statistics.mean(result[key] for result in results if result["variant"] == variant)
+
+    seconds = [mean(images[count], "whole_run") for count in IMAGES]
+    slope, start = np.polyfit(IMAGES, seconds, 1)
+    print(f"The straight line: {start:.1f} s and {1000 * slope:.2f} s for every 1,000 images\n")
+    print("| training images | whole run, s | after the line's start, s | the line, s | off by |")
+    print("| --- | --- | --- | --- | --- |")
+    for count, took in zip(IMAGES, seconds, strict=True):
+        line = slope * count
+        print(f"| {count} | {took:.1f} | {took - start:.1f} | {line:.1f} | {100 * ((took - start) / line - 1):+.1f} % |")
+    print("\n| epochs | peak memory, MiB |\n| --- | --- |")
+    for count in EPOCHS:
+        print(f"| {count} | {mean(epochs[count], 'peak_mib'):.0f} |")
+    path = Path(__file__).resolve().parent / "results" / "growth.json"
+    path.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
