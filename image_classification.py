@@ -138,7 +138,7 @@ class Config:
     test_views: int = setting(1, "also test on the mean of 2: image and mirror image; 6: and shifted", 1, 2, 6)
     run_dir: str = setting("", "folder of this run (default: a new one in runs/)")
     out: str = setting("", "the finished model (default: model_<model>.pth here)")
-    resume: str = setting("", "go on with the run in this folder; last: the newest unfinished one")
+    resume: str = setting("", "go on with the run in this folder; last: the newest unfinished one in runs/")
     fast_dev_run: bool = setting(False, "one batch through every stage, to see that all works")
     debug: bool = setting(False, "show the traceback of an error")
 
@@ -206,8 +206,8 @@ def settle(config: Config, data: "Data") -> Config:
     Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
     """
     count, size, name = len(data.train.labels), data.train.images.shape[-1], config.optimizer
-    known = FOR_OPTIMIZER if name in FOR_OPTIMIZER else alternative("optimizers", f"--optimizer {name}").DEFAULTS
-    values = FOR_DATASET[data.name] | known[name]
+    suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
+    values = FOR_DATASET[data.name] | suits
     if config.model != "cnn":  # not every network takes images of other sizes
         values["low_res"] = 0.0
     if (config.batch_size or 0) > count:
@@ -259,7 +259,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # gone already, if all went well
 
 
 def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
@@ -335,8 +336,8 @@ def stream(url: str, file: io.FileIO, slowest: float) -> None:
 def download_archive(folder: Path | str, mirror: str = "") -> Path:
     """Download the CIFAR-10 archive into `folder`, verified by size and SHA-256; returns its path.
 
-    The mirror goes first, then the quickest source. One that stalls or crawls is left for the next; if all do, the
-    fastest gets the time it needs. Whoever comes next continues the partial file, after a restart too. Raises
+    A mirror that answers goes first, then the quickest source. One that stalls or crawls is left for the next; if all
+    do, the fastest gets the time it needs. Whoever comes next continues the partial file, after a restart too. Raises
     Unreachable when a round over all sources brings nothing.
     """
     path = Path(folder, ARCHIVE)
@@ -363,7 +364,7 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
                 except NETWORK_ERRORS as error:
                     failures[url] = explain(error)
                     print(f"note: leaving {url}: {failures[url]}", flush=True)
-            before, slowest = size, 0
+            before, slowest = before if slowest and rates else size, 0  # the patient round comes in any case
         elif hashlib.sha256(part.read_bytes()).hexdigest() == ARCHIVE_SHA256:
             return part.replace(path)
         else:
@@ -519,7 +520,7 @@ def load_data(config: Config) -> Data:
     if config.dataset not in (known := ["auto", "cifar10", "digits"]):
         raise UsageError(f"unknown data set {config.dataset}: {suggest(config.dataset, known)}")
     try:
-        return load_cifar10(find_cifar10(Path(config.data_dir), config.mirror), config)
+        return load_cifar10(find_cifar10(Path(config.data_dir).expanduser(), config.mirror), config)
     except Unreachable as error:
         if config.dataset == "cifar10" or config.recipe:
             raise
@@ -740,7 +741,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """Roughly the nearest orthogonal matrix, by three Newton–Schulz steps with Muon's coefficients.
 
-    They are polynomials in the Gram matrix, which is smaller: a third of the multiplications, and less is rounded off.
+    They are polynomials in the Gram matrix, which is smaller: half the multiplications, and less is rounded off.
     """
     x = (matrix.T if len(matrix) > matrix.shape[1] else matrix) / (matrix.norm() + 1e-7)
     one = torch.eye(len(x), device=x.device)
@@ -782,7 +783,7 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
-CPU_IMAGES = 250  # whole ones, computed at once on a CPU: as fast as 500, with 150 MiB less; batch norm sees these
+CPU_IMAGES = 170  # whole ones, computed at once on a CPU: all 500 take more memory; batch norm sees these
 COST = {0.5: 0.4, 0.75: 0.7, 1.0: 1.0}  # of a step on images of that scale, measured on a CPU
 PROBE_STEPS, REPORT_SECONDS = 24, 5.0  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
@@ -829,16 +830,18 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Let glibc keep freed tensors for the next step: giving them back and faulting them in took a third of it."""
+def keep_freed_memory() -> None:
+    """Let glibc keep freed tensors for the next step: giving them back and faulting them in took a third of it.
+
+    What is free at this moment is given back.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.malloc_trim(
             0
         )  # only glibc has this; other libraries lack mallopt too, or mean other things by its numbers
-        if keep:
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well,
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is not given back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well,
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is not given back
 
 
 @contextlib.contextmanager
@@ -974,7 +977,9 @@ class Trainer:
             try:
                 self.backward(copy.deepcopy(self.model).train(), self.plan(0), self.places[0], 1.0)
                 return
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain kind
+                if "out of memory" not in str(error):
+                    raise
                 if self.parts >= size:
                     raise UserError("memory is too short for a single image: try --device cpu") from None
             self.parts = min(2 * self.parts, size)
@@ -1017,7 +1022,8 @@ class Trainer:
 
     def fit_minutes(self, per_step: float) -> None:
         """Fix the number of steps so that --minutes suffice for them and the report; per_step: s for whole images."""
-        report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop
+        views = self.config.test_views
+        report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop * (1 + views * (views > 1))
         left = self.deadline - time.perf_counter() - report
         self.total_steps = self.step + max(1, int(left / per_step / self.work(1.0)))
 
@@ -1131,6 +1137,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
         for done, place in enumerate(trainer.places[first:], first + 1):
             trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, trainer.scale())
             trainer.optimise()
+            if config.minutes and trainer.step in (PROBE_STEPS // 2, PROBE_STEPS):
+                float(trainer.sums[done - 1, 0])  # wait for the device
             now = time.perf_counter()
             trainer.seconds = before + now - begun
             bar.update(place.stop - place.start)
@@ -1163,7 +1171,7 @@ def train_once(
     last = run / "last.pth"
     trainer = Trainer(replace(config, init_from="") if last.exists() else config, data, device, deadline)
     if device.type == "cpu":
-        keep_freed_memory(True)
+        keep_freed_memory()
     if last.exists():
         trainer.load(last)
     elif device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
@@ -1178,7 +1186,7 @@ def train_once(
         print(
             f"The first {100 * config.low_res:.0f} % of the steps train on smaller images; validation sees whole ones"
         )
-    with RunLog(run, trainer) as log:
+    with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
             begun, before, cost = time.perf_counter(), trainer.seconds, trainer.cost
             rate = train_one_epoch(trainer, last, signals)
@@ -1192,9 +1200,9 @@ def train_once(
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
-            row |= {"learning_rate": trainer.groups()[0]["lr"], "seconds": trainer.seconds - before}
+            seconds = trainer.seconds - sum(row["seconds"] for row in trainer.history)  # a stop's first half included
+            row |= {"learning_rate": trainer.groups()[0]["lr"], "seconds": seconds}
             trainer.history.append(row)
-            trainer.sums.zero_()
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
             trainer.save(last)
@@ -1210,7 +1218,8 @@ def train_once(
             if signals:
                 raise Stopped(signals[0])
         print("Finished Training", flush=True)
-        keep_freed_memory(False)
+        if device.type == "cpu":
+            keep_freed_memory()  # the report imports much
         return write_report(trainer, run, log)
 
 
@@ -1228,15 +1237,25 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     data = data or load_data(config)
     config = settle(config, data)
     if config.resume:
-        run = Path(config.resume)
-        (run / "report.json").unlink(missing_ok=True)  # unfinished again
+        run, saved = Path(config.resume), list(Path(config.resume).rglob("last.pth"))
+        if (run / "report.json").exists() and not saved:
+            raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
+        for path in saved:
+            read_checkpoint(path, data.classes)  # before anything is changed
     else:
         print_summary(build_model(config, data), tuple(data.train.images.shape[1:]))
         run = new_run_folder(config, data)  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
+    from filelock import FileLock, Timeout
+
+    try:
+        held = FileLock(run / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {run}") from None
+    (run / "report.json").unlink(missing_ok=True)  # unfinished again
     write_atomically(run / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2).encode())
     reports: list[Report] = []
-    with stop_requests() as signals:
+    with held, stop_requests() as signals:
         for left in range(config.repeat, 0, -1):
             seed = config.seed + len(reports)
             folder = run / f"seed-{seed}" if config.repeat > 1 else run
@@ -1353,10 +1372,7 @@ class RunLog:
         except Exception as error:  # it traces, which not every network allows
             print(f"note: no graph of this network in TensorBoard ({type(error).__name__})")
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
         for board in self.__dict__.get("boards", []):
             board.close()
 
@@ -1412,14 +1428,12 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     )
     hits = int(matrix.trace())
     low, high = binomtest(hits, count).proportion_ci(method="wilson")
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     results = {
         "test_accuracy": hits / count, "test_accuracy_interval": [float(low), float(high)], "test_loss": result.loss,
         "class_accuracy": recall,  # the share of a class that is recognised: both are this
         "precision": precision, "recall": recall, "f1": f1, "confusion_matrix": matrix.tolist(),
         "seconds": trainer.seconds, "dataset": data.name, "train_images": len(trainer.labels), "epochs": len(history),
-        "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None, "commit": commit or None,
+        "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None, "commit": commit(),
         "hardware": describe(trainer.device), "versions": VERSIONS,
     }  # fmt: skip
     instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
@@ -1462,6 +1476,16 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     return Report(results, history, run, run / "best.pth")
 
 
+def commit() -> str | None:
+    """The commit of the repository that this file is in, if there is one and git."""
+    folder = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError):
+        if (folder / ".git").exists():
+            git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            return subprocess.run(git, capture_output=True).stdout.decode().strip() or None
+    return None
+
+
 def write_summary(reports: list[Report], run: Path) -> Report:
     """Mean, standard deviation and 95 % interval (Student's t) over seeds; keeps the model of the lowest loss."""
     from scipy.stats import t
@@ -1489,9 +1513,10 @@ def keep_model(report: Report, config: Config, data: Data) -> Report:
     inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
     out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
     replaced = " (replaced)" if out.exists() else ""
-    for path in (inside, out):
+    for path in {inside, out}:
         write_atomically(path, report.checkpoint.read_bytes())
-    print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir runs")
+    logs = f'"{report.run}"' if config.run_dir else "runs"
+    print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir {logs}")
     if Path(__file__).with_name("inference.py").exists():
         print(f'Use it: python inference.py --checkpoint "{out}" IMAGE')
     return replace(report, checkpoint=out)
@@ -1516,6 +1541,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
         if default is None:
             tables = FOR_DATASET | FOR_OPTIMIZER
             default = ", ".join(f"{tables[key][name]} ({key})" for key in tables if name in tables[key])
+            default += "; others: README" if name in FOR_OPTIMIZER["muon"] else ""
         text = entry.metadata["help"] + (f" (default: {default})" if default != "" else "")
         choices = entry.metadata["choices"] or None
         metavar = {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind]

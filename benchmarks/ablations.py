@@ -17,10 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from time_to_accuracy import spread
+from time_to_accuracy import SCRIPT, spread
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
 BASE = "as it is"
 # Name: (options, replacements in the script's text).
 VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
@@ -45,7 +44,7 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "AdamW": (["--optimizer", "adamw"], []),
     "cosine": (["--scheduler", "cosine"], []),
     "fp32": (["--precision", "fp32"], []),
-    "memory given back to the system": ([], [("        keep_freed_memory(True)", "        pass")]),
+    "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
 }
 
 
@@ -59,18 +58,12 @@ def run(name: str, seed: int, data_dir: str) -> dict:
         text = text.replace(old, new)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, SCRIPT.name).write_text(text, encoding="utf-8")
-        command = [
-            sys.executable,
-            SCRIPT.name,
-            "--data-dir",
-            data_dir,
-            "--run-dir",
-            "run",
-            "--seed",
-            str(seed),
-            *options,
-        ]
-        process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, SCRIPT.name, "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", "run"]
+        command += ["--seed", str(seed), *options]
+        beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}  # for alternatives/
+        process = subprocess.run(
+            command, cwd=folder, env=beside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if process.returncode:
             sys.exit(f"error: {name} failed:\n{process.stdout}")
         with Path(folder, "run", "metrics.csv").open() as file:
@@ -86,10 +79,14 @@ def main() -> None:
     parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
     options = parser.parse_args()
 
+    path = Path(__file__).resolve().parent / "results" / "ablations.json"
     names = list(dict.fromkeys([BASE, *options.only]))
     order = [(name, seed) for seed in range(options.runs) for name in names]
     data_dir = str(Path(options.data_dir).resolve())
-    results = [run(name, seed, data_dir) for name, seed in tqdm(order, unit="run", disable=None)]
+    results: list[dict] = []
+    for name, seed in tqdm(order, unit="run", disable=None):
+        results.append(run(name, seed, data_dir))
+        path.write_text(json.dumps(results, indent=1))
     own = {name: [result for result in results if result["variant"] == name] for name in names}
     base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
     print("| change | training, s | against as it is | validation accuracy, % | against as it is | runs |")
@@ -100,8 +97,6 @@ def main() -> None:
         better = 100 * (statistics.mean(accuracy) - base["valid_accuracy"])
         cells = [spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", str(len(found))]
         print("| " + " | ".join([name, *cells]) + " |")
-    path = Path(__file__).resolve().parent / "results" / "ablations.json"
-    path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

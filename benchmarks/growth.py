@@ -8,6 +8,7 @@ Whole runs of the default recipe, as a user starts them, on 10,000 to 50,000 tra
 
 import argparse
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -32,9 +33,11 @@ def main() -> None:
     variants = [*images.values(), *epochs.values()]
     order = [(variant, seed) for seed in range(options.runs) for variant in variants]
     results = [run(variant, seed, data_dir) for variant, seed in tqdm(order, unit="run", disable=None)]
+    path = Path(__file__).resolve().parent / "results" / "growth.json"
+    path.write_text(json.dumps(results, indent=1))
 
     def mean(variant: str, key: str) -> float:
-        return statistics.mean(result[key] for result in results if result["variant"] == variant)
+        return statistics.mean(result[key] or math.nan for result in results if result["variant"] == variant)
 
     seconds = [mean(images[count], "whole_run") for count in IMAGES]
     slope, start = np.polyfit(IMAGES, seconds, 1)
@@ -43,12 +46,12 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for count, took in zip(IMAGES, seconds, strict=True):
         line = slope * count
-        print(f"| {count} | {took:.1f} | {took - start:.1f} | {line:.1f} | {100 * ((took - start) / line - 1):+.1f} % |")
+        print(
+            f"| {count} | {took:.1f} | {took - start:.1f} | {line:.1f} | {100 * ((took - start) / line - 1):+.1f} % |"
+        )
     print("\n| epochs | peak memory, MiB |\n| --- | --- |")
     for count in EPOCHS:
         print(f"| {count} | {mean(epochs[count], 'peak_mib'):.0f} |")
-    path = Path(__file__).resolve().parent / "results" / "growth.json"
-    path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

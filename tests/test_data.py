@@ -73,6 +73,11 @@ def test_partial_file_is_continued(fetch, mirror, folder):
     assert mirror.requests[-1] == ("good", "bytes=1200000-")
 
 
+def test_slow_server_without_ranges_gets_the_time_it_needs(fetch, folder):
+    (folder / f"{ic.ARCHIVE}.part").write_bytes(CONTENT[:1_200_000])  # more than it sends before it is left as slow
+    fetch("rangeless-crawl")
+
+
 @pytest.mark.parametrize("damage", [b"x" * 1000, bytes(len(CONTENT)), bytes(len(CONTENT) + 5)])
 def test_wrong_partial_file_starts_clean(fetch, folder, damage):
     (folder / f"{ic.ARCHIVE}.part").write_bytes(damage)

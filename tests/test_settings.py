@@ -214,3 +214,12 @@ def test_every_ablation_still_fits_the_script(monkeypatch):
             text = text.replace(old, new)
         compile(text, name, "exec")
         ic.parse([*options])
+
+
+def test_an_ablation_runs_beside_alternatives(monkeypatch, cifar10):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import ablations
+
+    monkeypatch.setitem(ablations.VARIANTS, "AdamW", (["--optimizer", "adamw", "--fast-dev-run"], []))
+    result = ablations.run("AdamW", 0, str(cifar10))
+    assert result["seconds"] > 0 and 0 <= result["valid_accuracy"] <= 1

@@ -350,7 +350,7 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
 def test_minutes_are_kept(program):
     began = time.monotonic()
     out, _ = program("--dataset", "digits", "--minutes", "0.4")
-    assert 10 < time.monotonic() - began < 25, out
+    assert 7 < time.monotonic() - began < 25, out
 
 
 def test_test_labels_change_nothing_but_the_report(folder, monkeypatch):
@@ -475,6 +475,16 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
     assert epochs_of(only_run(folder)) == [0]
 
 
+def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder, monkeypatch):
+    whole, log = [], ic.RunLog.epoch
+    monkeypatch.setattr(ic.Trainer, "fit_minutes", lambda self, per_step: setattr(self, "total_steps", 10))
+    inside(*QUICK, "--minutes", "1")  # epochs are 4 steps here
+    monkeypatch.setattr(ic.RunLog, "epoch", lambda self, *rest: (whole.append(self.trainer.sums), log(self, *rest)))
+    inside("--resume", "last", "--epochs", "4")
+    assert epochs_of(only_run(folder)) == [0, 1, 2, 3] and len(whole) == 2
+    assert all((sums[:, 0] != 0).all() for sums in whole)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 def test_second_ctrl_c_quits_at_once(program):
     slow = (
@@ -512,6 +522,23 @@ def test_finished_run_is_made_longer_and_other_changes_are_refused(inside, folde
 def test_resume_of_nothing(inside):
     assert "no unfinished run" in inside.error("--resume", "last")
     assert "nowhere" in inside.error("--resume", "nowhere")
+
+
+def test_two_processes_never_train_in_one_folder(inside, folder):
+    from filelock import FileLock
+
+    inside(*QUICK)
+    (only_run(folder) / "report.json").unlink()
+    with FileLock(only_run(folder) / ".lock"):
+        assert "another process is training in" in inside.error("--resume", "last")
+    inside("--resume", "last")
+
+
+def test_finished_run_without_its_last_state_stays_as_it_is(inside, folder):
+    inside(*QUICK)
+    (only_run(folder) / "last.pth").unlink()
+    assert "no last.pth any more" in inside.error("--resume", only_run(folder), "--epochs", "9")
+    assert (only_run(folder) / "report.json").exists()
 
 
 def test_run_folder_is_not_overwritten(inside):
@@ -598,8 +625,10 @@ def test_run_that_failed_at_once_is_not_resumed(inside, folder):
     failing = (
         NETWORK.format(limit=0).replace("self.training", "torch.is_grad_enabled()").replace("OutOfMemory", "Runtime")
     )
-    (folder / "mine.py").write_text(failing.replace("torch.RuntimeError", "RuntimeError"))
-    assert "CUDA out of memory" in inside.error(*QUICK, "--model", "mine.py:small")
+    (folder / "mine.py").write_text(
+        failing.replace("torch.RuntimeError", "RuntimeError").replace("CUDA out of memory", "boom")
+    )
+    assert "boom" in inside.error(*QUICK, "--model", "mine.py:small")
     out, _ = inside("--resume", "last")
     assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 
