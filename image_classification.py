@@ -785,7 +785,7 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
 CPU_IMAGES = 170  # whole ones, computed at once on a CPU: all 500 take more memory; batch norm sees these
 COST = {0.5: 0.4, 0.75: 0.7, 1.0: 1.0}  # of a step on images of that scale, measured on a CPU
-PROBE_STEPS, REPORT_SECONDS = 24, 5.0  # --minutes times half of these; what the report takes but for the test images
+PROBE_STEPS, REPORT_SECONDS = 24, 7.0  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
 STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
@@ -926,6 +926,7 @@ class Trainer:
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
         self.saved_at = self.probed_at = time.perf_counter()
+        self.per_step = 0.0
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1021,7 +1022,11 @@ class Trainer:
             )
 
     def fit_minutes(self, per_step: float) -> None:
-        """Fix the number of steps so that --minutes suffice for them and the report; per_step: s for whole images."""
+        """Fix the number of steps so that --minutes suffice for them and the report; per_step: s for whole images.
+
+        The longest found so far counts: the probe sees whole images, the first epoch validation and saving.
+        """
+        self.per_step = per_step = max(per_step, self.per_step)
         views = self.config.test_views
         report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop * (1 + views * (views > 1))
         left = self.deadline - time.perf_counter() - report
