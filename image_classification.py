@@ -101,7 +101,8 @@ def setting(default: Any, help: str, *choices: str | int, low: float = -math.inf
 class Config:
     """Every setting of a run: the command line, config.json and the checkpoint are made from it.
 
-    None stands for what suits the data set or the optimiser (tables below). Nonsense raises UsageError.
+    None stands for what suits the data set or the optimiser (tables below and in alternatives/optimizers.py). Nonsense
+    raises UsageError.
     """
 
     dataset: str = setting("auto", "cifar10, digits, or auto: CIFAR-10, or digits if it can't be had")
@@ -312,7 +313,7 @@ def probe(urls: list[str], start: int) -> dict[str, float | str]:
 def explain(error: Exception) -> str:
     if not isinstance(reason := getattr(error, "reason", error), ssl.SSLCertVerificationError):
         return str(error)
-    mend = "on macOS run Python's 'Install Certificates.command'; behind a company's proxy set SSL_CERT_FILE to its own"
+    mend = "on macOS run Python's 'Install Certificates.command'; behind a proxy set SSL_CERT_FILE to its certificates"
     return f"its certificate was refused, {reason.verify_message}: {mend}"
 
 
@@ -837,9 +838,7 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(
-            0
-        )  # only glibc has this; other libraries lack mallopt too, or mean other things by its numbers
+        libc.malloc_trim(0)  # only in glibc; elsewhere mallopt is missing too, or takes other numbers
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is not given back
 
@@ -1468,7 +1467,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, xticks_rotation=45
     )
     save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
-    wrong = [i for i in sure.argsort(descending=True).tolist() if guess[i] != test.labels[i]][:20]
+    wrong = (sure * (guess != test.labels)).argsort(descending=True)[: min(20, count - hits)].tolist()
     if wrong:
         pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
