@@ -1,7 +1,7 @@
 """What each idea in the training program gives: the program with one thing changed, several seeds, alternating.
 
     python benchmarks/ablations.py --runs 2
-    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3
+    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3 --also "--epochs 6"
 
 Judged on validation images, never on the test set. A change is a replacement in the script's text or an option, so
 this file shows what was compared. Prints a Markdown table; writes results/ablations.json with every run.
@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
 }
 
 
-def run(name: str, seed: int, data_dir: str) -> dict:
+def run(name: str, seed: int, data_dir: str, also: list[str]) -> dict:
     """Train once: seconds of training, and the validation accuracy after the last epoch."""
     options, replacements = VARIANTS[name]
     text = SCRIPT.read_text(encoding="utf-8")
@@ -59,7 +60,7 @@ def run(name: str, seed: int, data_dir: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, SCRIPT.name).write_text(text, encoding="utf-8")
         command = [sys.executable, SCRIPT.name, "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", "run"]
-        command += ["--seed", str(seed), *options]
+        command += ["--seed", str(seed), *also, *options]
         beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}  # for alternatives/
         process = subprocess.run(
             command, cwd=folder, env=beside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--runs", type=int, default=2, help="runs of each variant, with seeds 0, 1, … (default: 2)")
     parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    parser.add_argument("--also", default="", metavar="OPTIONS", help="of the program, for all of them")
     options = parser.parse_args()
 
     path = Path(__file__).resolve().parent / "results" / "ablations.json"
@@ -85,7 +87,7 @@ def main() -> None:
     data_dir = str(Path(options.data_dir).resolve())
     results: list[dict] = []
     for name, seed in tqdm(order, unit="run", disable=None):
-        results.append(run(name, seed, data_dir))
+        results.append(run(name, seed, data_dir, shlex.split(options.also)))
         path.write_text(json.dumps(results, indent=1))
     own = {name: [result for result in results if result["variant"] == name] for name in names}
     base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
