@@ -647,8 +647,8 @@ def build_model(config: Config, data: Data) -> nn.Module:
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
     if config.init_from:
         load_weights(model, read_checkpoint(config.init_from, data.classes)["model"], config.init_from)
-    elif isinstance(model, CNN):
-        model.whiten_for(normalise(images[:: max(1, len(images) // 500)], model))
+    elif whiten := getattr(model, "whiten_for", None):
+        whiten(normalise(images[:: max(1, len(images) // 500)], model))
     return model
 
 

@@ -1,14 +1,28 @@
 """Networks that `--model` takes besides the script's own `cnn`."""
 
+import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-NAMES = ["beginner-cnn", "coursework-cnn"]
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+NAMES = [
+    "beginner-cnn",
+    "coursework-cnn",
+    "notebook-cnn",
+    "fcn",
+    "fftnet",
+    "convnet",
+    *RESNETS,
+    "resnet18-dropout",
+    "airbench94",
+]
 
 
 def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
@@ -16,7 +30,10 @@ def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
 
     Raises ValueError if its output is not (2, classes), and whatever the factory or the network raises.
     """
-    factory = from_file(name) if ".py:" in name else globals()[name.replace("-", "_")]
+    if name in RESNETS:
+        factory: Callable[..., nn.Module] = functools.partial(resnet, name)
+    else:
+        factory = from_file(name) if ".py:" in name else globals()[name.replace("-", "_")]
     network = factory(classes=classes, channels=channels, image_size=image_size)
     with torch.no_grad():  # rather now than after the run has begun
         shape = tuple(network.eval()(torch.zeros(2, channels, image_size, image_size)).shape)
@@ -25,24 +42,177 @@ def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
     return network.train()
 
 
-def blocks(widths: list[int]) -> list[nn.Module]:
+def blocks(widths: list[int], image_size: int) -> list[nn.Module]:
     """Conv 3×3, batch norm, ReLU and max-pooling to half the size, once for each width after the first."""
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = list(zip(widths, widths[1:], strict=False))
+    at_least(2 ** len(pairs), image_size)
     parts = [[nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)] for i, o in pairs]
     return [part for block in parts for part in block]
+
+
+def at_least(size: int, image_size: int) -> None:
+    """ValueError for images below `size` pixels."""
+    if image_size < size:
+        raise ValueError(f"it needs images of {size} pixels or more, not {image_size}")
 
 
 def beginner_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
     """Reference 002's network: two blocks of 32 and 64 channels, one hidden layer of 128; 545,290 parameters."""
     head = [nn.Linear(64 * (image_size // 4) ** 2, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)]
-    return nn.Sequential(*blocks([channels, 32, 64]), nn.Flatten(), *head)
+    return nn.Sequential(*blocks([channels, 32, 64], image_size), nn.Flatten(), *head)
 
 
 def coursework_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
     """Reference 000's network, rebuilt from the sizes in its table's footer: 685,962 parameters."""
     head: list[nn.Module] = [nn.Linear(256 * (image_size // 16) ** 2, 256), nn.ReLU(), nn.Dropout(0.5)]
     head += [nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)]
-    return nn.Sequential(*blocks([channels, 32, 64, 128, 256]), nn.Flatten(), *head)
+    return nn.Sequential(*blocks([channels, 32, 64, 128, 256], image_size), nn.Flatten(), *head)
+
+
+def notebook_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Reference 004's network: convolutions of 16 and 32 channels, a hidden layer of 512, dropout."""
+    at_least(4, image_size)
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.25),
+        nn.Linear(32 * (image_size // 4) ** 2, 512), nn.ReLU(), nn.Dropout(0.25), nn.Linear(512, classes),
+    )  # fmt: skip
+
+
+def fcn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Reference 000's `model_fcn`: fully connected, without a convolution."""
+    widths = [channels * image_size**2, 1024, 512]
+    parts = [
+        [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Dropout(0.25)]
+        for i, o in zip(widths, widths[1:], strict=False)
+    ]
+    return nn.Sequential(nn.Flatten(), *(part for block in parts for part in block), nn.Linear(widths[-1], classes))
+
+
+class GlobalFilter(nn.Module):
+    """Every channel times a learned filter in the 2-D frequency domain, then a mixing of the channels, added.
+
+    A product of spectra is a circular convolution over the whole image (Rao et al., 2021, Global Filter Networks).
+    """
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        # real and imaginary parts; in three dimensions, because Muon takes four for a convolution
+        self.filter = nn.Parameter(0.02 * torch.randn(width, size, (size // 2 + 1) * 2))
+        self.norm = nn.BatchNorm2d(width)
+        self.mix = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, width, size, size) to the same."""
+        with torch.autocast(x.device.type, enabled=False):  # no FFT in bf16
+            factors = torch.view_as_complex(self.filter.unflatten(2, (-1, 2)))
+            spectrum = torch.fft.rfft2(self.norm(x.float()), norm="ortho")
+            filtered = torch.fft.irfft2(spectrum * factors, s=x.shape[-2:], norm="ortho")
+        return x + self.mix(filtered)
+
+
+def fftnet(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Reference 000's `fftnet`: 2×2 patches, then layers that filter in the frequency domain."""
+    at_least(4, image_size)
+    layers = [GlobalFilter(128, image_size // 2) for _ in range(6)]
+    head = [nn.BatchNorm2d(128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes)]
+    return nn.Sequential(nn.Conv2d(channels, 128, 2, stride=2), *layers, *head)
+
+
+def convnet(classes: int = 10, channels: int = 3, image_size: int = 32, depth: int = 2) -> nn.Module:
+    """Reference 000's `convnet`: three stages of 64, 128 and 256 channels, `depth` convolutions in each."""
+    at_least(8, image_size)
+    parts: list[nn.Module] = []
+    inputs = channels
+    for width in (64, 128, 256):
+        for _ in range(depth):
+            parts += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+        parts.append(nn.MaxPool2d(2))
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def resnet(name: str, classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """torchvision's ResNet (He et al., 2015) with the stem for small images: 3×3, stride 1, no pooling."""
+    import torchvision
+
+    network = getattr(torchvision.models, name)(num_classes=classes)
+    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+class BasicBlock(nn.Module):
+    """Reference 003's residual block: dropout after the first of two convolutions."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Dropout(dropout), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut.extend([nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18_dropout(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.1) -> nn.Module:
+    """Reference 003's ResNet-18: dropout, a 1×1 convolution as head, then the mean over the final map."""
+    at_least(8, image_size)
+    stem = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Dropout(dropout)]
+    shapes = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
+    stages = [
+        block
+        for inputs, outputs, stride in shapes
+        for block in (BasicBlock(inputs, outputs, stride, dropout), BasicBlock(outputs, outputs, 1, dropout))
+    ]
+    head = [nn.Conv2d(512, classes, 1), nn.AvgPool2d(math.ceil(image_size / 8)), nn.Flatten()]
+    return nn.Sequential(*stem, *stages, *head)
+
+
+class Airbench(nn.Module):
+    """The network of KellerJordan/cifar10-airbench's airbench94_muon.py (Jordan, 2024), as its paper describes it.
+
+    2×2 patches whitened by fixed filters of both signs; three blocks of two convolutions, 64, 256 and 256 channels
+    wide, with batch norm that has no scale, and GELU; the maximum over what remains; a linear layer, divided by 9.
+    """
+
+    def __init__(self, classes: int, channels: int, image_size: int):
+        super().__init__()
+        at_least(9, image_size)
+        self.whiten = nn.Conv2d(channels, 8 * channels, 2)
+        self.whiten.weight.requires_grad_(False)
+        parts: list[nn.Module] = [self.whiten, nn.GELU()]
+        widths = [8 * channels, 64, 256, 256]
+        for inputs, width in zip(widths, widths[1:], strict=False):
+            first, second = (nn.Conv2d(i, width, 3, padding=1, bias=False) for i in (inputs, width))
+            norms = [nn.BatchNorm2d(width, momentum=0.4) for _ in range(2)]
+            for convolution, norm in zip((first, second), norms, strict=True):
+                nn.init.dirac_(convolution.weight[: convolution.in_channels])
+                norm.weight.requires_grad_(False)
+            parts += [first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU()]
+        self.body = nn.Sequential(*parts, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(widths[-1], classes, bias=False)
+
+    def whiten_for(self, images: torch.Tensor) -> None:
+        """Set the first layer's filters from normalised images, float (N, C, H, W)."""
+        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
+        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (directions / (variances + 1e-2).sqrt()).T.reshape(-1, *self.whiten.weight.shape[1:])
+        self.whiten.weight.data.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images, float (N, C, H, W), to logits (N, classes)."""
+        return self.head(self.body(images)) / 9
+
+
+def airbench94(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """airbench94_muon.py's network; its first layer waits for `whiten_for`."""
+    return Airbench(classes, channels, image_size)
 
 
 def from_file(name: str) -> Callable[..., nn.Module]:

@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import QUICK, REPOSITORY, SCRIPT
 
 import image_classification as ic
@@ -194,6 +197,32 @@ def test_coursework_network_has_the_footer_of_the_reference(capsys):
     numbers = re.findall(r"\(MB\): (\S+)", capsys.readouterr().out)
     assert numbers == ["0.01", "1.54", "2.62", "4.17"]
     assert sum(weight.numel() for weight in network.parameters()) == 685_962
+
+
+def test_resnet18_dropout_has_the_table_of_the_reference(capsys):
+    """Row by row the torchsummary table in the README of reference 003."""
+    ic.print_summary(networks.resnet18_dropout(), (3, 32, 32))
+    row = re.compile(r" *(\w+-\d+) +(\[.*?\]) +([\d,]+)")
+    ours, theirs = (
+        row.findall(text)
+        for text in (capsys.readouterr().out, Path(__file__).with_name("reference_003.txt").read_text())
+    )
+    assert len(theirs) == 69 and ours == theirs
+
+
+@pytest.mark.parametrize("name", networks.NAMES)
+def test_network_takes_other_classes_channels_and_sizes(name):
+    network = networks.build(name, classes=7, channels=1, image_size=28)
+    loss = F.cross_entropy(network(torch.rand(4, 1, 28, 28)), torch.arange(4))
+    loss.backward()
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
+
+
+@pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fftnet", "convnet"])
+def test_network_says_that_it_needs_larger_images(name):
+    with pytest.raises(ValueError, match="needs images of .* pixels or more, not 3"):
+        networks.build(name, classes=10, channels=3, image_size=3)
 
 
 def test_script_alone_says_what_an_alternative_needs(folder):
