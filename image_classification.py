@@ -101,6 +101,8 @@ def setting(default: Any, help: str, *choices: str | int, low: float = -math.inf
 class Config:
     """Every setting of a run: the command line, config.json and the checkpoint are made from it.
 
+    `configure(...)` makes one of a recipe or of the run to resume; here these two are only recorded.
+
     None stands for what suits the data set or the optimiser (tables below and in alternatives/optimizers.py). Nonsense
     raises UsageError.
     """
@@ -201,6 +203,17 @@ def alternative(kind: str, asker: str) -> Any:
     return importlib.import_module(f"alternatives.{kind}")
 
 
+def configure(**given: Any) -> Config:
+    """The settings `given`, and for all others those of the recipe or of the run to resume, if one is among them."""
+    if given.get("resume"):
+        return resume_config(**given)
+    recipe = given.get("recipe", "default")
+    recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
+    if recipe not in recipes:
+        raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
+    return Config(**recipes[recipe] | given)
+
+
 def settle(config: Config, data: "Data") -> Config:
     """The same settings with every None replaced by what suits the data set and the optimiser.
 
@@ -216,17 +229,20 @@ def settle(config: Config, data: "Data") -> Config:
     if not config.batch_size and values["batch_size"] > count:
         print(f"note: the batch size is {count}, the number of training images")
         values["batch_size"] = count
+    if (config.batch_size or values["batch_size"]) < 4:
+        values["low_res"] = 0.0  # batch norm needs several values; of the smallest images one is left
     if config.test_views > 1 and not data.mirrored:
         print(f"note: tested on one view of each image: mirroring changes what {data.name} show")
         config = replace(config, test_views=1)
     if config.fast_dev_run:
         config = replace(config, epochs=1, minutes=0.0, repeat=1)
-    if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
-        raise UserError(f"--out {config.out} is a folder, or in one that does not exist")
+    out = Path(config.out or "model.pth")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):  # rather now than after the training
+        raise UserError(f"the model cannot be written to {config.out or Path.cwd()}: name a file with --out FILE.pth")
     if augmentation(config.augment or "none")[1] >= size:
         raise UsageError(f"--augment {config.augment} shifts images of {size} pixels out of sight")
     schedule(config.scheduler, 0.0, [])  # if that fails, then rather now
-    config = replace(config, dataset={"CIFAR10": "cifar10"}.get(data.name, data.name))  # for resuming, never another
+    config = replace(config, dataset=data.name.lower())  # for resuming, never another
     return replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
 
 
@@ -355,6 +371,8 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             answers = probe(sources, size)
             rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
             failures |= {url: answers[url] for url in answers.keys() - rates.keys()}
+            if mirror in answers.keys() - rates.keys():
+                print(f"note: leaving {mirror}: {failures[mirror]}", flush=True)
             for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}", flush=True)
                 helpers.add(url)
@@ -886,8 +904,9 @@ def resume_config(resume: str, **changes: Any) -> Config:
     """
     configs = Path("runs").glob("*/*/config.json") if resume == "last" else [Path(resume, "config.json")]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
-        settings = json.loads(path.read_text())
-        if not path.with_name("report.json").exists() or (changes.get("epochs") or 0) > settings["epochs"]:
+        settings = {name: value for name, value in json.loads(path.read_text()).items() if name in KINDS}
+        report = path.with_name("report.json")
+        if not report.exists() or (changes.get("epochs") or 0) > json.loads(report.read_text())["epochs"]:
             break
     else:
         raise UserError(f"--resume {resume}: no unfinished run there; --epochs N trains a finished one on to N")
@@ -895,6 +914,7 @@ def resume_config(resume: str, **changes: Any) -> Config:
         if settings[name] != changes[name]:
             raise UsageError(f"{option(name)} {changes[name]}: the run goes on with its own, {settings[name]}")
     settings |= {"minutes": 0.0} if "epochs" in changes else {}
+    settings |= {"early_stopping": 0} if report.exists() else {}
     return Config(**settings | changes | {"resume": str(path.parent)})
 
 
@@ -1059,7 +1079,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "environment": self.environment(), "substitution": self.data.substitution,
+            "environment": self.environment(),
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -1086,7 +1106,6 @@ class Trainer:
         if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
             self.history = self.history[: self.step // len(self.places)]
         self.sums.copy_(state["sums"])
-        self.data.substitution = state["substitution"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
@@ -1174,6 +1193,7 @@ def train_once(
     """
     last = run / "last.pth"
     trainer = Trainer(replace(config, init_from="") if last.exists() else config, data, device, deadline)
+    trainer.config = config
     if device.type == "cpu":
         keep_freed_memory()
     if last.exists():
@@ -1182,14 +1202,9 @@ def train_once(
         trainer.settle_batch()
     steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
-    print(
-        f"{data.name}: {len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch",
-        flush=True,
-    )
-    if config.low_res and trainer.step == 0:
-        print(
-            f"The first {100 * config.low_res:.0f} % of the steps train on smaller images; validation sees whole ones"
-        )
+    counts = f"{len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch"
+    small = f"; the first {100 * config.low_res:.0f} % of the run on smaller images" if config.low_res else ""
+    print(f"{data.name}: {counts}{small}", flush=True)
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
             begun, before, cost = time.perf_counter(), trainer.seconds, trainer.cost
@@ -1242,8 +1257,11 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         run, saved = Path(config.resume), list(Path(config.resume).rglob("last.pth"))
         if (run / "report.json").exists() and not saved:
             raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
-        for path in saved:
-            read_checkpoint(path, data.classes)  # before anything is changed
+        for path in saved:  # before anything is changed
+            load_weights(
+                build_model(replace(config, init_from=""), data), read_checkpoint(path, data.classes)["model"], path
+            )
+        data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
     else:
         print_summary(build_model(config, data), tuple(data.train.images.shape[1:]))
         run = new_run_folder(config, data)  # only now: a network that fails leaves no run behind
@@ -1255,7 +1273,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     except Timeout:
         raise UserError(f"another process is training in {run}") from None
     (run / "report.json").unlink(missing_ok=True)  # unfinished again
-    write_atomically(run / "config.json", json.dumps(asdict(replace(config, resume="")), indent=2).encode())
+    settings = asdict(replace(config, resume="")) | {"substitution": data.substitution}
+    write_atomically(run / "config.json", json.dumps(settings, indent=2).encode())
     reports: list[Report] = []
     with held, stop_requests() as signals:
         for left in range(config.repeat, 0, -1):
@@ -1353,7 +1372,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         boards = [SummaryWriter(str(path), purge_step=self.begun) for path in (self.run, self.run / "valid")]
-        if not self.begun:
+        if not (self.run / "samples.png").exists():
             self.show_input(boards[0])
         return boards
 
@@ -1398,16 +1417,11 @@ class RunLog:
             scalars = {}
 
     def report(self, config: Config, epoch: int, metrics: dict[str, float], figures: dict[str, Any]) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
         for name, figure in figures.items():
             self.boards[0].add_figure(name, figure, epoch)
         places = {"data_dir", "mirror", "init_from", "device", "run_dir", "out", "resume", "fast_dev_run", "debug"}
         settings = {name: value for name, value in asdict(config).items() if name not in places}
-        for summary in hparams(settings, metrics):  # add_hparams() would make a run of its own of them
-            self.boards[0]._get_file_writer().add_summary(summary)
-        for name, value in metrics.items():
-            self.boards[0].add_scalar(name, value, epoch)
+        self.boards[0].add_hparams(settings, metrics, run_name=".", global_step=epoch)  # in this run, not one below
 
 
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
@@ -1447,8 +1461,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         more = f"(precision {percent(precision[name])}, F1 {percent(f1[name])})"
         print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  {more}")
     if config.test_views > 1:
-        with trainer.autocast():
-            many = evaluate(trainer.model, *test, config.test_views).accuracy
+        many = evaluate(trainer.model, *test, config.test_views).accuracy
         results |= {"test_views": config.test_views, "test_views_accuracy": many}
         print(f"Accuracy with {config.test_views} views of each image: {100 * many:.2f} %")
     ranked = sorted(classes, key=lambda name: (recall[name], f1[name]))
@@ -1506,6 +1519,7 @@ def write_summary(reports: list[Report], run: Path) -> Report:
             results |= {key: mean, f"{key}_std": std, f"{key}_interval": [low, high]}
             spread = f"standard deviation {100 * std:.2f}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
             print(f"Mean test accuracy of {len(reports)} seeds{what}: {100 * mean:.2f} %, {spread}")
+    print(f"All else is of the kept model: {best.run.name}")
     results["repeats"] = [report.results for report in reports]
     write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, best.history, run, best.checkpoint)
@@ -1517,7 +1531,7 @@ def keep_model(report: Report, config: Config, data: Data) -> Report:
     inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
     out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
     replaced = " (replaced)" if out.exists() else ""
-    for path in {inside, out}:
+    for path in dict.fromkeys([inside, out]):
         write_atomically(path, report.checkpoint.read_bytes())
     logs = f'"{report.run}"' if config.run_dir else "runs"
     print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir {logs}")
@@ -1560,22 +1574,19 @@ def main(arguments: list[str] | None = None) -> int:
             console.reconfigure(errors="replace")  # what it cannot show becomes a ?
     parser, given = parse(arguments)
     try:
-        recipe = given.get("recipe", "default")
-        recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
-        if recipe not in recipes:
-            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
-        settings = recipes[recipe] | given
+        config = configure(**given)
         for package in ("torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"):
             if not importlib.util.find_spec(package):  # rather now than after the training
                 raise UserError(f"No module named {package!r}: {INSTALL}")
-        train(resume_config(**given) if given.get("resume") else Config(**settings), begun=START)
+        train(config, begun=START)
         return 0
     except UsageError as error:
         parser.error(str(error))
     except Stopped as stop:
-        quote = '"' if " " in f"{sys.argv[0]}{stop.args[1]}" else ""
-        command = f"python {quote}{sys.argv[0]}{quote} --resume {quote}{stop.args[1]}{quote}"
-        print(f"\nStopped, and all is saved. Go on with: {command}", flush=True)
+        known, own = (os.path.normcase(path or "") for path in (shutil.which("python"), sys.executable))
+        command = ["python" if known == own else sys.executable, sys.argv[0], "--resume", str(stop.args[1])]
+        quoted = " ".join(f'"{part}"' if " " in part else part for part in command)
+        print(f"\nStopped, and all is saved. Go on with: {quoted}", flush=True)
         return 128 + stop.args[0]
     except KeyboardInterrupt:
         print("\nStopped", file=sys.stderr)

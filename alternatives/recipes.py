@@ -13,7 +13,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # Reference 000: coursework that ends at 35 % after 10 epochs; all but the network and the epochs is chosen.
     "coursework": {
-        "model": "coursework-cnn", "epochs": 10, "batch_size": 64, "optimizer": "sgd", "lr": 1e-3, "momentum": 0.0,
+        "model": "coursework-cnn", "epochs": 10, "batch_size": 64, "optimizer": "sgd", "lr": 3e-4, "momentum": 0.0,
         "weight_decay": 0.0, "scheduler": "none", "label_smoothing": 0.0, "augment": "none", "precision": "fp32",
     },
     # KellerJordan/cifar10-airbench's 94 %: all images, tested on six views; batches half as large, which suits a CPU.

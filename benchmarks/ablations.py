@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from time_to_accuracy import SCRIPT, spread
@@ -49,7 +50,7 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
 }
 
 
-def run(name: str, seed: int, data_dir: str, also: list[str]) -> dict:
+def run(name: str, seed: int, data_dir: str, also: Sequence[str] = ()) -> dict:
     """Train once: seconds of training, and the validation accuracy after the last epoch."""
     options, replacements = VARIANTS[name]
     text = SCRIPT.read_text(encoding="utf-8")

@@ -76,7 +76,7 @@ def reached(result: dict, target: float) -> tuple[int, float] | None:
 def table(results: list[dict], variants: list[str], targets: list[float]) -> str:
     """A Markdown table, a row a variant. A time is given only where every run got there."""
     head = ["variant", *(f"{100 * target:g} % valid" for target in targets)]
-    head += ["whole run, s", "test accuracy, %", "with 6 views, %", "peak, MiB", "runs"]
+    head += ["whole run, s", "test accuracy, %", "with views, %", "peak, MiB", "runs"]
     lines = [head, ["---"] * len(head)]
     for variant in variants:
         own = [result for result in results if result["variant"] == variant]

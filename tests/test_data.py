@@ -57,8 +57,9 @@ def test_quickest_source_is_taken(fetch, mirror, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["silent", "stall", "cut", "lie", "page", "gone", "once"])
-def test_bad_mirror_is_left_for_a_good_source(fetch, mirror, bad):
+def test_bad_mirror_is_left_for_a_good_source(fetch, mirror, bad, capsys):
     fetch("good", mirror_url=f"{mirror.url}/{bad}/a.tar.gz")
+    assert f"note: leaving {mirror.url}/{bad}/" in capsys.readouterr().out
 
 
 def test_slow_mirror_is_left_and_its_bytes_are_kept(fetch, mirror):

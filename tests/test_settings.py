@@ -50,7 +50,7 @@ def test_every_setting_is_in_help_and_readme():
         ("--val-fraction -0.1", "at least 0"),
         ("--early-stopping 2 --val-fraction 0", "needs validation images"),
         ("--recipe defualt", "did you mean default?"),
-        ("--model cn", "did you mean cnn?"),
+        ("--model cnnn", "did you mean cnn?"),
         ("--dataset cifar1O", "did you mean cifar10?"),
         ("--optimizer lion", "invalid choice: 'lion'"),
         ("--dataset digits --batch-size 5000", "larger than the training set of 1295 images"),
@@ -63,10 +63,10 @@ def test_every_setting_is_in_help_and_readme():
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ],
 )
-def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, monkeypatch, cifar10_or_digits):
+def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, monkeypatch):
     monkeypatch.chdir(folder)
     if "--dataset" not in arguments:
-        arguments += f" {cifar10_or_digits}"
+        arguments += " --dataset digits"
     with pytest.raises(SystemExit) as caught:
         ic.main(arguments.split())
     assert caught.value.code == 2
@@ -74,11 +74,6 @@ def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, 
     assert last.startswith("image_classification.py: error: ") and words in last
     assert not any("error" in line for line in usage)
     assert not list(folder.rglob("*.pth"))
-
-
-@pytest.fixture
-def cifar10_or_digits():
-    return "--dataset digits"
 
 
 def test_missing_files_are_named(inside):
@@ -124,7 +119,6 @@ def test_torchvision_that_does_not_fit_is_named(program, folder, cifar10):
 
 
 def test_cpu_only_torch_beside_an_nvidia_driver_is_named(inside, folder, monkeypatch):
-    import torch
 
     tool = folder / ("nvidia-smi.bat" if sys.platform == "win32" else "nvidia-smi")
     tool.write_text("#!/bin/sh\n")
@@ -149,7 +143,6 @@ def test_unknown_device(inside):
 
 
 def test_precision_follows_the_hardware(monkeypatch):
-    import torch
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for features, expected in [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
@@ -223,6 +216,24 @@ def test_network_takes_other_classes_channels_and_sizes(name):
 def test_network_says_that_it_needs_larger_images(name):
     with pytest.raises(ValueError, match="needs images of .* pixels or more, not 3"):
         networks.build(name, classes=10, channels=3, image_size=3)
+
+
+def test_recipe_from_python():
+    config = ic.configure(recipe="accuracy94", epochs=3)
+    assert (config.width, config.epochs, config.val_fraction) == (2.0, 3, 0.0)
+
+
+def test_place_that_cannot_be_written_is_named_before_training(inside, folder, unwritable):
+    assert "--out" in inside.error(*QUICK, "--out", folder)
+    assert "--out" in inside.error(*QUICK, "--out", folder / "none" / "model.pth")
+    (folder / "elsewhere").mkdir()
+    unwritable(folder)
+    assert "cannot be written" in inside.error(*QUICK, "--run-dir", folder / "elsewhere")
+    assert not list((folder / "elsewhere").iterdir())
+
+
+def test_batches_of_one_image(inside, cifar10):
+    inside("--data-dir", cifar10, "--subset", "20", "--batch-size", "1", "--epochs", "1", "--width", "0.25")
 
 
 def test_script_alone_says_what_an_alternative_needs(folder):

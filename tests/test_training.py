@@ -249,6 +249,7 @@ def test_network_computes_the_same_in_fp32_as_in_the_bf16_that_trained_it(quick)
 
 def test_deterministic_runs(quick):
     first, second = (quick(deterministic=True, epochs=1) for _ in range(2))
+    assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     assert same(weights(first.run / "last.pth"), weights(second.run / "last.pth"))
 
@@ -402,7 +403,7 @@ def test_stopped_run_goes_on_bit_for_bit(program, folder, unbroken, signum, stat
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "Traceback" not in err
-    command = re.search(r"Go on with: python \S+image_classification.py (--resume \S+)", out).group(1)
+    command = re.search(r"Go on with: \S+ \S+image_classification.py (--resume \S+)", out).group(1)
     stopped = torch.load(only_run(folder) / "last.pth", weights_only=True)
     assert 52 <= stopped["step"] < 5 * 26
     program(*command.split())
@@ -450,6 +451,41 @@ def test_interrupted_extension_goes_on(program, inside, folder):
     interrupt_after(program.start("--resume", "last", "--epochs", "30"), "Epoch 0002")
     inside("--resume", "last")
     assert epochs_of(only_run(folder)) == list(range(30))
+
+
+def test_run_that_stopped_early_is_trained_on(inside, folder):
+    inside(*QUICK, "--lr", "0", "--optimizer", "sgd", "--epochs", "9", "--early-stopping", "1")
+    done = len(epochs_of(only_run(folder)))
+    assert done < 9
+    inside("--resume", "last", "--epochs", str(done + 2))  # fewer than it was to have, more than it had
+    assert epochs_of(only_run(folder)) == list(range(done + 2))
+
+
+def test_finished_run_whose_network_changed_keeps_its_report(inside, folder):
+    text = """
+import torch
+def network(classes=10, channels=3, image_size=32):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, {0}),
+                               torch.nn.Linear({0}, classes))"""
+    (folder / "mine.py").write_text(text.format(8))
+    inside(*QUICK, "--model", "mine.py:network")
+    report = (only_run(folder) / "report.json").read_bytes()
+    (folder / "mine.py").write_text(text.format(9))
+    assert "holds another network" in inside.error("--resume", "last", "--epochs", "4")
+    assert (only_run(folder) / "report.json").read_bytes() == report
+
+
+def test_run_killed_before_its_first_checkpoint_remembers_why_it_has_the_digits(inside, folder, monkeypatch):
+    def unreachable(*_):
+        raise ic.Unreachable("no network")
+
+    monkeypatch.setattr(ic, "find_cifar10", unreachable)
+    inside(*QUICK[2:])
+    for path in [*only_run(folder).glob("*.pth"), only_run(folder) / "report.json"]:
+        path.unlink()
+    out, _ = inside("--resume", "last")
+    assert "because CIFAR-10 could not be had" in out
+    assert json.loads((only_run(folder) / "report.json").read_text())["substituted_for"] == "CIFAR10: no network"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
