@@ -72,10 +72,13 @@ def test_damaged_last_checkpoint_of_a_run(inside, folder):
     assert "last.pth is damaged" in inside.error("--resume", "last")
 
 
-def test_out_is_checked_before_training(inside, folder):
+def test_place_that_cannot_be_written_is_named_before_training(inside, folder, unwritable):
     for wrong in ("nowhere/model.pth", "."):
-        assert f"--out {wrong}" in inside.error(*QUICK, "--out", wrong)
-    assert not list(folder.rglob("*.pth"))
+        assert f"cannot be written to {wrong}: name a file with --out" in inside.error(*QUICK, "--out", wrong)
+    (folder / "elsewhere").mkdir()
+    unwritable(folder)
+    assert "cannot be written" in inside.error(*QUICK, "--run-dir", folder / "elsewhere")
+    assert not list((folder / "elsewhere").iterdir())
 
 
 def test_unwritable_run_folder(program, folder, unwritable):
