@@ -804,7 +804,7 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
 CPU_IMAGES = 170  # whole ones, computed at once on a CPU: all 500 take more memory; batch norm sees these
 COST = {0.5: 0.35, 0.75: 0.6, 1.0: 1.0}  # of a step on images of that scale; CPUs measured: 0.3 to 0.4, 0.5 to 0.7
-PROBE_STEPS, REPORT_SECONDS = 24, 7.0  # --minutes times half of these; what the report takes but for the test images
+PROBE_STEPS, REPORT_SECONDS = 24, 4.5  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
 STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
@@ -1043,13 +1043,17 @@ class Trainer:
     def fit_minutes(self, per_step: float) -> None:
         """Fix the number of steps so that --minutes suffice for them and the report; per_step: s for whole images.
 
-        The longest found so far counts: the probe sees whole images, the first epoch validation and saving.
+        Not less than the probe's: it saw whole images; an epoch adds validation, saving and a machine's slower moods.
         """
-        self.per_step = per_step = max(per_step, self.per_step)
+        self.per_step = self.per_step or per_step
+        per_step = max(per_step, self.per_step)
         views = self.config.test_views
-        report = REPORT_SECONDS + per_step * 10_000 / self.places[0].stop * (1 + views * (views > 1))
-        left = self.deadline - time.perf_counter() - report
-        self.total_steps = self.step + max(1, int(left / per_step / self.work(1.0)))
+        test = per_step * 5000 / self.places[0].stop  # 10,000 images in fp32, forward only: half as much each, measured
+        left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))
+        total = float(self.total_steps)
+        for _ in range(9):  # what the steps done so far are of a run depends on its length
+            total = max((left / per_step + total * self.work(self.step / total)) / self.work(1.0), self.step + 1)
+        self.total_steps = int(total)
 
     def stalled(self) -> bool:
         patience = self.config.early_stopping
@@ -1227,8 +1231,8 @@ def train_once(
             trainer.save(last)
             spent = time.perf_counter() - begun
             log.epoch(trainer.history, rate)
-            if config.minutes and epoch == 0 and trainer.step < trainer.total_steps:
-                trainer.fit_minutes(spent / (trainer.cost - cost))  # now with validation and saving
+            if config.minutes and trainer.step < trainer.total_steps:
+                trainer.fit_minutes(spent / (trainer.cost - cost))
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
