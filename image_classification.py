@@ -623,16 +623,17 @@ class CNN(nn.Module):
         self.stages = nn.Sequential(*(Stage(*pair) for pair in zip(widths, widths[1:], strict=False)))
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
-    def whiten_for(self, images: torch.Tensor) -> None:
-        """Set the first layer's filters from normalised images, float (N, C, H, W)."""
-        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + 1e-2).sqrt()).T.reshape(-1, *self.whiten.weight.shape[1:])
-        self.whiten.weight.data.copy_(torch.cat([filters, -filters]))
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
         return self.head(self.stages(F.silu(self.whiten(images))).amax((2, 3)))
+
+
+def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
+    """Set the filters of a network's frozen first layer from normalised images, float (N, C, H, W): see CNN."""
+    patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (directions / (variances + 1e-2).sqrt()).T.reshape(-1, *layer.weight.shape[1:])
+    layer.weight.data.copy_(torch.cat([filters, -filters]))
 
 
 def build_network(config: Config, classes: int, mean: list[float], std: list[float], size: int) -> nn.Module:
@@ -665,8 +666,8 @@ def build_model(config: Config, data: Data) -> nn.Module:
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
     if config.init_from:
         load_weights(model, read_checkpoint(config.init_from, data.classes)["model"], config.init_from)
-    elif whiten := getattr(model, "whiten_for", None):
-        whiten(normalise(images[:: max(1, len(images) // 500)], model))
+    elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
+        set_whitening(layer, normalise(images[:: max(1, len(images) // 500)], model))
     return model
 
 

@@ -198,20 +198,13 @@ class Airbench(nn.Module):
         self.body = nn.Sequential(*parts, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
-    def whiten_for(self, images: torch.Tensor) -> None:
-        """Set the first layer's filters from normalised images, float (N, C, H, W)."""
-        patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
-        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + 1e-2).sqrt()).T.reshape(-1, *self.whiten.weight.shape[1:])
-        self.whiten.weight.data.copy_(torch.cat([filters, -filters]))
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
         return self.head(self.body(images)) / 9
 
 
 def airbench94(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
-    """airbench94_muon.py's network; its first layer waits for `whiten_for`."""
+    """airbench94_muon.py's network; the program sets its frozen first layer, `whiten`."""
     return Airbench(classes, channels, image_size)
 
 

@@ -119,7 +119,6 @@ def test_torchvision_that_does_not_fit_is_named(program, folder, cifar10):
 
 
 def test_cpu_only_torch_beside_an_nvidia_driver_is_named(inside, folder, monkeypatch):
-
     tool = folder / ("nvidia-smi.bat" if sys.platform == "win32" else "nvidia-smi")
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
@@ -143,7 +142,6 @@ def test_unknown_device(inside):
 
 
 def test_precision_follows_the_hardware(monkeypatch):
-
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for features, expected in [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16),
                                ({"avx2": True}, torch.float32)]:  # fmt: skip
