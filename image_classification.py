@@ -370,8 +370,8 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
         if size < ARCHIVE_BYTES:
             answers = probe(sources, size)
             rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
-            failures |= {url: answers[url] for url in answers.keys() - rates.keys()}
-            if mirror in answers.keys() - rates.keys():
+            failures |= {url: answer for url, answer in answers.items() if url not in rates}
+            if mirror in answers and mirror not in rates:
                 print(f"note: leaving {mirror}: {failures[mirror]}", flush=True)
             for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}", flush=True)
