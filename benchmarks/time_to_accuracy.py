@@ -107,11 +107,13 @@ def main() -> None:
 
     data_dir = str(Path(options.data_dir).resolve())
     order = [(variant, seed) for seed in range(options.runs) for variant in options.variants]
-    results = [run(variant, seed, data_dir) for variant, seed in tqdm(order, unit="run", disable=None)]
-    print(table(results, options.variants, options.targets))
     folder = Path(__file__).resolve().parent / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1))
+    results: list[dict] = []
+    for variant, seed in tqdm(order, unit="run", disable=None):
+        results.append(run(variant, seed, data_dir))
+        (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1))  # hours of it are not to be lost
+    print(table(results, options.variants, options.targets))
     if not validated(results):
         return  # nothing to draw
     figure = Figure(figsize=(7, 4.5), layout="constrained")
