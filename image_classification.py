@@ -37,6 +37,7 @@ import functools
 import hashlib
 import http.client
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -97,6 +98,9 @@ def setting(default: Any, help: str, *choices: str | int, low: float = -math.inf
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
 
 
+BALANCES = ["none", "weights", "oversample", "undersample"]
+
+
 @dataclass
 class Config:
     """Every setting of a run: the command line, config.json and the checkpoint are made from it.
@@ -112,25 +116,32 @@ class Config:
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(0.1, "share of the training images kept for validation", low=0, below=1)
     subset: int = setting(0, "train on N of the training images only; 0: all", low=0)
+    make_imbalanced: float = setting(1.0, "share of its training images that the last class keeps", low=1e-4, below=1.1)
 
-    model: str = setting("cnn", "cnn, a name in alternatives/networks.py, or FILE.py:FACTORY: your own")
-    width: float = setting(1.0, "channels of cnn, as a multiple of its own", low=0.05)
-    init_from: str = setting("", "model file whose weights to start from")
+    model: str = setting("cnn", "cnn, a name in alternatives/networks.py, torchvision:NAME, or FILE.py:FACTORY")
+    width: float | None = setting(None, "channels of cnn, as a multiple of its own", low=0.05)
+    depth: int | None = setting(None, "convolutions in each stage of convnet", low=1)
+    dropout: float | None = setting(None, "share of the values dropped, in networks that have it", low=0, below=1)
+    pretrained: bool = setting(False, "torchvision:NAME with its ImageNet weights, at their size")
+    init_from: str = setting("", "model file whose weights to start from; other classes get a new head")
+    freeze: bool = setting(False, "train only the head: the last layer")
 
     recipe: str = setting("", "default, accuracy94 or a name in alternatives/recipes.py; other options win over it")
     epochs: int | None = setting(None, "passes over the training images", low=1)
     minutes: float = setting(0.0, "train for so long that all is done in F minutes; 0: by epochs", low=0)
     batch_size: int | None = setting(None, "images a step", low=1)
-    optimizer: str = setting("muon", "the optimiser", "muon", "sgd", "adam", "adamw", "rmsprop")
+    optimizer: str | None = setting(None, "the optimiser", "muon", "sgd", "adam", "adamw", "rmsprop")
     lr: float | None = setting(None, "highest learning rate", low=0)
     momentum: float | None = setting(None, "momentum of muon, sgd and rmsprop", low=0, below=1)
     weight_decay: float | None = setting(None, "weight decay; an L2 penalty with sgd, adam, rmsprop", low=0)
     scheduler: str = setting("onecycle", "course of the learning rate", "onecycle", "cosine", "step", "plateau", "none")
     label_smoothing: float = setting(0.2, "share of the target spread over all classes", low=0, below=1)
-    augment: str | None = setting(None, "flip: mirror; crop=N: shift by up to N pixels; or both, or none")
+    augment: str | None = setting(None, "none, or a list: flip, crop=N (shift by up to N pixels), more in the README")
     low_res: float | None = setting(None, "share of the run on smaller images: half as wide, then 3/4", low=0, below=1)
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: any", low=0)
-    class_balance: str = setting("none", "weights: rarer classes count more in the loss", "none", "weights")
+    class_balance: str = setting("none", "weights: rarer classes count more in the loss; oversample: come more often; "
+                                 "undersample: the others more rarely", *BALANCES)  # fmt: skip
+    ema: bool = setting(False, "test and keep the moving average of the weights over about an epoch")
     early_stopping: int = setting(0, "stop after N epochs without a lower validation loss; 0: never", low=0)
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -158,7 +169,6 @@ class Config:
                 raise UsageError(f"{name} {value}: {suggest(str(value), map(str, rule['choices']))}")
             if kind in (int, float) and not rule["low"] <= value < rule["below"]:
                 raise UsageError(f"{name} {value}: must be at least {rule['low']:g} and below {rule['below']:g}")
-        augmentation(self.augment or "none")
         if self.mirror and not self.mirror.startswith(("http://", "https://")):
             raise UsageError(f"--mirror {self.mirror}: it has to begin with http:// or https://")
         if self.early_stopping and not self.val_fraction:
@@ -172,6 +182,7 @@ FOR_DATASET: dict[str, dict[str, Any]] = {
     "CIFAR10": {"epochs": 11, "batch_size": 500, "augment": "flip,crop=2", "low_res": 0.7},
     "digits": {"epochs": 12, "batch_size": 100, "augment": "crop=2", "low_res": 0.0},
 }
+FOR_NETWORK: dict[str, Any] = {"optimizer": "muon", "width": 1.0}  # for cnn; others: alternatives/networks.py
 FOR_OPTIMIZER = {"muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.0}}  # others: alternatives/optimizers.py
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -188,19 +199,34 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
-def augmentation(text: str) -> tuple[bool, int]:
-    """What --augment names: whether to mirror, and by how many pixels to shift at most. UsageError for others."""
-    steps = {name: value for name, _, value in (step.partition("=") for step in text.split(",") if step != "none")}
-    if steps.keys() - {"flip", "crop"} or steps.get("flip") or not steps.get("crop", "0").isdecimal():
-        raise UsageError(f"--augment {text}: it takes flip, crop=PIXELS, flip,crop=PIXELS or none")
-    return "flip" in steps, int(steps.get("crop", 0))
+def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
+    """What --augment names: whether to mirror, by how many pixels to shift at most, and what is not done here."""
+    steps = {name: value for name, _, value in (step.strip().partition("=") for step in text.split(","))}
+    steps.pop("none", None)
+    mirror, shift = steps.pop("flip", None), steps.pop("crop", "0")
+    if mirror or not (shift or "4").isdecimal():
+        raise UsageError(f"--augment {text}: flip takes no number, crop=PIXELS a whole one")
+    return mirror is not None, int(shift or 4), steps
+
+
+def batch_augmentation(text: str, classes: int) -> "Callable[..., Any] | None":
+    """What --augment names besides flip and crop, as a function of images and labels: alternatives/augmentations.py."""
+    if not (steps := augmentation(text)[2]):
+        return None
+    try:
+        return alternative("augmentations", f"--augment {text}").build(steps, classes)
+    except ValueError as error:
+        raise UsageError(f"--augment {text}: {error}") from None
 
 
 def alternative(kind: str, asker: str) -> Any:
     """The module alternatives/<kind>.py, wanted by the option `asker`; a script copied alone does without it."""
     if not importlib.util.find_spec("alternatives"):
         raise UserError(f"{asker} needs the folder alternatives/ beside this program")
-    return importlib.import_module(f"alternatives.{kind}")
+    try:
+        return importlib.import_module(f"alternatives.{kind}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{asker} needs the package {error.name}: pip install -r requirements-extras.txt") from None
 
 
 def configure(**given: Any) -> Config:
@@ -211,7 +237,9 @@ def configure(**given: Any) -> Config:
     recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
     if recipe not in recipes:
         raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
-    return Config(**recipes[recipe] | given)
+    config = Config(**recipes[recipe] | given)
+    batch_augmentation(config.augment or "none", 2)  # if that is wrong, then rather now
+    return config
 
 
 def settle(config: Config, data: "Data") -> Config:
@@ -219,11 +247,18 @@ def settle(config: Config, data: "Data") -> Config:
 
     Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
     """
-    count, size, name = len(data.train.labels), data.train.images.shape[-1], config.optimizer
+    count, size = len(data.train.labels), data.train.images.shape[-1]
+    own = FOR_NETWORK
+    if config.model != "cnn":
+        networks = alternative("networks", f"--model {config.model}")
+        if ":" not in config.model and config.model not in networks.SETTINGS:
+            near = suggest(config.model, ["cnn", *networks.SETTINGS])
+            raise UsageError(f"unknown model {config.model}: {near}, torchvision:NAME or FILE.py:FACTORY")
+        own = networks.settings(config.model)
+    name = config.optimizer or own["optimizer"]
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
-    values = FOR_DATASET[data.name] | suits
-    if config.model != "cnn":  # not every network takes images of other sizes
-        values["low_res"] = 0.0
+    # the network's own rate is for the network's own optimiser
+    values = FOR_DATASET[data.name] | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
     if (config.batch_size or 0) > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
     if not config.batch_size and values["batch_size"] > count:
@@ -482,8 +517,16 @@ def split_off(labels: torch.Tensor, fraction: float) -> tuple[torch.Tensor, torc
 def make_data(
     config: Config, name: str, classes: list[str], images: torch.Tensor, labels: torch.Tensor, **rest: Any
 ) -> Data:
-    """Split validation off training images, and measure the mean and deviation of the latter."""
+    """Split validation off training images, and measure the mean and deviation of the latter.
+
+    make_imbalanced thins out the training images alone: the later the class, by an exponential, the fewer stay.
+    """
     kept, held_out = split_off(labels, config.val_fraction)
+    if config.make_imbalanced != 1:
+        places, steps = labels[kept], max(1, len(classes) - 1)
+        shares = [(k, config.make_imbalanced ** (k / steps)) for k in range(len(classes))]
+        kept = torch.cat([members[: math.ceil(len(members) * share)] for k, share in shares
+                          for members in [kept[places == k]]]).sort().values  # fmt: skip
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     if not len(kept) or config.val_fraction > 0 == len(held_out):
@@ -557,7 +600,7 @@ def plan_epoch(count: int, seed: int, epoch: int, augment: str, device: torch.de
     down and right, int64 (N, 2), both as `augment` says. An image is mirrored in every other epoch, the first at
     random, so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench).
     """
-    mirror, most = augmentation(augment)
+    mirror, most, _ = augmentation(augment)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
     shifts = torch.randint(-most, most + 1, (count, 2), generator=generator)
@@ -615,8 +658,11 @@ class CNN(nn.Module):
     not come down to it: a tenth of a step.
     """
 
-    def __init__(self, classes: int = 10, channels: int = 3, image_size: int = 32, width: float = 1.0):
+    def __init__(
+        self, classes: int = 10, channels: int = 3, image_size: int = 32, width: float = 1.0, dropout: float = 0.0
+    ):
         super().__init__()
+        self.dropout = dropout
         self.whiten = nn.Conv2d(channels, 2 * channels * 2 * 2, 2, bias=False)
         self.whiten.weight.requires_grad_(False)
         widths = [2 * channels * 2 * 2, *(max(8, round(base * width / 8) * 8) for base in (32, 96, 192))]
@@ -625,7 +671,8 @@ class CNN(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
-        return self.head(self.stages(F.silu(self.whiten(images))).amax((2, 3)))
+        features = self.stages(F.silu(self.whiten(images))).amax((2, 3))
+        return self.head(F.dropout(features, self.dropout, self.training))
 
 
 def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
@@ -643,31 +690,52 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
     UsageError for an unknown name, UserError for a network that does not work.
     """
     torch.manual_seed(config.seed)
-    network: nn.Module
-    if config.model == "cnn":
-        network = CNN(classes, len(mean), size, config.width)
-    else:
-        networks = alternative("networks", f"--model {config.model}")
-        if ".py:" not in config.model and config.model not in networks.NAMES:
-            known = suggest(config.model, ["cnn", *networks.NAMES])
-            raise UsageError(f"unknown model {config.model}: {known}, or FILE.py:FACTORY")
-        try:
-            network = networks.build(config.model, classes, len(mean), size)
-        except Exception as error:  # anything, in a user's own file
-            raise UserError(f"--model {config.model} gives no network: {error}") from error
+    factory: Callable[..., nn.Module] = CNN
+    given = {name: getattr(config, name) for name in ("width", "depth", "dropout", "pretrained")}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    try:
+        if config.model != "cnn":
+            factory = alternative("networks", f"--model {config.model}").factory(config.model)
+        if unknown := given.keys() - inspect.signature(factory).parameters.keys():
+            raise UsageError(f"{option(min(unknown))} is nothing that the network {config.model} has")
+        network = factory(classes=classes, channels=len(mean), image_size=size, **given)
+        with torch.no_grad():  # rather now than after the run has begun; lazy layers get their shapes
+            shape = tuple(network.eval()(torch.zeros(2, len(mean), size, size)).shape)
+        if shape != (2, classes):
+            raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
+    except UserError:
+        raise
+    except Exception as error:  # anything, in a user's own file
+        raise UserError(f"--model {config.model} gives no network: {error}") from error
+    mean, std = getattr(network, "normalisation", (mean, std))
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
     network.register_buffer("pixel_scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
-    return network
+    return network.train()
 
 
-def build_model(config: Config, data: Data) -> nn.Module:
-    """A new network for `data`, on the CPU, with the weights of `config.init_from` if that names a file."""
+def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
+    """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
-    if config.init_from:
-        load_weights(model, read_checkpoint(config.init_from, data.classes)["model"], config.init_from)
+    if not fresh:
+        pass
+    elif config.pretrained:
+        try:
+            alternative("networks", "--pretrained").load_pretrained(model, config.init_from)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--pretrained: {error}") from None
+    elif config.init_from:
+        content = read_checkpoint(config.init_from)
+        if content["classes"] != data.classes:
+            print(f"note: {config.init_from} is for other classes: the head starts anew")
+            content["model"] |= alternative("networks", "--init-from").head_weights(model)
+        load_weights(model, content["model"], config.init_from)
     elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
         set_whitening(layer, normalise(images[:: max(1, len(images) // 500)], model))
+    if config.freeze:
+        if not (config.init_from or config.pretrained):
+            raise UsageError("--freeze trains the head alone, and so needs --init-from FILE or --pretrained")
+        alternative("networks", "--freeze").freeze(model)
     return model
 
 
@@ -721,7 +789,7 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     """
     content = read_checkpoint(path)
     config = Config(**{name: value for name, value in content["config"].items() if name in KINDS})
-    if ":" in config.model and not model:
+    if ".py:" in config.model and not model:
         raise UserError(f"{path} holds a network of its own: name {config.model} again as the model")
     config = replace(config, model=model or config.model)
     network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
@@ -922,18 +990,28 @@ def resume_config(resume: str, **changes: Any) -> Config:
 class Trainer:
     """A network in training: all that a step changes. `state()` is what a resume needs."""
 
-    def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0):
+    def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0, fresh: bool = True):
         self.config, self.data, self.device, self.deadline = config, data, device, deadline
         self.dtype = choose_precision(config.precision, device)
-        self.model = build_model(config, data).to(device).to(memory_format=torch.channels_last)
+        self.model = build_model(config, data, fresh).to(device).to(memory_format=torch.channels_last)
+        self.augment = batch_augmentation(config.augment or "none", len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
+        self.mean: list[float]
+        self.std: list[float]
+        self.mean, self.std = getattr(self.model, "normalisation", (data.mean, data.std))
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
-        count = len(self.labels)
+        self.count = count = len(self.drawn(0))  # of the images in an epoch
         steps = math.ceil(count / (config.batch_size or count))
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
         self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
+        self.average: Any = None
+        if config.ema:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            decay = get_ema_multi_avg_fn(1 - 1 / steps)  # so that it reaches back over about an epoch
+            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -961,17 +1039,21 @@ class Trainer:
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
         parts = math.ceil(self.parts * scale**2)  # memory grows with the pixels
         for chosen, flips, shifts in zip(*(drawn[place].chunk(parts) for drawn in plan), strict=True):
-            images, labels = normalise(gather(self.images, chosen, flips, shifts), self.model), self.labels[chosen]
+            images, labels = gather(self.images, chosen, flips, shifts), self.labels[chosen]
+            targets = labels
+            if self.augment:
+                images, targets = self.augment(images, labels)
+            images = normalise(images, self.model)
             if scale < 1:
                 images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
             with self.autocast():
                 logits = model(images).float()
             smoothing = self.config.label_smoothing
-            loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing, reduction="sum")
+            loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=smoothing, reduction="sum")
             self.scaler.scale(loss / size).backward()
             with torch.no_grad():
                 hits = (logits.argmax(1) == labels).sum()
-                result += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits])
+                result += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), hits])
         return result
 
     def scale(self) -> float:
@@ -987,9 +1069,19 @@ class Trainer:
         small, larger = min(progress, half), min(max(progress - half, 0), half)
         return progress - (1 - COST[0.5]) * small - (1 - COST[0.75]) * larger
 
+    def drawn(self, epoch: int) -> torch.Tensor:
+        """The images of that epoch, int64, not yet shuffled: all, or as many of each class."""
+        if not self.config.class_balance.endswith("sample"):
+            return torch.arange(len(self.labels))
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        sampling = alternative("sampling", "--class-balance")
+        return sampling.balanced(self.labels.cpu(), self.config.class_balance, generator)
+
     def plan(self, epoch: int) -> list[torch.Tensor]:
         """What is random in that epoch: see plan_epoch."""
-        return plan_epoch(len(self.labels), self.config.seed, epoch, self.config.augment or "none", self.device)
+        drawn, augment = self.drawn(epoch).to(self.device), self.config.augment or "none"
+        order, flips, shifts = plan_epoch(len(drawn), self.config.seed, epoch, augment, self.device)
+        return [drawn[order], flips, shifts]
 
     def settle_batch(self) -> None:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
@@ -1028,6 +1120,8 @@ class Trainer:
             self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
+        if self.average:
+            self.average.update_parameters(self.model)
         self.cost += COST[self.scale()]
         self.step += 1
 
@@ -1069,11 +1163,15 @@ class Trainer:
         work = self.total_steps * (self.work(1.0) - self.work(self.step / self.total_steps))
         return f"{tqdm.format_interval(self.seconds / self.cost * work)} left"
 
+    def tested(self) -> nn.Module:
+        """The network that counts: the one in training, or with --ema the moving average of its weights."""
+        return self.average.module if self.average else self.model
+
     def finished(self) -> dict[str, Any]:
-        """What a model file holds, with the weights of this moment."""
+        """What a model file holds, with the weights of this moment or their average."""
         return {
-            "model": self.model.state_dict(), "config": asdict(self.config), "classes": self.data.classes,
-            "mean": self.data.mean, "std": self.data.std, "image_size": self.images.shape[-1],
+            "model": self.tested().state_dict(), "config": asdict(self.config), "classes": self.data.classes,
+            "mean": self.mean, "std": self.std, "image_size": self.images.shape[-1],
             "dataset": self.data.name, "train_images": len(self.labels), "versions": VERSIONS,
             "metrics": dict(self.history[-1]) if self.history else {},
         }  # fmt: skip
@@ -1081,6 +1179,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that a resume needs."""
         return self.finished() | {name: getattr(self, name) for name in STATE} | {
+            "model": self.model.state_dict(), "average": self.average.state_dict() if self.average else None,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -1104,6 +1203,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         for name in STATE:
             setattr(self, name, state[name])
         if not self.config.minutes:
@@ -1155,11 +1256,11 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
 
     signals: see stop_requests; one there: saves and raises Stopped.
     """
-    config, count = trainer.config, len(trainer.labels)
+    config, count = trainer.config, trainer.count
     begun, before, looked = time.perf_counter(), trainer.seconds, 0.0
     epoch, first = divmod(trainer.step, len(trainer.places))
     plan, passed = trainer.plan(epoch), trainer.places[first].start
-    trainer.model.train()
+    trainer.model.train(not config.freeze)  # what is frozen keeps its statistics too
     with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
               disable=None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
@@ -1197,8 +1298,7 @@ def train_once(
     deadline: when, on time.perf_counter(), --minutes are over; signals: see stop_requests. Raises Stopped.
     """
     last = run / "last.pth"
-    trainer = Trainer(replace(config, init_from="") if last.exists() else config, data, device, deadline)
-    trainer.config = config
+    trainer = Trainer(config, data, device, deadline, fresh=not last.exists())
     if device.type == "cpu":
         keep_freed_memory()
     if last.exists():
@@ -1220,7 +1320,7 @@ def train_once(
             valid_loss, valid_accuracy = "-", ""
             if validation:
                 with trainer.autocast():
-                    valid = evaluate(trainer.model, *trainer.valid)
+                    valid = evaluate(trainer.tested(), *trainer.valid)
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
@@ -1263,9 +1363,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         if (run / "report.json").exists() and not saved:
             raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
         for path in saved:  # before anything is changed
-            load_weights(
-                build_model(replace(config, init_from=""), data), read_checkpoint(path, data.classes)["model"], path
-            )
+            weights = read_checkpoint(path, data.classes)["model"]
+            load_weights(build_model(config, data, fresh=False), weights, path)
         data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
     else:
         print_summary(build_model(config, data), tuple(data.train.images.shape[1:]))
@@ -1385,9 +1484,18 @@ class RunLog:
         """samples.png, the same in TensorBoard, and the network's graph."""
         trainer = self.trainer
         order, flips, shifts = (part[:10] for part in trainer.plan(0))
-        before, names = trainer.images[order], [trainer.data.classes[label] for label in trainer.labels[order].tolist()]
-        after = gather(trainer.images, order, flips, shifts)
-        figure = draw_images(torch.cat([before, after]), names + ["augmented"] * len(names), len(names))
+        labels, names = trainer.labels[order], trainer.data.classes
+        rows = {"": trainer.images[order]}
+        with torch.random.fork_rng():  # the training goes on as if nothing had been drawn
+            for name, value in augmentation(trainer.config.augment or "none")[2].items():
+                if alone := batch_augmentation(f"{name}={value}", len(names)):
+                    rows[name] = alone(rows[""], labels)[0]
+            rows["augmented"] = gather(trainer.images, order, flips, shifts)
+            if trainer.augment:
+                rows["augmented"] = trainer.augment(rows["augmented"], labels)[0]
+        titles = [title or names[label] for title in rows for label in labels.tolist()]
+        images = torch.cat([row.clamp(0, 255).byte() for row in rows.values()])
+        figure = draw_images(images, titles, len(order))
         save_figure(figure, self.run / "samples.png")
         board.add_figure("training images", figure)
         try:

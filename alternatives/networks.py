@@ -1,4 +1,7 @@
-"""Networks that `--model` takes besides the script's own `cnn`."""
+"""Networks that `--model` takes besides the script's own `cnn`: `factory(classes=10, channels=3, image_size=32)`.
+
+A factory may take `depth`, `dropout` and `pretrained` as well: the options of these names.
+"""
 
 import functools
 import importlib.util
@@ -6,40 +9,57 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-NAMES = [
-    "beginner-cnn",
-    "coursework-cnn",
-    "notebook-cnn",
-    "fcn",
-    "fftnet",
-    "convnet",
-    *RESNETS,
-    "resnet18-dropout",
-    "airbench94",
-]
+SETTINGS: dict[str, dict[str, Any]] = {  # that train each well, where they are not those of cnn
+    "beginner-cnn": {},
+    "coursework-cnn": {},
+    "notebook-cnn": {},
+    "fcn": {},
+    "fftnet": {},
+    "convnet": {"depth": 2},
+    **{name: {} for name in RESNETS},
+    "resnet18-dropout": {"dropout": 0.1},
+    "airbench94": {},
+}
 
 
-def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
-    """The network that one of NAMES or FILE.py:FACTORY stands for, tried on two images: lazy layers get their shapes.
+def settings(name: str) -> dict[str, Any]:
+    """The default settings of a network: one of SETTINGS, torchvision:NAME or FILE.py:FACTORY."""
+    return {"optimizer": "muon", "low_res": 0.0} | SETTINGS.get(name, {})  # not every network takes other sizes
 
-    Raises ValueError if its output is not (2, classes), and whatever the factory or the network raises.
-    """
+
+def factory(name: str) -> Callable[..., nn.Module]:
+    """The factory that one of SETTINGS, torchvision:NAME or FILE.py:FACTORY stands for; else raises ValueError."""
     if name in RESNETS:
-        factory: Callable[..., nn.Module] = functools.partial(resnet, name)
-    else:
-        factory = from_file(name) if ".py:" in name else globals()[name.replace("-", "_")]
-    network = factory(classes=classes, channels=channels, image_size=image_size)
-    with torch.no_grad():  # rather now than after the run has begun
-        shape = tuple(network.eval()(torch.zeros(2, channels, image_size, image_size)).shape)
-    if shape != (2, classes):
-        raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
-    return network.train()
+        return functools.partial(resnet, name)
+    if name.startswith("torchvision:"):
+        return functools.partial(from_torchvision, name.partition(":")[2])
+    if name in SETTINGS:
+        return globals()[name.replace("-", "_")]
+    return from_file(name)
+
+
+def head_of(network: nn.Module) -> tuple[str, nn.Module]:
+    """The classifier, the last layer that has weights, and its name."""
+    return [(name, layer) for name, layer in network.named_modules() if list(layer.parameters(recurse=False))][-1]
+
+
+def head_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The classifier's part of a network's state."""
+    name, layer = head_of(network)
+    return layer.state_dict(prefix=f"{name}.")
+
+
+def freeze(network: nn.Module) -> None:
+    """Leave only the classifier to be trained."""
+    network.requires_grad_(False)
+    head_of(network)[1].requires_grad_(True)
 
 
 def blocks(widths: list[int], image_size: int) -> list[nn.Module]:
@@ -206,6 +226,74 @@ class Airbench(nn.Module):
 def airbench94(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
     """airbench94_muon.py's network; the program sets its frozen first layer, `whiten`."""
     return Airbench(classes, channels, image_size)
+
+
+class FromImageNet(nn.Module):
+    """A torchvision classifier for images of any size, brought to the one that its ImageNet weights are made for."""
+
+    def __init__(self, name: str, classes: int, image_size: int):
+        super().__init__()
+        from torchvision.models import get_model_weights
+
+        self.weights = get_model_weights(name).DEFAULT
+        preset = self.weights.transforms()
+        self.size, self.normalisation = max(image_size, preset.crop_size[0]), (preset.mean, preset.std)
+        self.body = torchvision_model(name, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images normalised as ImageNet's, float (N, 3, H, W), to logits (N, classes)."""
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.body(images)
+
+
+def torchvision_model(name: str, classes: int, **options: Any) -> nn.Module:
+    """A classifier of torchvision with new weights; ValueError for an unknown name."""
+    from torchvision.models import get_model, list_models
+
+    if name not in (known := list_models(sys.modules["torchvision.models"])):
+        raise ValueError(f"torchvision has no classifier {name}, but {', '.join(known)}")
+    if name in ("googlenet", "inception_v3"):  # these would give two or three answers in training
+        options |= {"aux_logits": False, "init_weights": True}
+    return get_model(name, num_classes=classes, **options)
+
+
+def from_torchvision(
+    name: str, classes: int = 10, channels: int = 3, image_size: int = 32, pretrained: bool = False
+) -> nn.Module:
+    """A classifier of torchvision; `pretrained`: with room for its ImageNet weights, which load_pretrained fills."""
+    if channels != 3:
+        raise ValueError(f"torchvision's networks take 3 channels, not {channels}")
+    if pretrained:
+        return FromImageNet(name, classes, image_size)
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    return torchvision_model(name, classes, **options)
+
+
+def load_pretrained(network: nn.Module, path: str = "") -> None:
+    """Load ImageNet weights, or those in the file `path`, into a FromImageNet; the classifier stays new.
+
+    A file may be torchvision's own or a checkpoint of this program. Raises ValueError where there are none to be had.
+    """
+    if not isinstance(network, FromImageNet):
+        raise ValueError("only networks named torchvision:NAME have ImageNet weights")
+    if path:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        found = content["model"] if "classes" in content else {f"body.{name}": value for name, value in content.items()}
+    else:
+        try:
+            state = network.weights.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise ValueError(
+                f"the ImageNet weights could not be had ({error}): fetch {network.weights.url} elsewhere and name the "
+                "file with --init-from"
+            ) from None
+        found = {f"body.{name}": value for name, value in state.items()}
+    own = network.state_dict()
+    found = {name: value for name, value in found.items() if name in own} | head_weights(network)
+    if wrong := [name for name in own if name not in found or found[name].shape != own[name].shape]:
+        raise ValueError(f"{path or network.weights} holds another network: {wrong[0]} is not there or not the same")
+    network.load_state_dict(found)
 
 
 def from_file(name: str) -> Callable[..., nn.Module]:

@@ -16,6 +16,31 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "coursework-cnn", "epochs": 10, "batch_size": 64, "optimizer": "sgd", "lr": 3e-4, "momentum": 0.0,
         "weight_decay": 0.0, "scheduler": "none", "label_smoothing": 0.0, "augment": "none", "precision": "fp32",
     },
+    # Reference 001: a ResNet, Adam, ReduceLROnPlateau, clipping and decay, all seven of its augmentations; the numbers
+    # that its README leaves open are chosen.
+    "resnet-augmented": {
+        "model": "resnet18", "epochs": 20, "batch_size": 128, "optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-4,
+        "scheduler": "plateau", "grad_clip": 1.0, "label_smoothing": 0.0, "precision": "fp32",
+        "augment": "flip,rotate=20,brightness=0.2,contrast=0.2,saturation=0.2,sharpness,erase=0.75",
+    },
+    # Reference 003: ResNet-18 with dropout, 25 epochs as its animations show; all else is chosen.
+    "resnet-dropout": {
+        "model": "resnet18-dropout", "epochs": 25, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9,
+        "weight_decay": 5e-4, "scheduler": "onecycle", "label_smoothing": 0.0, "augment": "flip,crop=4",
+        "precision": "fp32",
+    },
+    # Reference 004: batches of 20, a fifth for validation, SGD at 0.01 (chosen of the two that it names); it shows 3
+    # epochs and keeps the weights of the lowest validation loss.
+    "notebook": {
+        "model": "notebook-cnn", "epochs": 10, "batch_size": 20, "val_fraction": 0.2, "optimizer": "sgd", "lr": 0.01,
+        "momentum": 0.0, "weight_decay": 0.0, "scheduler": "none", "label_smoothing": 0.0, "augment": "none",
+        "precision": "fp32",
+    },
+    # A network that knows ImageNet, on other images: its head first learns in a warm-up that the schedule gives.
+    "finetune": {
+        "model": "torchvision:resnet18", "pretrained": True, "epochs": 5, "batch_size": 64, "optimizer": "adamw",
+        "lr": 3e-4, "weight_decay": 0.01, "scheduler": "onecycle", "label_smoothing": 0.1,
+    },
     # KellerJordan/cifar10-airbench's 94 %: all images, tested on six views; batches half as large, which suits a CPU.
     "airbench94": {
         "model": "airbench94", "epochs": 8, "batch_size": 1000, "lr": 0.24, "val_fraction": 0.0, "test_views": 6,

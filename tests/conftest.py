@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "image_classification.py"
@@ -15,7 +16,17 @@ sys.path.insert(0, str(REPOSITORY))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
-QUICK = ["--dataset", "digits", "--width", "0.25", "--subset", "400", "--epochs", "2"]
+SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
+QUICK = [*SMALL, "--width", "0.25"]
+
+
+def only_run(folder):
+    (path,) = folder.glob("runs/*/*/config.json")
+    return path.parent
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
 
 
 class Program:

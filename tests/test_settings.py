@@ -6,15 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import QUICK, REPOSITORY, SCRIPT
 
 import image_classification as ic
-from alternatives import networks, recipes
 
 
 def test_script_metadata_equals_requirements():
@@ -55,8 +52,15 @@ def test_every_setting_is_in_help_and_readme():
         ("--optimizer lion", "invalid choice: 'lion'"),
         ("--dataset digits --batch-size 5000", "larger than the training set of 1295 images"),
         ("--dataset digits --val-fraction 0.001", "leaves no image"),
-        ("--augment turn", "it takes flip, crop=PIXELS"),
-        ("--augment crop", "it takes flip, crop=PIXELS"),
+        ("--augment turn", "turn is none of flip, crop, rotate"),
+        ("--augment flip=2", "flip takes no number"),
+        ("--augment crop=1.5", "crop=PIXELS a whole one"),
+        ("--augment flip,rotate=400", "rotate=400 must be above 0 and at most 180"),
+        ("--augment hue=x", "hue=x must be above 0"),
+        ("--make-imbalanced 0", "must be at least 0.0001"),
+        ("--depth 3", "--depth is nothing that the network cnn has"),
+        ("--model fcn --width 2", "--width is nothing that the network fcn has"),
+        ("--freeze", "needs --init-from FILE or --pretrained"),
         ("--augment crop=32", "out of sight"),
         ("--test-views 3", "invalid choice"),
         ("--mirror teacher:8000", "has to begin with http://"),
@@ -167,53 +171,6 @@ def test_config_from_python_is_checked():
     for wrong in ({"epochs": 2.5}, {"optimizer": "lion"}, {"minutes": float("nan")}, {"debug": 1}):
         with pytest.raises(ic.UsageError):
             ic.Config(**wrong)
-
-
-@pytest.mark.parametrize("recipe", [*ic.RECIPES, *recipes.RECIPES])
-def test_every_recipe_names_settings_and_a_network_that_exist(recipe):
-    config = ic.Config(**(ic.RECIPES | recipes.RECIPES)[recipe])
-    assert config.model == "cnn" or config.model in networks.NAMES
-
-
-def test_recipe_and_network_by_name(inside, folder):
-    out, _ = inside("--recipe", "beginner", *QUICK[:2], "--subset", "64", "--epochs", "1")
-    assert "545,290" in out and "float32" in out
-    assert (folder / "model_beginner-cnn_digits.pth").exists()
-
-
-def test_coursework_network_has_the_footer_of_the_reference(capsys):
-    """Input 0.01, forward/backward 1.54, parameters 2.62, in all 4.17 MB: the table in the coursework's README."""
-    network = networks.coursework_cnn()
-    ic.print_summary(network, (3, 32, 32))
-    numbers = re.findall(r"\(MB\): (\S+)", capsys.readouterr().out)
-    assert numbers == ["0.01", "1.54", "2.62", "4.17"]
-    assert sum(weight.numel() for weight in network.parameters()) == 685_962
-
-
-def test_resnet18_dropout_has_the_table_of_the_reference(capsys):
-    """Row by row the torchsummary table in the README of reference 003."""
-    ic.print_summary(networks.resnet18_dropout(), (3, 32, 32))
-    row = re.compile(r" *(\w+-\d+) +(\[.*?\]) +([\d,]+)")
-    ours, theirs = (
-        row.findall(text)
-        for text in (capsys.readouterr().out, Path(__file__).with_name("reference_003.txt").read_text())
-    )
-    assert len(theirs) == 69 and ours == theirs
-
-
-@pytest.mark.parametrize("name", networks.NAMES)
-def test_network_takes_other_classes_channels_and_sizes(name):
-    network = networks.build(name, classes=7, channels=1, image_size=28)
-    loss = F.cross_entropy(network(torch.rand(4, 1, 28, 28)), torch.arange(4))
-    loss.backward()
-    trained = [weight for weight in network.parameters() if weight.requires_grad]
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
-
-
-@pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fftnet", "convnet"])
-def test_network_says_that_it_needs_larger_images(name):
-    with pytest.raises(ValueError, match="needs images of .* pixels or more, not 3"):
-        networks.build(name, classes=10, channels=3, image_size=3)
 
 
 def test_recipe_from_python():

@@ -12,22 +12,13 @@ import time
 
 import pytest
 import torch
-from conftest import QUICK, SCRIPT, Program
+from conftest import QUICK, SCRIPT, SMALL, Program, only_run, weights
 from test_data import wait_for
 
 import image_classification as ic
 
 FILES = {"config.json", "metrics.csv", "last.pth", "best.pth", "training_results.png", "confusion_matrix.png",
          "samples.png", "report.json", "model_cnn_digits.pth"}  # fmt: skip
-
-
-def only_run(folder):
-    (path,) = folder.glob("runs/*/*/config.json")
-    return path.parent
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
 
 
 def same(first, second):
@@ -468,7 +459,7 @@ def network(classes=10, channels=3, image_size=32):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, {0}),
                                torch.nn.Linear({0}, classes))"""
     (folder / "mine.py").write_text(text.format(8))
-    inside(*QUICK, "--model", "mine.py:network")
+    inside(*SMALL, "--model", "mine.py:network")
     report = (only_run(folder) / "report.json").read_bytes()
     (folder / "mine.py").write_text(text.format(9))
     assert "holds another network" in inside.error("--resume", "last", "--epochs", "4")
@@ -651,7 +642,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
 )
 def test_broken_own_network(inside, folder, text):
     (folder / "mine.py").write_text(text)
-    assert "--model mine.py:small" in inside.error(*QUICK, "--model", "mine.py:small")
+    assert "--model mine.py:small" in inside.error(*SMALL, "--model", "mine.py:small")
     assert not (folder / "runs").exists()  # or it would be the newest unfinished run
 
 
@@ -664,7 +655,7 @@ def test_run_that_failed_at_once_is_not_resumed(inside, folder):
     (folder / "mine.py").write_text(
         failing.replace("torch.RuntimeError", "RuntimeError").replace("CUDA out of memory", "boom")
     )
-    assert "boom" in inside.error(*QUICK, "--model", "mine.py:small")
+    assert "boom" in inside.error(*SMALL, "--model", "mine.py:small")
     out, _ = inside("--resume", "last")
     assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 

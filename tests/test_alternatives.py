@@ -1,0 +1,254 @@
+"""What the program takes when asked for by name: networks, augmentations, recipes and the rest of alternatives/."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import QUICK, only_run
+
+import image_classification as ic
+from alternatives import augmentations, networks, recipes, sampling
+
+
+@pytest.mark.parametrize("recipe", [*ic.RECIPES, *recipes.RECIPES])
+def test_every_recipe_names_settings_and_a_network_that_exist(recipe):
+    config = ic.Config(**(ic.RECIPES | recipes.RECIPES)[recipe])
+    assert config.model == "cnn" or networks.factory(config.model)
+    ic.batch_augmentation(config.augment or "none", 10)
+
+
+def test_recipe_and_network_by_name(inside, folder):
+    out, _ = inside("--recipe", "beginner", *QUICK[:2], "--subset", "64", "--epochs", "1")
+    assert "545,290" in out and "float32" in out
+    assert (folder / "model_beginner-cnn_digits.pth").exists()
+
+
+def test_coursework_network_has_the_footer_of_the_reference(capsys):
+    """Input 0.01, forward/backward 1.54, parameters 2.62, in all 4.17 MB: the table in the coursework's README."""
+    network = networks.coursework_cnn()
+    ic.print_summary(network, (3, 32, 32))
+    numbers = re.findall(r"\(MB\): (\S+)", capsys.readouterr().out)
+    assert numbers == ["0.01", "1.54", "2.62", "4.17"]
+    assert sum(weight.numel() for weight in network.parameters()) == 685_962
+
+
+def test_resnet18_dropout_has_the_table_of_the_reference(capsys):
+    """Row by row the torchsummary table in the README of reference 003."""
+    ic.print_summary(networks.resnet18_dropout(), (3, 32, 32))
+    row = re.compile(r" *(\w+-\d+) +(\[.*?\]) +([\d,]+)")
+    ours, theirs = (
+        row.findall(text)
+        for text in (capsys.readouterr().out, Path(__file__).with_name("reference_003.txt").read_text())
+    )
+    assert len(theirs) == 69 and ours == theirs
+
+
+@pytest.mark.parametrize("name", networks.SETTINGS)
+def test_network_takes_other_classes_channels_and_sizes(name):
+    network = networks.factory(name)(classes=7, channels=1, image_size=28)
+    loss = F.cross_entropy(network(torch.rand(4, 1, 28, 28)), torch.arange(4))
+    loss.backward()
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
+
+
+@pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fftnet", "convnet"])
+def test_network_says_that_it_needs_larger_images(name):
+    with pytest.raises(ValueError, match="needs images of .* pixels or more, not 3"):
+        networks.factory(name)(classes=10, channels=3, image_size=3)
+
+
+@pytest.fixture
+def imagenet(folder, monkeypatch):
+    """torchvision's SqueezeNet weights as if downloaded before: of the real names and shapes, drawn at random."""
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
+    torch.manual_seed(1)
+    weights = squeezenet1_1().state_dict()
+    path = folder / "hub" / "hub" / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name
+    path.parent.mkdir(parents=True)
+    torch.save(weights, path)
+    return path
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["cached", "--init-from"])
+def test_pretrained_network_with_only_its_head_trained(inside, folder, imagenet, given):
+    path = imagenet.rename(folder / "given.pth") if given else imagenet
+    more = ["--init-from", "given.pth"] if given else []
+    options = ["--model", "torchvision:squeezenet1_1", "--pretrained", "--freeze", *more]
+    out, _ = inside("--dataset", "digits", "--subset", "20", "--batch-size", "20", "--epochs", "2", *options)
+    before = torch.load(path, weights_only=True)
+    model, content = ic.load_checkpoint(folder / "model_squeezenet1_1_digits.pth")
+    changed = [name for name, value in before.items() if not torch.equal(content["model"][f"body.{name}"], value)]
+    assert set(changed) == {"classifier.1.weight", "classifier.1.bias"}
+    assert content["mean"] == [0.485, 0.456, 0.406]  # ImageNet's, not the digits'
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    seen = []
+    model.body.features.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[-1]))
+    model(torch.zeros(1, 3, 32, 32))
+    assert seen == [224]
+
+
+def test_pretrained_weights_that_cannot_be_had(inside, folder, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    error = inside.error(*QUICK[:2], "--model", "torchvision:squeezenet1_1", "--pretrained")
+    assert "ImageNet weights could not be had" in error and "squeezenet1_1-" in error and "--init-from" in error
+    assert not (folder / "runs").exists()
+
+
+def test_only_torchvision_networks_are_pretrained(inside):
+    assert "--pretrained is nothing that the network cnn has" in inside.error(*QUICK[:2], "--pretrained", status=2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_b0", "googlenet", "vit_b_16"])
+def test_torchvision_networks(name):
+    size = 224 if name in ("googlenet",) else 32
+    network = networks.factory(f"torchvision:{name}")(classes=7, image_size=size)
+    assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_unknown_torchvision_network_is_named(inside):
+    error = inside.error(*QUICK[:2], "--model", "torchvision:resnet19")
+    assert "torchvision has no classifier resnet19, but" in error and "resnet18" in error
+
+
+def test_own_model_is_tuned_to_other_classes(inside, folder, monkeypatch):
+    inside(*QUICK, "--out", "ten.pth")
+    content = torch.load(folder / "ten.pth", weights_only=True)
+    content["classes"] = [*"abcdefg"]
+    content["model"]["head.weight"] = content["model"]["head.weight"][:7]
+    ic.save_checkpoint(folder / "seven.pth", content)
+    out, _ = inside(*QUICK, "--init-from", "seven.pth", "--freeze", "--out", "tuned.pth")
+    assert "seven.pth is for other classes: the head starts anew" in out
+    tuned = ic.load_checkpoint("tuned.pth")[1]["model"]
+    changed = {name for name, value in content["model"].items() if not torch.equal(tuned[name], value)}
+    assert changed == {"head.weight"} and tuned["head.weight"].shape[0] == 10
+
+
+@pytest.mark.parametrize("name", augmentations.STRENGTHS)
+def test_each_image_gets_its_own_draw(name):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    images = torch.cat([image, image, 255 - image, 255 - image] * 16)
+    changed, _ = augmentations.build({name: ""}, 10)(images, torch.arange(64) % 10)
+    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 255.01
+    kinds = len({tuple(one.flatten().tolist()) for one in changed[::4]})
+    assert kinds > 5  # of 16 equal ones
+    still = (changed[::4] == image).flatten(1).all(1).float().mean()
+    assert still < 0.9 and (name not in ("sharpness", "erase") or still > 0)
+
+
+def test_strength_of_an_augmentation_counts():
+    grey = torch.full((50, 3, 8, 8), 100, dtype=torch.uint8)
+    spread = [augmentations.build({"brightness": f}, 2)(grey, torch.zeros(50))[0].std() for f in ("0.1", "0.4")]
+    assert spread[1] > 2 * spread[0] > 0
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixed_labels_are_the_shares_of_the_images(name):
+    labels = torch.arange(10).repeat(20)
+    images = (20 * labels).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).byte()  # so bright as their label says
+    mixed, shares = augmentations.build({name: ""}, 10)(images, labels)
+    assert torch.allclose(shares.sum(1), torch.ones(200))
+    assert torch.allclose(mixed.mean((1, 2, 3)) / 20, shares @ torch.arange(10.0), atol=1e-3)
+    assert 0.05 < 1 - shares.max(1).values.mean() < 0.4
+
+
+def test_run_with_augmentations_learns_and_shows_them(inside, folder):
+    steps = "crop=2,rotate=10,brightness,contrast,erase=0.3,mixup,cutmix"
+    options = ["--dataset", "digits", "--width", "0.5", "--epochs", "6", "--batch-size", "50"]
+    inside(*options, "--augment", steps)
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    assert report["test_accuracy"] > 0.85
+    from PIL import Image
+
+    rows = Image.open(only_run(folder) / "samples.png").height
+    inside(*options, "--fast-dev-run", "--run-dir", "plain")
+    assert rows > 3 * Image.open(folder / "plain" / "samples.png").height  # 8 rows against 2
+
+
+def test_augmented_run_resumes_bit_for_bit(inside, folder):
+    options = [
+        *QUICK,
+        "--augment",
+        "crop,rotate,mixup",
+        "--ema",
+        "--class-balance",
+        "oversample",
+        "--scheduler",
+        "none",
+    ]
+    inside(*options, "--epochs", "3", "--run-dir", "whole")
+    inside(*options, "--epochs", "1", "--run-dir", "parts")
+    inside("--resume", "parts", "--epochs", "3")
+    whole, parts = (torch.load(folder / name / "last.pth", weights_only=True) for name in ("whole", "parts"))
+    for part in ("model", "average"):
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+
+
+def test_missing_kornia_is_named(inside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    monkeypatch.delitem(sys.modules, "alternatives.augmentations")
+    error = inside.error(*QUICK, "--augment", "rotate")
+    assert "kornia" in error and "pip install -r requirements-extras.txt" in error
+
+
+@pytest.mark.parametrize(("how", "size"), [("oversample", 500), ("undersample", 20)])
+def test_balanced_epochs(how, size):
+    labels = torch.tensor([0] * 500 + [1] * 20 + [2] * 90)[torch.randperm(610)]
+    chosen = sampling.balanced(labels, how, torch.Generator().manual_seed(0))
+    assert labels[chosen].bincount().tolist() == [size] * 3
+    times = chosen.bincount(minlength=610)
+    for label in range(3):
+        of_class = times[labels == label]
+        assert of_class.max() - of_class.min() <= 1  # as evenly as possible
+    again = sampling.balanced(labels, how, torch.Generator().manual_seed(1))
+    assert not torch.equal(chosen, again)
+
+
+@pytest.mark.parametrize("how", ["oversample", "undersample"])
+def test_run_with_balanced_epochs(inside, folder, how):
+    data = ["--dataset", "digits", "--make-imbalanced", "0.1", "--width", "0.25", "--batch-size", "10"]
+    out, _ = inside(*data, "--class-balance", how, "--epochs", "2")
+    counts = ic.load_data(ic.Config(dataset="digits", make_imbalanced=0.1)).train.labels.bincount().tolist()
+    assert counts[0] > 120 and counts[9] == pytest.approx(counts[0] / 10, abs=2)
+    assert counts == sorted(counts, reverse=True) or max(counts) - counts[0] < 5
+    epoch = 10 * (max(counts) if how == "oversample" else min(counts))
+    assert f"{-(-epoch // 10)} steps an epoch" in out
+    assert json.loads((only_run(folder) / "report.json").read_text())["train_images"] == sum(counts)
+
+
+def test_average_of_the_weights_is_tested_and_kept(inside, folder):
+    inside(*QUICK, "--ema", "--epochs", "1", "--scheduler", "none", "--batch-size", "40")
+    run = only_run(folder)
+    last = torch.load(run / "last.pth", weights_only=True)
+    kept = torch.load(folder / "model_cnn_digits.pth", weights_only=True)["model"]
+    assert not torch.equal(last["model"]["head.weight"], kept["head.weight"])
+    assert torch.equal(last["average"]["module.head.weight"], kept["head.weight"])
+    valid = ic.load_data(ic.Config(dataset="digits")).valid
+    model, _ = ic.load_checkpoint(folder / "model_cnn_digits.pth")
+    with torch.autocast("cpu", enabled="bfloat16" in last["environment"]["precision"]):
+        loss = ic.evaluate(model, *valid).loss
+    assert loss == pytest.approx(last["history"][0]["valid_loss"], rel=0.02)
+
+
+def test_dropout_and_depth_reach_the_network():
+    data = ic.load_data(ic.Config(dataset="digits"))
+    assert ic.build_model(ic.Config(dropout=0.4), data).dropout == 0.4
+    counts = [
+        sum(isinstance(layer, torch.nn.Conv2d) for layer in ic.build_model(config, data).modules())
+        for config in (ic.Config(model="convnet", depth=1), ic.Config(model="convnet", depth=4))
+    ]
+    assert counts == [3, 12]
+
+
+def test_every_network_has_settings_of_its_own():
+    for name in networks.SETTINGS:
+        config = ic.settle(ic.Config(dataset="digits", model=name), ic.load_data(ic.Config(dataset="digits")))
+        assert None not in (config.optimizer, config.lr, config.epochs, config.batch_size, config.augment)
