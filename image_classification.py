@@ -52,6 +52,7 @@ import sys
 import tarfile
 import threading
 import typing
+import urllib.error
 import urllib.request
 import uuid
 import warnings
@@ -111,11 +112,15 @@ class Config:
     raises UsageError.
     """
 
-    dataset: str = setting("auto", "cifar10, digits, or auto: CIFAR-10, or digits if it can't be had")
-    data_dir: str = setting("data", "folder that holds CIFAR-10 or receives it")
+    dataset: str = setting("auto", "cifar10, digits, a name in alternatives/datasets.py, a folder of images, or auto: "
+                           "CIFAR-10, or digits if it can't be had")  # fmt: skip
+    data_dir: str = setting("data", "folder that holds CIFAR-10 and its like, or receives them")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(0.1, "share of the training images kept for validation", low=0, below=1)
     subset: int = setting(0, "train on N of the training images only; 0: all", low=0)
+    image_size: int | None = setting(
+        None, "width and height that images get; none: their own, of a folder up to 64", low=8
+    )
     make_imbalanced: float = setting(1.0, "share of its training images that the last class keeps", low=1e-4, below=1.1)
 
     model: str = setting("cnn", "cnn, a name in alternatives/networks.py, torchvision:NAME, or FILE.py:FACTORY")
@@ -258,7 +263,8 @@ def settle(config: Config, data: "Data") -> Config:
     name = config.optimizer or own["optimizer"]
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
     # the network's own rate is for the network's own optimiser
-    values = FOR_DATASET[data.name] | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
+    suitable = FOR_DATASET.get(data.name) or alternative("datasets", "").settings(count, size, data.mirrored)
+    values = suitable | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
     if (config.batch_size or 0) > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
     if not config.batch_size and values["batch_size"] > count:
@@ -277,7 +283,10 @@ def settle(config: Config, data: "Data") -> Config:
     if augmentation(config.augment or "none")[1] >= size:
         raise UsageError(f"--augment {config.augment} shifts images of {size} pixels out of sight")
     schedule(config.scheduler, 0.0, [])  # if that fails, then rather now
-    config = replace(config, dataset=data.name.lower())  # for resuming, never another
+    if config.dataset == "auto":  # for resuming, never another
+        config = replace(config, dataset=data.name.lower())
+    elif data.report:  # a folder, found again from elsewhere
+        config = replace(config, dataset=str(Path(config.dataset).expanduser().resolve()))
     return replace(config, **{name: values[name] for name in values if getattr(config, name) is None})
 
 
@@ -495,10 +504,11 @@ class Data:
     mean: list[float]  # of the training images, per channel, in [0, 1]
     std: list[float]
     substitution: str = ""  # why this is not the data set that was wanted
+    report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
 
     @functools.cached_property
     def test(self) -> Split:
-        return self.load_test()
+        return resized(self.load_test(), self.train.images.shape[-1])
 
 
 SPLIT_SEED = 0  # not the run's seed: all runs share their validation images, so that none trains on another's
@@ -514,24 +524,31 @@ def split_off(labels: torch.Tensor, fraction: float) -> tuple[torch.Tensor, torc
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
-def make_data(
-    config: Config, name: str, classes: list[str], images: torch.Tensor, labels: torch.Tensor, **rest: Any
-) -> Data:
-    """Split validation off training images, and measure the mean and deviation of the latter.
+def resized(split: Split, size: int) -> Split:
+    """The same with images of `size` × `size` pixels."""
+    if split.images.shape[2:] == (size, size):
+        return split
+    parts = [
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+        for part in split.images.split(1000)
+    ]
+    return Split(torch.cat(parts), split.labels)
 
-    make_imbalanced thins out the training images alone: the later the class, by an exponential, the fewer stay.
-    """
-    kept, held_out = split_off(labels, config.val_fraction)
+
+def make_data(
+    config: Config, name: str, classes: list[str], given: Split, valid: Split | None = None, **rest: Any
+) -> Data:
+    """Split validation off the given images unless there are such, and measure the others' mean and deviation."""
+    images, labels = resized(given, config.image_size or given.images.shape[-1])
+    kept, held_out = split_off(labels, 0.0 if valid else config.val_fraction)
     if config.make_imbalanced != 1:
-        places, steps = labels[kept], max(1, len(classes) - 1)
-        shares = [(k, config.make_imbalanced ** (k / steps)) for k in range(len(classes))]
-        kept = torch.cat([members[: math.ceil(len(members) * share)] for k, share in shares
-                          for members in [kept[places == k]]]).sort().values  # fmt: skip
+        kept = kept[alternative("sampling", "--make-imbalanced").imbalanced(labels[kept], config.make_imbalanced)]
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
-    if not len(kept) or config.val_fraction > 0 == len(held_out):
+    train, valid = Split(images[kept], labels[kept]), valid or Split(images[held_out], labels[held_out])
+    valid = resized(valid, images.shape[-1])
+    if not len(kept) or config.val_fraction > 0 == len(valid.labels):
         raise UsageError(f"--val-fraction {config.val_fraction} leaves no image for training or for validation")
-    train, valid = Split(images[kept], labels[kept]), Split(images[held_out], labels[held_out])
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train.images.unbind(1)]).double()
     values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
     mean = counts @ values.double()
@@ -553,7 +570,7 @@ def load_cifar10(folder: Path, config: Config) -> Data:
             raise UserError(f"a file in {folder} is damaged, delete that folder and run again ({error})") from None
         return Split(torch.from_numpy(batches.data).permute(0, 3, 1, 2), torch.tensor(batches.targets))
 
-    return make_data(config, "CIFAR10", CLASSES, *read(train=True), load_test=lambda: read(train=False), mirrored=True)
+    return make_data(config, "CIFAR10", CLASSES, read(train=True), load_test=lambda: read(train=False), mirrored=True)
 
 
 def load_digits(config: Config, substitution: str = "") -> Data:
@@ -566,8 +583,24 @@ def load_digits(config: Config, substitution: str = "") -> Data:
     kept, tested = split_off(labels, 0.2)
     test = Split(images[tested], labels[tested])
     return make_data(
-        config, "digits", [str(digit) for digit in range(10)], images[kept], labels[kept],
+        config, "digits", [str(digit) for digit in range(10)], Split(images[kept], labels[kept]),
         load_test=lambda: test, mirrored=False, substitution=substitution,
+    )  # fmt: skip
+
+
+def load_other(config: Config) -> Data:
+    """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
+    datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
+    if wanted not in datasets.NAMES and not Path(wanted).expanduser().is_dir():
+        near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
+        raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
+    try:
+        found = datasets.load(wanted, Path(config.data_dir).expanduser(), config.image_size, split_off)
+    except (ValueError, RuntimeError, EOFError, urllib.error.URLError) as error:
+        raise UserError(f"--dataset {wanted}: {error}") from error
+    return make_data(
+        config, found.name, found.classes, Split(*found.train), found.valid and Split(*found.valid),
+        load_test=lambda: Split(*found.load_test()), mirrored=found.mirrored, report=found.report,
     )  # fmt: skip
 
 
@@ -579,8 +612,8 @@ def load_data(config: Config) -> Data:
     """
     if config.dataset == "digits":
         return load_digits(config)
-    if config.dataset not in (known := ["auto", "cifar10", "digits"]):
-        raise UsageError(f"unknown data set {config.dataset}: {suggest(config.dataset, known)}")
+    if config.dataset not in ("auto", "cifar10"):
+        return load_other(config)
     try:
         return load_cifar10(find_cifar10(Path(config.data_dir).expanduser(), config.mirror), config)
     except Unreachable as error:
@@ -990,10 +1023,10 @@ def resume_config(resume: str, **changes: Any) -> Config:
 class Trainer:
     """A network in training: all that a step changes. `state()` is what a resume needs."""
 
-    def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0, fresh: bool = True):
+    def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0, model: Any = None):
         self.config, self.data, self.device, self.deadline = config, data, device, deadline
         self.dtype = choose_precision(config.precision, device)
-        self.model = build_model(config, data, fresh).to(device).to(memory_format=torch.channels_last)
+        self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment or "none", len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
         self.mean: list[float]
@@ -1291,14 +1324,15 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
 
 
 def train_once(
-    config: Config, data: Data, device: torch.device, run: Path, deadline: float, signals: list[int]
+    config: Config, data: Data, device: torch.device, run: Path, deadline: float, signals: list[int], model: Any = None
 ) -> "Report":
-    """Train one network with one seed, all in the folder `run`; goes on from its last.pth if there is one.
+    """Train `model` or a new one with one seed, all in the folder `run`; goes on from its last.pth if there is one.
 
     deadline: when, on time.perf_counter(), --minutes are over; signals: see stop_requests. Raises Stopped.
     """
     last = run / "last.pth"
-    trainer = Trainer(config, data, device, deadline, fresh=not last.exists())
+    model = build_model(config, data, fresh=False) if last.exists() else model
+    trainer = Trainer(config, data, device, deadline, model)
     if device.type == "cpu":
         keep_freed_memory()
     if last.exists():
@@ -1358,6 +1392,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     data = data or load_data(config)
     config = settle(config, data)
+    model = None
     if config.resume:
         run, saved = Path(config.resume), list(Path(config.resume).rglob("last.pth"))
         if (run / "report.json").exists() and not saved:
@@ -1367,7 +1402,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
             load_weights(build_model(config, data, fresh=False), weights, path)
         data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
     else:
-        print_summary(build_model(config, data), tuple(data.train.images.shape[1:]))
+        model = build_model(config, data)
+        print_summary(model, tuple(data.train.images.shape[1:]))
         run = new_run_folder(config, data)  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
     from filelock import FileLock, Timeout
@@ -1379,6 +1415,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     (run / "report.json").unlink(missing_ok=True)  # unfinished again
     settings = asdict(replace(config, resume="")) | {"substitution": data.substitution}
     write_atomically(run / "config.json", json.dumps(settings, indent=2).encode())
+    if data.report:
+        write_atomically(run / "data_report.json", json.dumps(data.report, indent=2).encode())
     reports: list[Report] = []
     with held, stop_requests() as signals:
         for left in range(config.repeat, 0, -1):
@@ -1389,7 +1427,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
             now = time.perf_counter()
             one, deadline = replace(config, seed=seed, repeat=1), now + (begun + 60 * config.minutes - now) / left
             try:
-                reports.append(train_once(one, data, device, folder, deadline, signals))
+                reports.append(train_once(one, data, device, folder, deadline, signals, None if reports else model))
             except Stopped as stop:
                 raise Stopped(stop.args[0], run) from None
             except Exception as error:  # one with nothing to go on from is no run to resume; a full disk passes

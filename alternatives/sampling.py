@@ -1,4 +1,4 @@
-"""What `--class-balance` takes besides weights: as many images of each class in every epoch."""
+"""Which images an epoch takes: what `--class-balance` knows besides weights, and `--make-imbalanced`."""
 
 import math
 
@@ -18,3 +18,11 @@ def balanced(labels: torch.Tensor, how: str, generator: torch.Generator) -> torc
         rounds = [torch.randperm(len(members), generator=generator) for _ in range(math.ceil(size / len(members)))]
         chosen.append(members[torch.cat(rounds)[:size]])
     return torch.cat(chosen)
+
+
+def imbalanced(labels: torch.Tensor, share: float) -> torch.Tensor:
+    """Indices into labels, int64, ascending: the later the class, the fewer, exponentially; of the last, `share`."""
+    last = max(1, int(labels.max()))
+    classes = [(label, (labels == label).nonzero()[:, 0]) for label in range(last + 1)]
+    kept = [members[: math.ceil(len(members) * share ** (label / last))] for label, members in classes]
+    return torch.cat(kept).sort().values

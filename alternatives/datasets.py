@@ -1,0 +1,316 @@
+"""What `--dataset` takes besides CIFAR-10 and the digits: five more by name, and folders of images."""
+
+import re
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
+Pair = tuple[torch.Tensor, torch.Tensor]  # images, uint8 (N, 3, H, W), and their labels, int64 (N,)
+
+
+class Found(NamedTuple):
+    """A data set as it was found."""
+
+    name: str
+    classes: list[str]
+    train: Pair
+    valid: Pair | None  # none: to be split off train
+    load_test: Callable[[], Pair]
+    mirrored: bool  # may an image be flipped left to right and keep its label?
+    report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
+
+
+def load(dataset: str, data_dir: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
+    """The data set of that name, downloaded into data_dir if need be, or the images in the folder `dataset`.
+
+    split_off(labels, fraction): indices of what stays and of a random fraction of each class, for a folder without test
+    images. Raises ValueError for a folder that is no data set, and OSError or RuntimeError where a download fails.
+    """
+    if dataset in NAMES:
+        return by_name(dataset, data_dir)
+    return from_folder(Path(dataset).expanduser(), image_size, split_off)
+
+
+def settings(count: int, size: int, mirrored: bool) -> dict[str, Any]:
+    """Default settings for `count` training images of `size` pixels, so that a run sees some 400,000 images.
+
+    At least 13 steps an epoch, as the digits have, and up to 60 epochs.
+    """
+    batch = min(500, max(16, count // 13))
+    augment = f"{'flip,' * mirrored}crop={max(1, size // 16)}"
+    epochs = min(60, max(11, round(800 * batch / count)))
+    return {"epochs": epochs, "batch_size": batch, "augment": augment, "low_res": 0.7 if size >= 28 else 0.0}
+
+
+# ==== By name =========================================================================================================
+
+
+def by_name(name: str, data_dir: Path) -> Found:
+    """One of NAMES by torchvision, which downloads it where it is missing and checks it against its MD5."""
+    from torchvision import datasets
+
+    def read(train: bool) -> Any:
+        split = "train" if train else "test"
+        if name in ("svhn", "stl10"):
+            return {"svhn": datasets.SVHN, "stl10": datasets.STL10}[name](str(data_dir), split=split, download=True)
+        kinds = {"cifar100": datasets.CIFAR100, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+        return kinds[name](str(data_dir), train=train, download=True)
+
+    def pair(found: Any) -> Pair:
+        images = torch.as_tensor(found.data)
+        if images.ndim == 3:  # grey
+            images = images[:, None].expand(-1, 3, -1, -1)
+        elif images.shape[-1] == 3:
+            images = images.permute(0, 3, 1, 2)
+        labels = found.labels if name in ("svhn", "stl10") else found.targets
+        return images, torch.as_tensor(labels).long()
+
+    train = read(True)
+    classes = [str(each) for each in getattr(train, "classes", range(10))]
+    mirrored = name not in ("mnist", "svhn")
+    return Found(type(train).__name__, classes, pair(train), None, lambda: pair(read(False)), mirrored)
+
+
+# ==== From a folder ===================================================================================================
+
+SPLITS = {"train": "train", "test": "test", "val": "valid", "valid": "valid", "validation": "valid"}
+LARGEST = 64  # pixels: what a network learns in minutes on a laptop
+UNREADABLE = 0.01  # share of the files from which on something must be wrong with all of them
+FEW = 10  # images of a class
+TEST_FRACTION = 0.2  # of each class, where there is no test/
+ALIKE = 8  # of 256 bits in which two images may differ and be near-identical
+UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
+class Decoded(NamedTuple):
+    """An image of a file."""
+
+    pixels: np.ndarray  # uint8 (S, S, 3)
+    size: tuple[int, int]  # width, height in the file
+    sketch: np.ndarray  # bool (256,): is it brighter to the right? Nearly the same for nearly the same picture
+
+
+def decode(path: Path, size: int) -> Decoded:
+    """Any image that Pillow opens: turned as its EXIF data say, transparent parts white, the middle square, resized."""
+    with Image.open(path) as file:
+        width_height = file.size
+        file.draft(None, (2 * size, 2 * size))  # a JPEG is read at a fraction of its size: several times as fast
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    rows = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return Decoded(np.asarray(square), width_height, (rows[:, 1:] > rows[:, :-1]).ravel())
+
+
+def visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders of the classes in it; ValueError for what cannot be one."""
+    folders = [path for path in visible(folder) if path.is_dir()]
+    if len(folders) < 2:
+        raise ValueError(
+            f"{folder} has {len(folders) or 'no'} class folder{'s' * (not folders)}: at least two are needed"
+        )
+    if wrong := [path.name for path in folders if UNSAFE.search(path.name)]:
+        raise ValueError(f"{wrong[0]!r} in {folder} is no name for a class: files will be named after it; rename it")
+    return folders
+
+
+def layout(folder: Path) -> dict[str, Path]:
+    """Which folder holds which split: train, valid and test, or "all", which is to be split."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    inside = visible(folder)
+    splits: dict[str, Path] = {}
+    for path in inside:
+        if path.is_dir() and (kind := SPLITS.get(path.name.lower())):
+            if kind in splits:
+                raise ValueError(f"{folder} has both {splits[kind].name} and {path.name}: keep one of them")
+            splits[kind] = path
+    others = [path.name for path in inside if path.is_dir() and path not in splits.values()]
+    if splits and others:
+        raise ValueError(
+            f"{folder} has {next(iter(splits.values())).name}/ and {others[0]}/ side by side: are these"
+            " classes, or parts of the data? Leave either class folders or train/, test/ and val/"
+        )
+    if splits and "train" not in splits:
+        raise ValueError(f"{folder} has {', '.join(path.name for path in splits.values())}, but no train/")
+    extensions = Image.registered_extensions()
+    if loose := [path.name for path in inside if path.suffix.lower() in extensions]:
+        raise ValueError(
+            f"{loose[0]} and {len(loose) - 1} more images lie in {folder} itself: put them into class folders"
+        )
+    return splits or {"all": folder}
+
+
+def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
+    """A folder with train/, test/ and val/ of class folders, or with class folders alone.
+
+    Every image is decoded once, to image_size or to what suits the images, at most LARGEST. Prints what it found.
+    Raises ValueError for a folder that is no such data set, or of which too much cannot be read.
+    """
+    parts = layout(folder)
+    first = next(iter(parts.values())) if "all" in parts else parts["train"]
+    classes = [path.name for path in class_folders(first)]
+    extensions, other = Image.registered_extensions(), 0
+    files: list[tuple[str, int, Path]] = []
+    for part, place in parts.items():
+        names = [path.name for path in class_folders(place)]
+        if strange := set(names) - set(classes):
+            raise ValueError(f"{place} has a class {min(strange)} that {first} has not")
+        for name in names:
+            found = [path for path in sorted((place / name).rglob("*")) if path.is_file() and path.name[0] != "."]
+            images = [path for path in found if path.suffix.lower() in extensions]
+            other += len(found) - len(images)
+            if not images and part != "valid":
+                raise ValueError(f"the class folder {place / name} holds no image")
+            files += [(part, classes.index(name), path) for path in images]
+    if other:
+        print(f"note: {other} files that are no images by their names are left out")
+    size = image_size or suitable_size([path for _, _, path in files])
+    cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
+    print(
+        f"Each image becomes {size} by {size} pixels{cost}: its middle square, resized; --image-size N for another size"
+    )
+    decoded, unreadable = decode_all([path for _, _, path in files], size)
+    kept = [(part, label, path, each) for (part, label, path), each in zip(files, decoded, strict=True) if each]
+    learned = {label for part, label, *_ in kept if part in ("all", "train")}
+    if lost := [name for label, name in enumerate(classes) if label not in learned]:
+        raise ValueError(f"no image of the class {lost[0]} can be read: {'; '.join(unreadable.values())}"[:500])
+    pairs = twins(kept)
+    report = describe(folder, classes, size, kept, unreadable, pairs)
+    if "all" in parts:  # else one of two identical images would be tested, the other one learned
+        again = {second for first, second, same in pairs if same and kept[first][1] == kept[second][1]}
+        kept = [each for place, each in enumerate(kept) if place not in again]
+    for line in report["words"]:
+        print(line)
+    print(end="", flush=True)
+    if len(unreadable) > UNREADABLE * len(files):
+        first_ones = "; ".join(f"{path} ({why})" for path, why in list(unreadable.items())[:3])
+        raise ValueError(f"{len(unreadable)} of {len(files)} images cannot be read: {first_ones}")
+
+    def pair(part: str) -> Pair:
+        own = [(label, each.pixels) for kind, label, _, each in kept if kind == part]
+        images = torch.from_numpy(np.stack([pixels for _, pixels in own])).permute(0, 3, 1, 2)
+        return images, torch.tensor([label for label, _ in own])
+
+    held = {part: pair(part) for part in parts}
+    train, test = held["all" if "all" in held else "train"], held.get("test")
+    if not test:
+        left, tested = split_off(train[1], TEST_FRACTION)
+        test, train = ((train[0][part], train[1][part]) for part in (tested, left))
+    return Found(folder.resolve().name, classes, train, held.get("valid"), lambda: test, True, report)
+
+
+def suitable_size(paths: list[Path]) -> int:
+    """The median of the shorter sides of some images, as 32, 48 or 64 pixels: whatever they have, up to LARGEST."""
+    sides = []
+    for path in paths[:: max(1, len(paths) // 200)]:
+        try:
+            with Image.open(path) as file:
+                sides.append(min(file.size))
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+    middle = statistics.median(sides) if sides else LARGEST
+    return next((size for size in (32, 48) if middle <= size), LARGEST)
+
+
+def decode_all(paths: list[Path], size: int) -> tuple[list[Decoded | None], dict[Path, str]]:
+    """Decode all, in threads; None for what cannot be read, which the second result names, with the reason."""
+    unreadable: dict[Path, str] = {}
+
+    def attempt(path: Path) -> Decoded | None:
+        try:
+            return decode(path, size)
+        except Exception as error:  # whatever a damaged file makes Pillow raise
+            unreadable[path] = str(error) or type(error).__name__
+            return None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
+        reading = pool.map(attempt, paths)
+        return list(tqdm(reading, "Reading images", len(paths), unit="img", leave=False, disable=None)), unreadable
+
+
+def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bool]]:
+    """Pairs of images (indices, first < second) that are identical (True) or nearly so, by sketch and then pixels."""
+    if not kept:
+        return []
+    bits = torch.from_numpy(np.stack([each.sketch for *_, each in kept])).float() * 2 - 1
+    pairs = []
+    for start in range(0, len(bits), 2000):
+        alike = (bits[start : start + 2000] @ bits.T).triu(start + 1) >= 256 - 2 * ALIKE
+        for row, second in alike.nonzero().tolist():
+            one, other = (kept[place][3].pixels.astype(np.int16) for place in (start + row, second))
+            if (difference := np.abs(one - other).mean()) < 255 * 0.03:
+                pairs.append((start + row, second, difference == 0))
+    return pairs
+
+
+def describe(
+    folder: Path, classes: list[str], size: int, kept: list[tuple[str, int, Path, Decoded]],
+    unreadable: dict[Path, str], pairs: list[tuple[int, int, bool]],
+) -> dict[str, Any]:  # fmt: skip
+    """The data report: what data_report.json holds; "words": the lines of it to print."""
+    parts = list(dict.fromkeys(part for part, *_ in kept))
+    counts = Counter((part, label) for part, label, *_ in kept)
+    table = {part: {name: counts[part, label] for label, name in enumerate(classes)} for part in parts}
+    words = [f"Data report of {folder}: {len(kept)} images in {len(classes)} classes"]
+    for part in parts:
+        listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
+        words.append(f"  {part}: {sum(table[part].values())} images ({listed})")
+    sides = sorted(min(each.size) for *_, each in kept) or [0]
+    words.append(f"  shorter sides from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}")
+    if sides[0] < size / 2:
+        words.append(f"  {sum(side < size / 2 for side in sides)} images are less than half as large as {size} pixels")
+    learned = table["all" if "all" in table else "train"]
+    few = {name: count for name, count in learned.items() if count < FEW}
+    if few:
+        listed = ", ".join(f"{name} ({count})" for name, count in few.items())
+        words.append(
+            f"  fewer than {FEW} images: {listed}; of up to 4 none is held out for validation, of up to 2 none for"
+        )
+        words.append("  the test, so that the training has them")
+    if max(learned.values()) > 5 * max(1, min(learned.values())):
+        words.append(
+            "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"
+        )
+    if unreadable:
+        listed = "; ".join(f"{path} ({why})" for path, why in list(unreadable.items())[:5])
+        words.append(f"  {len(unreadable)} files cannot be read and are left out: {listed}")
+    across = [(a, b) for a, b, _ in pairs if kept[a][0] != kept[b][0]]
+    if pairs:
+        same = sum(identical for *_, identical in pairs)
+        once = "; identical ones of a class are used once, near-identical ones may be split" if "all" in table else ""
+        words.append(f"  {same} pairs of identical and {len(pairs) - same} of near-identical images{once}")
+    if across:
+        a, b = across[0]
+        names = f"{' and '.join(parts)}, such as {kept[a][2]} and {kept[b][2]}"
+        words.append(f"  WARNING: {len(across)} pairs lie across {names}: the accuracy will look better than it is")
+    if crossed := [(a, b) for a, b, _ in pairs if kept[a][1] != kept[b][1]]:
+        a, b = crossed[0]
+        words.append(f"  {len(crossed)} of these pairs have different classes, such as {kept[a][2]} and {kept[b][2]}")
+    return {
+        "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,
+        "sizes": Counter("x".join(map(str, each.size)) for *_, each in kept).most_common(20),
+        "unreadable": {str(path): why for path, why in unreadable.items()}, "classes_with_few_images": few,
+        "twins": [[str(kept[a][2]), str(kept[b][2]), "identical" if same else "near-identical"]
+                  for a, b, same in pairs[:1000]],
+    }  # fmt: skip

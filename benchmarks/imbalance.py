@@ -1,0 +1,63 @@
+"""What --class-balance gives where classes differ in size: CIFAR-10 with ever fewer images of later classes.
+
+    python benchmarks/imbalance.py --share 0.02 --runs 2
+
+Trains with each way to balance, several seeds, alternating. The test images are CIFAR-10's own, as many of each class.
+Prints a Markdown table of every class's recall and of the macro-F1; writes results/imbalance.json with every run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from time_to_accuracy import SCRIPT, spread
+from tqdm import tqdm
+
+WAYS = ["none", "weights", "oversample", "undersample"]
+
+
+def run(way: str, seed: int, share: float, data_dir: str) -> dict:
+    """Train and test once: accuracy, and recall and F1 of each class."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(SCRIPT), "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", "run"]
+        command += ["--make-imbalanced", str(share), "--class-balance", way, "--seed", str(seed)]
+        process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if process.returncode:
+            sys.exit(f"error: {way} failed:\n{process.stdout}")
+        report = json.loads(Path(folder, "run", "report.json").read_text())
+    names = ("test_accuracy", "recall", "f1", "seconds", "train_images", "hardware", "commit")
+    return {"class_balance": way, "seed": seed, "share": share, **{name: report[name] for name in names}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.02, help="that the last class keeps of its training images")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each way, with seeds 0, 1, … (default: 2)")
+    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    options = parser.parse_args()
+
+    path = Path(__file__).resolve().parent / "results" / "imbalance.json"
+    order = [(way, seed) for seed in range(options.runs) for way in WAYS]
+    results: list[dict] = []
+    for way, seed in tqdm(order, unit="run", disable=None):
+        results.append(run(way, seed, options.share, str(Path(options.data_dir).resolve())))
+        path.write_text(json.dumps(results, indent=1))
+    classes = list(results[0]["recall"])
+    print("| `--class-balance` | " + " | ".join(classes) + " | accuracy, % | macro-F1, % | training, s | runs |")
+    print("| --- " * (len(classes) + 5) + "|")
+    for way in WAYS:
+        own = [result for result in results if result["class_balance"] == way]
+        recall = [f"{100 * statistics.mean(result['recall'][name] for result in own):.0f}" for name in classes]
+        macro = [statistics.mean(result["f1"].values()) for result in own]
+        cells = [spread([result["test_accuracy"] for result in own], 100), spread(macro, 100)]
+        cells += [spread([result["seconds"] for result in own], digits=0), str(len(own))]
+        print(f"| {way} | " + " | ".join([*recall, *cells]) + " |")
+
+
+if __name__ == "__main__":
+    main()

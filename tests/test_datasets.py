@@ -1,0 +1,312 @@
+"""Other data sets: those of torchvision, from files in their own formats, and folders of images with their faults."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import only_run
+from PIL import Image
+
+import image_classification as ic
+from alternatives import datasets
+
+QUICKLY = ["--width", "0.25", "--epochs", "1"]
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def drawn(count, size, seed=0):
+    """Images (N, 3, size, size) and labels that a network can learn: the brighter, the later the class."""
+    labels = np.arange(count) % 10
+    noise = np.random.default_rng(seed).integers(0, 20, (count, 3, size, size))
+    return (noise + 23 * labels[:, None, None, None]).astype(np.uint8), labels.astype(np.uint8)
+
+
+# ---- by name ----
+
+
+def write_cifar100(folder, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    base = folder / "cifar-100-python"
+    base.mkdir()
+    for name, count in (("train", 200), ("test", 50)):
+        images, labels = drawn(count, 32)
+        content = {"data": images.reshape(count, -1), "fine_labels": [int(label) for label in labels]}
+        (base / name).write_bytes(pickle.dumps(content))
+        monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, md5(base / name)]])
+    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5(base / "meta")})
+
+
+def write_mnist(folder, monkeypatch, name="MNIST"):
+    raw = folder / name / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 200), ("t10k", 50)):
+        images, labels = drawn(count, 28)
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images[:, 0].tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.tobytes())
+
+
+def write_svhn(folder, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    table = {}
+    for part, count in (("train", 200), ("test", 50)):
+        images, labels = drawn(count, 32)
+        labels = np.where(labels == 0, 10, labels)  # as there
+        path = folder / f"{part}_32x32.mat"
+        savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None]})
+        table[part] = [*SVHN.split_list[part][:2], md5(path)]
+    monkeypatch.setattr(SVHN, "split_list", table)
+
+
+def write_stl10(folder, monkeypatch):
+    from torchvision.datasets import STL10
+
+    base = folder / "stl10_binary"
+    base.mkdir()
+    (base / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    (base / "fold_indices.txt").write_text("0 1 2\n")
+    for part, count in (("train", 60), ("test", 20)):
+        images, labels = drawn(count, 96)
+        (base / f"{part}_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())
+        (base / f"{part}_y.bin").write_bytes((labels + 1).tobytes())
+        names = [f"{part}_X.bin", f"{part}_y.bin"]
+        monkeypatch.setattr(STL10, f"{part}_list", [[name, md5(base / name)] for name in names])
+
+
+WRITERS = {
+    "cifar100": write_cifar100,
+    "mnist": write_mnist,
+    "fashion-mnist": lambda folder, patch: write_mnist(folder, patch, "FashionMNIST"),
+    "svhn": write_svhn,
+    "stl10": write_stl10,
+}
+
+
+@pytest.mark.parametrize("name", datasets.NAMES)
+def test_data_set_by_name_trains_an_epoch(inside, folder, monkeypatch, name):
+    WRITERS[name](folder, monkeypatch)
+    inside("--dataset", name, "--data-dir", folder, *QUICKLY)
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    kind = {"cifar100": "CIFAR100", "mnist": "MNIST", "fashion-mnist": "FashionMNIST"}.get(name, name.upper())
+    assert report["dataset"] == kind and (folder / f"model_cnn_{kind}.pth").exists()
+    data = ic.load_data(ic.Config(dataset=name, data_dir=str(folder)))
+    assert len(data.classes) == (100 if name == "cifar100" else 10)
+    assert data.mirrored == (name not in ("mnist", "svhn"))
+    brightness = torch.stack([data.train.images[data.train.labels == k].float().mean() for k in range(10)])
+    assert (brightness.diff() > 15).all()  # labels and images belong together
+    assert data.train.images.dtype == torch.uint8 and data.train.images.shape[1] == 3
+    assert ("flip" in json.loads((only_run(folder) / "config.json").read_text())["augment"]) == data.mirrored
+
+
+def test_data_set_that_cannot_be_downloaded(program, folder):
+    error = program.error("--dataset", "stl10", env={"http_proxy": "http://127.0.0.1:9"})
+    assert "--dataset stl10" in error and not list(folder.glob("runs"))
+
+
+# ---- folders ----
+
+
+def write_images(folder, counts, size=(48, 36), seed=0):
+    """Class folders of images that a network can tell apart, each image another one."""
+    random = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            small = random.integers(0, 120, (6, 8, 3)) + [120 * (number == 0), 120 * (number == 1), 120 * (number == 2)]
+            Image.fromarray(small.astype(np.uint8)).resize(size).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture
+def photos(folder):
+    write_images(folder / "photos", {"red": 40, "green": 40, "blue": 30})
+    return folder / "photos"
+
+
+def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):
+    out, _ = inside("--dataset", "photos", "--epochs", "12", "--width", "0.5")
+    assert "becomes 48 by 48 pixels" in out
+    assert "all: 110 images (blue 30, green 40, red 40)" in out
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    assert report["test_accuracy"] > 0.8 and report["train_images"] == 79
+    assert sum(map(sum, report["confusion_matrix"])) == 22 and set(report["recall"]) == {"red", "green", "blue"}
+    assert (folder / "model_cnn_photos.pth").exists() and only_run(folder).parent.name == "photos"
+    listed = json.loads((only_run(folder) / "data_report.json").read_text())
+    assert listed["images_per_class"] == {"all": {"blue": 30, "green": 40, "red": 40}}
+    assert ic.load_checkpoint(folder / "model_cnn_photos.pth")[1]["classes"] == ["blue", "green", "red"]
+    out, _ = inside("--resume", "last", "--epochs", "13")
+    assert "Epoch 0012" in out
+
+
+def test_train_test_and_validation_folders(inside, folder):
+    for part, count in (("train", 20), ("Test", 5), ("validation", 4)):
+        write_images(folder / "photos" / part, {"red": count, "green": count}, seed=count)
+    data = ic.load_data(ic.Config(dataset=str(folder / "photos"), image_size=24))
+    assert [len(part.labels) for part in (data.train, data.valid, data.test)] == [40, 8, 10]
+    assert data.train.images.shape == (40, 3, 24, 24) == (40, *data.test.images.shape[1:])
+
+
+@pytest.mark.parametrize(("sides", "size"), [((20, 30), 32), ((40, 60), 48), ((300, 200), 64)])
+def test_image_size_follows_the_images(folder, capsys, sides, size):
+    write_images(folder / "photos", {"red": 10, "green": 10}, sides)
+    assert ic.load_data(ic.Config(dataset=str(folder / "photos"))).train.images.shape[2:] == (size, size)
+    assert f"becomes {size} by {size} pixels" in capsys.readouterr().out
+
+
+def test_every_kind_of_image_is_read_upright(folder):
+    path = folder / "image"
+    half = np.zeros((60, 40, 3), np.uint8)
+    half[:30] = 200  # the upper half is bright
+    upright = Image.fromarray(half)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.rotate(90, expand=True).save(path.with_suffix(".jpg"), exif=exif)
+    upright.convert("L").save(path.with_suffix(".png"))
+    upright.convert("P").save(path.with_suffix(".gif"))
+    upright.convert("CMYK").save(path.with_suffix(".tif"))
+    Image.fromarray(half[..., 0].astype(np.uint16) * 257).save(path.with_suffix(".tiff"))
+    clear = np.dstack([np.zeros_like(half), np.where(np.arange(60) < 30, 0, 255)[:, None].repeat(40, 1)])
+    Image.fromarray(clear.astype(np.uint8)).save(path.with_suffix(".webp"), lossless=True)
+    for kind in ("jpg", "png", "gif", "tif", "tiff", "webp"):
+        found = datasets.decode(path.with_suffix(f".{kind}"), 32)
+        assert found.pixels.shape == (32, 32, 3) and found.pixels.dtype == np.uint8, kind
+        top, bottom = found.pixels[:14].mean(), found.pixels[18:].mean()
+        assert bottom < 5 and abs(top - (255 if kind == "webp" else 200)) < 6, (kind, top, bottom)
+    assert datasets.decode(path.with_suffix(".png"), 32).size == (40, 60)
+
+
+def test_faults_of_real_folders_are_reported(folder, photos, capsys):
+    write_images(photos, {"rare": 3}, seed=5)
+    first = sorted((photos / "red").iterdir())[0]
+    shutil.copy(first, photos / "red" / "copy.png")
+    shutil.copy(first, photos / "green" / "copy.png")
+    Image.open(sorted((photos / "blue").iterdir())[0]).save(photos / "blue" / "again.jpg", quality=70)
+    shutil.copy(sorted((photos / "red").iterdir())[1], photos / "red" / "really a png.jpg")
+    (photos / "red" / "text.jpg").write_text("no image")
+    (photos / "blue" / ".hidden.png").write_text("no image")
+    (photos / "blue" / "notes.txt").write_text("no image")
+    data = ic.load_data(ic.Config(dataset=str(photos)))
+    out = capsys.readouterr().out
+    assert "note: 1 files that are no images" in out and "1 files cannot be read" in out and "text.jpg" in out
+    assert "fewer than 10 images: rare (3)" in out and "differ much in size" in out
+    assert "have different classes" in out and "near-identical" in out
+    kinds = [kind for *_, kind in data.report["twins"]]
+    assert kinds.count("near-identical") == 1 and kinds.count("identical") == 4
+    total = 110 + 3 + 4 - 2  # of the red copies one each is left
+    assert sum(len(part.labels) for part in (data.train, data.valid, data.test)) == total
+
+
+def test_twins_across_training_and_test_are_a_warning(folder, capsys):
+    for part, seed in (("train", 1), ("test", 2)):
+        write_images(folder / "photos" / part, {"red": 12, "green": 12}, seed=seed)
+    shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
+    ic.load_data(ic.Config(dataset=str(folder / "photos")))
+    out = capsys.readouterr().out
+    assert "WARNING: 1 pairs lie across train and test" in out and "leak.png" in out
+
+
+def no_class(photos):
+    shutil.rmtree(photos)
+    photos.mkdir()
+
+
+def one_class(photos):
+    shutil.rmtree(photos / "red")
+    shutil.rmtree(photos / "green")
+
+
+def empty_class(photos):
+    (photos / "yellow").mkdir()
+
+
+def unsafe_class(photos):
+    (photos / "red").rename(photos / "red?")
+
+
+def both(photos):
+    (photos / "train").mkdir()
+
+
+def two_validations(photos):
+    shutil.copytree(photos, photos.parent / "inner")
+    for name in ("red", "green", "blue"):
+        shutil.rmtree(photos / name)
+    for name in ("train", "val", "valid"):
+        shutil.copytree(photos.parent / "inner", photos / name)
+
+
+def no_train(photos):
+    for name in ("red", "green", "blue"):
+        shutil.rmtree(photos / name)
+    write_images(photos / "test", {"red": 3, "green": 3})
+
+
+def other_test_class(photos):
+    for name in ("red", "green", "blue"):
+        shutil.rmtree(photos / name)
+    write_images(photos / "train", {"red": 3, "green": 3})
+    write_images(photos / "test", {"red": 3, "yellow": 3})
+
+
+def loose(photos):
+    shutil.copy(photos / "red" / "1.png", photos / "loose.png")
+
+
+def damaged(photos):
+    for i in range(5):
+        (photos / "red" / f"{i}.png").write_bytes(b"")
+
+
+def all_damaged(photos):
+    for path in (photos / "red").iterdir():
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_class, "has no class folders"),
+        (one_class, "has 1 class folder: at least two"),
+        (empty_class, "yellow holds no image"),
+        (unsafe_class, "'red?' in"),
+        (both, "train/ and blue/ side by side"),
+        (two_validations, "has both val and valid"),
+        (no_train, "has test, but no train/"),
+        (other_test_class, "has a class yellow that"),
+        (loose, "loose.png and 0 more images lie in"),
+        (damaged, "5 of 110 images cannot be read"),
+        (all_damaged, "no image of the class red can be read"),
+    ],
+)
+def test_folder_that_is_no_data_set(inside, folder, photos, spoil, words):
+    spoil(photos)
+    assert words in inside.error("--dataset", "photos", *QUICKLY)
+    assert not (folder / "runs").exists()
+
+
+def test_unknown_data_set(inside):
+    assert "unknown data set cifar-100: did you mean cifar100?" in inside.error("--dataset", "cifar-100", status=2)
+    assert "or name a folder of images" in inside.error("--dataset", "nowhere", status=2)
+
+
+def test_a_name_wins_over_a_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    write_images(folder / "digits", {"red": 20, "green": 20})
+    assert ic.load_data(ic.Config(dataset="digits")).classes == [str(i) for i in range(10)]
+    assert ic.load_data(ic.Config(dataset="./digits")).classes == ["green", "red"]
+
+
+def test_image_size_of_other_data():
+    data = ic.load_data(ic.Config(dataset="digits", image_size=20))
+    assert data.train.images.shape[2:] == data.valid.images.shape[2:] == data.test.images.shape[2:] == (20, 20)
