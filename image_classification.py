@@ -52,14 +52,13 @@ import sys
 import tarfile
 import threading
 import typing
-import urllib.error
 import urllib.request
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
 PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
@@ -99,9 +98,6 @@ def setting(default: Any, help: str, *choices: str | int, low: float = -math.inf
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
 
 
-BALANCES = ["none", "weights", "oversample", "undersample"]
-
-
 @dataclass
 class Config:
     """Every setting of a run: the command line, config.json and the checkpoint are made from it.
@@ -121,7 +117,8 @@ class Config:
     image_size: int | None = setting(
         None, "width and height that images get; none: their own, of a folder up to 64", low=8
     )
-    make_imbalanced: float = setting(1.0, "share of its training images that the last class keeps", low=1e-4, below=1.1)
+    make_imbalanced: float = setting(0.0, "share of its training images that the last class keeps; 0: all keep theirs",
+                                     low=0, below=1)  # fmt: skip
 
     model: str = setting("cnn", "cnn, a name in alternatives/networks.py, torchvision:NAME, or FILE.py:FACTORY")
     width: float | None = setting(None, "channels of cnn, as a multiple of its own", low=0.05)
@@ -144,8 +141,10 @@ class Config:
     augment: str | None = setting(None, "none, or a list: flip, crop=N (shift by up to N pixels), more in the README")
     low_res: float | None = setting(None, "share of the run on smaller images: half as wide, then 3/4", low=0, below=1)
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: any", low=0)
-    class_balance: str = setting("none", "weights: rarer classes count more in the loss; oversample: come more often; "
-                                 "undersample: the others more rarely", *BALANCES)  # fmt: skip
+    class_balance: str = setting(
+        "none", "rarer classes: weights: count more in the loss; oversample, undersample: come as often as the others",
+        "none", "weights", "oversample", "undersample",
+    )  # fmt: skip
     ema: bool = setting(False, "test and keep the moving average of the weights over about an epoch")
     early_stopping: int = setting(0, "stop after N epochs without a lower validation loss; 0: never", low=0)
 
@@ -242,9 +241,18 @@ def configure(**given: Any) -> Config:
     recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
     if recipe not in recipes:
         raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
-    config = Config(**recipes[recipe] | given)
-    batch_augmentation(config.augment or "none", 2)  # if that is wrong, then rather now
-    return config
+    return Config(**recipes[recipe] | given)
+
+
+def network_settings(model: str) -> dict[str, Any]:
+    """The default settings that a network has of its own; UsageError for an unknown one."""
+    if model == "cnn":
+        return FOR_NETWORK
+    networks = alternative("networks", f"--model {model}")
+    if ":" not in model and model not in networks.SETTINGS:
+        near = suggest(model, ["cnn", *networks.SETTINGS])
+        raise UsageError(f"unknown model {model}: {near}, torchvision:NAME or FILE.py:FACTORY")
+    return networks.settings(model)
 
 
 def settle(config: Config, data: "Data") -> Config:
@@ -253,13 +261,7 @@ def settle(config: Config, data: "Data") -> Config:
     Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
     """
     count, size = len(data.train.labels), data.train.images.shape[-1]
-    own = FOR_NETWORK
-    if config.model != "cnn":
-        networks = alternative("networks", f"--model {config.model}")
-        if ":" not in config.model and config.model not in networks.SETTINGS:
-            near = suggest(config.model, ["cnn", *networks.SETTINGS])
-            raise UsageError(f"unknown model {config.model}: {near}, torchvision:NAME or FILE.py:FACTORY")
-        own = networks.settings(config.model)
+    own = network_settings(config.model)
     name = config.optimizer or own["optimizer"]
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
     # the network's own rate is for the network's own optimiser
@@ -270,7 +272,7 @@ def settle(config: Config, data: "Data") -> Config:
     if not config.batch_size and values["batch_size"] > count:
         print(f"note: the batch size is {count}, the number of training images")
         values["batch_size"] = count
-    if (config.batch_size or values["batch_size"]) < 4:
+    if size < 28 or (config.batch_size or values["batch_size"]) < 4:
         values["low_res"] = 0.0  # batch norm needs several values; of the smallest images one is left
     if config.test_views > 1 and not data.mirrored:
         print(f"note: tested on one view of each image: mirroring changes what {data.name} show")
@@ -539,16 +541,19 @@ def make_data(
     config: Config, name: str, classes: list[str], given: Split, valid: Split | None = None, **rest: Any
 ) -> Data:
     """Split validation off the given images unless there are such, and measure the others' mean and deviation."""
-    images, labels = resized(given, config.image_size or given.images.shape[-1])
+    images, labels = given
     kept, held_out = split_off(labels, 0.0 if valid else config.val_fraction)
-    if config.make_imbalanced != 1:
+    if config.make_imbalanced:
         kept = kept[alternative("sampling", "--make-imbalanced").imbalanced(labels[kept], config.make_imbalanced)]
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
-    train, valid = Split(images[kept], labels[kept]), valid or Split(images[held_out], labels[held_out])
-    valid = resized(valid, images.shape[-1])
+    valid = valid or Split(images[held_out], labels[held_out])
     if not len(kept) or config.val_fraction > 0 == len(valid.labels):
-        raise UsageError(f"--val-fraction {config.val_fraction} leaves no image for training or for validation")
+        raise UsageError(
+            f"--val-fraction {config.val_fraction} leaves no image for training or for validation (0: none)"
+        )
+    size = config.image_size or images.shape[-1]
+    train, valid = resized(Split(images[kept], labels[kept]), size), resized(valid, size)
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train.images.unbind(1)]).double()
     values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
     mean = counts @ values.double()
@@ -595,12 +600,13 @@ def load_other(config: Config) -> Data:
         near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
         raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
     try:
-        found = datasets.load(wanted, Path(config.data_dir).expanduser(), config.image_size, split_off)
-    except (ValueError, RuntimeError, EOFError, urllib.error.URLError) as error:
+        size = config.image_size or (224 if config.pretrained else None)
+        found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
+    except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
     return make_data(
         config, found.name, found.classes, Split(*found.train), found.valid and Split(*found.valid),
-        load_test=lambda: Split(*found.load_test()), mirrored=found.mirrored, report=found.report,
+        load_test=lambda: Split(*found.test), mirrored=found.mirrored, report=found.report,
     )  # fmt: skip
 
 
@@ -626,17 +632,21 @@ def load_data(config: Config) -> Data:
 # ==== Batches on the device ===========================================================================================
 
 
-def plan_epoch(count: int, seed: int, epoch: int, augment: str, device: torch.device) -> list[torch.Tensor]:
+def plan_epoch(
+    count: int, seed: int, epoch: int, augment: str, device: torch.device, drawn: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """All that is random in an epoch, drawn at once from (seed, epoch) alone; a step takes its slice of each.
 
     Returns the order of the images, int64 (N,); which of them are mirrored, bool (N,); by how many pixels they move
     down and right, int64 (N, 2), both as `augment` says. An image is mirrored in every other epoch, the first at
-    random, so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench).
+    random, so that its two views come equally often (alternating flips, KellerJordan/cifar10-airbench). With `drawn`,
+    int64 (M,), the epoch takes these of the N images, some perhaps several times.
     """
     mirror, most, _ = augmentation(augment)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
-    shifts = torch.randint(-most, most + 1, (count, 2), generator=generator)
+    order = torch.randperm(count if drawn is None else len(drawn), generator=generator)
+    shifts = torch.randint(-most, most + 1, (len(order), 2), generator=generator)
+    order = order if drawn is None else drawn[order]
     first = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
     flips = (first ^ bool(epoch % 2))[order] & mirror
     return [order.to(device), flips.to(device), shifts.to(device)]
@@ -740,7 +750,8 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
         raise
     except Exception as error:  # anything, in a user's own file
         raise UserError(f"--model {config.model} gives no network: {error}") from error
-    mean, std = getattr(network, "normalisation", (mean, std))
+    if config.pretrained:
+        mean, std = cast(Any, network).normalisation
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
     network.register_buffer("pixel_scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
     return network.train()
@@ -754,8 +765,8 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
         pass
     elif config.pretrained:
         try:
-            alternative("networks", "--pretrained").load_pretrained(model, config.init_from)
-        except (OSError, ValueError) as error:
+            alternative("networks", "--pretrained").load_pretrained(model, data.classes, config.init_from)
+        except ValueError as error:
             raise UserError(f"--pretrained: {error}") from None
     elif config.init_from:
         content = read_checkpoint(config.init_from)
@@ -822,7 +833,7 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     """
     content = read_checkpoint(path)
     config = Config(**{name: value for name, value in content["config"].items() if name in KINDS})
-    if ".py:" in config.model and not model:
+    if ":" in config.model and not config.model.startswith("torchvision:") and not model:
         raise UserError(f"{path} holds a network of its own: name {config.model} again as the model")
     config = replace(config, model=model or config.model)
     network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
@@ -904,7 +915,7 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
-CPU_IMAGES = 170  # whole ones, computed at once on a CPU: all 500 take more memory; batch norm sees these
+CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more memory; batch norm sees these
 COST = {0.5: 0.35, 0.75: 0.6, 1.0: 1.0}  # of a step on images of that scale; CPUs measured: 0.3 to 0.4, 0.5 to 0.7
 PROBE_STEPS, REPORT_SECONDS = 24, 4.5  # --minutes times half of these; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
@@ -1013,7 +1024,7 @@ def resume_config(resume: str, **changes: Any) -> Config:
     else:
         raise UserError(f"--resume {resume}: no unfinished run there; --epochs N trains a finished one on to N")
     for name in changes.keys() - MAY_CHANGE:
-        if settings[name] != changes[name]:
+        if settings[name] not in (changes[name], name == "dataset" and str(Path(changes[name]).expanduser().resolve())):
             raise UsageError(f"{option(name)} {changes[name]}: the run goes on with its own, {settings[name]}")
     settings |= {"minutes": 0.0} if "epochs" in changes else {}
     settings |= {"early_stopping": 0} if report.exists() else {}
@@ -1031,27 +1042,30 @@ class Trainer:
         limit = config.batch_size if config.fast_dev_run else None
         self.mean: list[float]
         self.std: list[float]
-        self.mean, self.std = getattr(self.model, "normalisation", (data.mean, data.std))
+        self.mean, self.std = cast(Any, self.model).normalisation if config.pretrained else (data.mean, data.std)
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
-        self.count = count = len(self.drawn(0))  # of the images in an epoch
+        self.count = count = len(self.plan(0)[0])  # of the images in an epoch
         steps = math.ceil(count / (config.batch_size or count))
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
         self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
         self.average: Any = None
         if config.ema:
-            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+            from torch.optim.swa_utils import AveragedModel
 
-            decay = get_ema_multi_avg_fn(1 - 1 / steps)  # so that it reaches back over about an epoch
-            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            def average(mean: torch.Tensor, new: torch.Tensor, count: Any) -> torch.Tensor:
+                return mean + (new - mean) / (count + 1).clamp(max=steps)  # it reaches back over about an epoch
+
+            self.average = AveragedModel(self.model, avg_fn=average, use_buffers=True)
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         low = self.dtype if self.dtype != torch.float32 else None
         self.autocast = functools.partial(torch.autocast, device.type, low, enabled=bool(low))
         size = self.places[0].stop
-        self.parts = math.ceil(size / CPU_IMAGES) if device.type == "cpu" else 1  # that a batch is computed in
+        at_once = max(16, CPU_IMAGES * 32**2 // getattr(self.model, "size", self.images.shape[-1]) ** 2)
+        self.parts = math.ceil(size / at_once) if device.type == "cpu" else 1  # that a batch is computed in
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
         self.cost = 0.0  # of the steps done, in steps on whole images
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
@@ -1102,19 +1116,18 @@ class Trainer:
         small, larger = min(progress, half), min(max(progress - half, 0), half)
         return progress - (1 - COST[0.5]) * small - (1 - COST[0.75]) * larger
 
-    def drawn(self, epoch: int) -> torch.Tensor:
-        """The images of that epoch, int64, not yet shuffled: all, or as many of each class."""
+    def drawn(self, epoch: int) -> torch.Tensor | None:
+        """The images of that epoch, int64, not yet shuffled: as many of each class; None: all."""
         if not self.config.class_balance.endswith("sample"):
-            return torch.arange(len(self.labels))
+            return None
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         sampling = alternative("sampling", "--class-balance")
         return sampling.balanced(self.labels.cpu(), self.config.class_balance, generator)
 
     def plan(self, epoch: int) -> list[torch.Tensor]:
         """What is random in that epoch: see plan_epoch."""
-        drawn, augment = self.drawn(epoch).to(self.device), self.config.augment or "none"
-        order, flips, shifts = plan_epoch(len(drawn), self.config.seed, epoch, augment, self.device)
-        return [drawn[order], flips, shifts]
+        augment, drawn = self.config.augment or "none", self.drawn(epoch)
+        return plan_epoch(len(self.labels), self.config.seed, epoch, augment, self.device, drawn)
 
     def settle_batch(self) -> None:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
@@ -1124,7 +1137,7 @@ class Trainer:
                 self.backward(copy.deepcopy(self.model).train(), self.plan(0), self.places[0], 1.0)
                 return
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain kind
-                if "out of memory" not in str(error):
+                if "out of memory" not in str(error) and "allocate memory" not in str(error):
                     raise
                 if self.parts >= size:
                     raise UserError("memory is too short for a single image: try --device cpu") from None
@@ -1231,6 +1244,8 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
         state, total_steps = read_checkpoint(path, self.data.classes), self.total_steps
+        if (state["train_images"], state["mean"]) != (len(self.labels), self.mean):
+            raise UserError(f"the images are others than when {path.parent} began: start a new run")
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -1390,6 +1405,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # it names what has no such algorithm
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
+    batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
+    network_settings(config.model)
     data = data or load_data(config)
     config = settle(config, data)
     model = None
@@ -1524,7 +1541,7 @@ class RunLog:
         order, flips, shifts = (part[:10] for part in trainer.plan(0))
         labels, names = trainer.labels[order], trainer.data.classes
         rows = {"": trainer.images[order]}
-        with torch.random.fork_rng():  # the training goes on as if nothing had been drawn
+        with torch.random.fork_rng(devices=[]):  # the training goes on as if nothing had been drawn
             for name, value in augmentation(trainer.config.augment or "none")[2].items():
                 if alone := batch_augmentation(f"{name}={value}", len(names)):
                     rows[name] = alone(rows[""], labels)[0]
@@ -1609,13 +1626,17 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     interval = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead}"
     print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % ({interval})")
     for name in classes:
-        more = f"(precision {percent(precision[name])}, F1 {percent(f1[name])})"
+        more = (
+            f"(precision {percent(precision[name])}, F1 {percent(f1[name])})"
+            if table[name]["support"]
+            else "(not tested)"
+        )
         print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  {more}")
     if config.test_views > 1:
         many = evaluate(trainer.model, *test, config.test_views).accuracy
         results |= {"test_views": config.test_views, "test_views_accuracy": many}
         print(f"Accuracy with {config.test_views} views of each image: {100 * many:.2f} %")
-    ranked = sorted(classes, key=lambda name: (recall[name], f1[name]))
+    ranked = sorted((name for name in classes if table[name]["support"]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}", flush=True)
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"] or history[-1]["train_accuracy"]
@@ -1678,7 +1699,7 @@ def write_summary(reports: list[Report], run: Path) -> Report:
 
 def keep_model(report: Report, config: Config, data: Data) -> Report:
     """Put the finished model where the user finds it, and say what to do next."""
-    kind = config.model.rpartition(":")[2]
+    kind = config.model.replace("torchvision:", "torchvision-").rpartition(":")[2]
     inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
     out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
     replaced = " (replaced)" if out.exists() else ""
@@ -1708,7 +1729,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
             group.add_argument(option(name), action="store_true", help=entry.metadata["help"])
             continue
         if default is None:
-            tables = FOR_DATASET | FOR_OPTIMIZER
+            tables = FOR_DATASET | FOR_OPTIMIZER | {"cnn": FOR_NETWORK}
             default = ", ".join(f"{tables[key][name]} ({key})" for key in tables if name in tables[key])
             default += "; others: README" if name in FOR_OPTIMIZER["muon"] else ""
         text = entry.metadata["help"] + (f" (default: {default})" if default != "" else "")

@@ -25,7 +25,7 @@ class Found(NamedTuple):
     classes: list[str]
     train: Pair
     valid: Pair | None  # none: to be split off train
-    load_test: Callable[[], Pair]
+    test: Pair
     mirrored: bool  # may an image be flipped left to right and keep its label?
     report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
 
@@ -44,7 +44,7 @@ def load(dataset: str, data_dir: Path, image_size: int | None, split_off: Callab
 def settings(count: int, size: int, mirrored: bool) -> dict[str, Any]:
     """Default settings for `count` training images of `size` pixels, so that a run sees some 400,000 images.
 
-    At least 13 steps an epoch, as the digits have, and up to 60 epochs.
+    Small data sets get smaller batches and more epochs, up to 60; of large ones there are at least 11.
     """
     batch = min(500, max(16, count // 13))
     augment = f"{'flip,' * mirrored}crop={max(1, size // 16)}"
@@ -56,7 +56,7 @@ def settings(count: int, size: int, mirrored: bool) -> dict[str, Any]:
 
 
 def by_name(name: str, data_dir: Path) -> Found:
-    """One of NAMES by torchvision, which downloads it where it is missing and checks it against its MD5."""
+    """One of NAMES by torchvision, which downloads it where it is missing."""
     from torchvision import datasets
 
     def read(train: bool) -> Any:
@@ -77,8 +77,8 @@ def by_name(name: str, data_dir: Path) -> Found:
 
     train = read(True)
     classes = [str(each) for each in getattr(train, "classes", range(10))]
-    mirrored = name not in ("mnist", "svhn")
-    return Found(type(train).__name__, classes, pair(train), None, lambda: pair(read(False)), mirrored)
+    mirrored, test = name not in ("mnist", "svhn"), pair(read(False))  # now, while there is a network
+    return Found(type(train).__name__, classes, pair(train), None, test, mirrored)
 
 
 # ==== From a folder ===================================================================================================
@@ -88,7 +88,10 @@ LARGEST = 64  # pixels: what a network learns in minutes on a laptop
 UNREADABLE = 0.01  # share of the files from which on something must be wrong with all of them
 FEW = 10  # images of a class
 TEST_FRACTION = 0.2  # of each class, where there is no test/
-ALIKE = 8  # of 256 bits in which two images may differ and be near-identical
+ALIKE = 20  # of 256 bits in which two images may differ and be near-identical
+MOST_TWINS = 10_000  # pairs: more say no more
+HIDDEN = (".", "__MACOSX")
+NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # another program, to be read
 UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
 
@@ -114,16 +117,24 @@ def decode(path: Path, size: int) -> Decoded:
         image = image.convert("RGB")
     rows = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
     square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return Decoded(np.asarray(square), width_height, (rows[:, 1:] > rows[:, :-1]).ravel())
+    return Decoded(np.asarray(square), width_height, (rows[:, 1:] > rows[:, :-1] + 2).ravel())
 
 
 def visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
+
+
+def extensions() -> set[str]:
+    """Of the files that Pillow reads by itself."""
+    kinds = Image.registered_extensions()  # this also fills Image.OPEN
+    return {extension for extension, kind in kinds.items() if kind in Image.OPEN and kind not in NEED_MORE}
 
 
 def class_folders(folder: Path) -> list[Path]:
     """The folders of the classes in it; ValueError for what cannot be one."""
     folders = [path for path in visible(folder) if path.is_dir()]
+    if loose := [path.name for path in visible(folder) if path.suffix.lower() in extensions()]:
+        raise ValueError(f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put it into a class folder")
     if len(folders) < 2:
         raise ValueError(
             f"{folder} has {len(folders) or 'no'} class folder{'s' * (not folders)}: at least two are needed"
@@ -152,12 +163,7 @@ def layout(folder: Path) -> dict[str, Path]:
         )
     if splits and "train" not in splits:
         raise ValueError(f"{folder} has {', '.join(path.name for path in splits.values())}, but no train/")
-    extensions = Image.registered_extensions()
-    if loose := [path.name for path in inside if path.suffix.lower() in extensions]:
-        raise ValueError(
-            f"{loose[0]} and {len(loose) - 1} more images lie in {folder} itself: put them into class folders"
-        )
-    return splits or {"all": folder}
+    return {part: splits[part] for part in ("train", "valid", "test") if part in splits} or {"all": folder}
 
 
 def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
@@ -169,15 +175,17 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
     parts = layout(folder)
     first = next(iter(parts.values())) if "all" in parts else parts["train"]
     classes = [path.name for path in class_folders(first)]
-    extensions, other = Image.registered_extensions(), 0
+    known, other = extensions(), 0
     files: list[tuple[str, int, Path]] = []
     for part, place in parts.items():
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
             raise ValueError(f"{place} has a class {min(strange)} that {first} has not")
         for name in names:
-            found = [path for path in sorted((place / name).rglob("*")) if path.is_file() and path.name[0] != "."]
-            images = [path for path in found if path.suffix.lower() in extensions]
+            inside = [path for path in sorted((place / name).rglob("*")) if path.is_file()]
+            hidden = [any(part.startswith(HIDDEN) for part in path.relative_to(place).parts) for path in inside]
+            found = [path for path, not_seen in zip(inside, hidden, strict=True) if not not_seen]
+            images = [path for path in found if path.suffix.lower() in known]
             other += len(found) - len(images)
             if not images and part != "valid":
                 raise ValueError(f"the class folder {place / name} holds no image")
@@ -196,9 +204,9 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
         raise ValueError(f"no image of the class {lost[0]} can be read: {'; '.join(unreadable.values())}"[:500])
     pairs = twins(kept)
     report = describe(folder, classes, size, kept, unreadable, pairs)
-    if "all" in parts:  # else one of two identical images would be tested, the other one learned
-        again = {second for first, second, same in pairs if same and kept[first][1] == kept[second][1]}
-        kept = [each for place, each in enumerate(kept) if place not in again]
+    if "all" in parts:  # of identical ones of a class the first
+        once = {(label, each.pixels.tobytes()): place for place, (_, label, _, each) in reversed([*enumerate(kept)])}
+        kept = [kept[place] for place in sorted(once.values())]
     for line in report["words"]:
         print(line)
     print(end="", flush=True)
@@ -211,12 +219,22 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
         images = torch.from_numpy(np.stack([pixels for _, pixels in own])).permute(0, 3, 1, 2)
         return images, torch.tensor([label for label, _ in own])
 
-    held = {part: pair(part) for part in parts}
+    held = {part: pair(part) for part in dict.fromkeys(part for part, *_ in kept)}
     train, test = held["all" if "all" in held else "train"], held.get("test")
     if not test:
-        left, tested = split_off(train[1], TEST_FRACTION)
-        test, train = ((train[0][part], train[1][part]) for part in (tested, left))
-    return Found(folder.resolve().name, classes, train, held.get("valid"), lambda: test, True, report)
+        tested = torch.zeros(len(train[1]), dtype=torch.bool)
+        tested[split_off(train[1], TEST_FRACTION)[1]] = True
+        split = [str(path) for part, _, path, _ in kept if part in ("all", "train")]
+        places = {path: place for place, path in enumerate(split)}
+        for first, second, _ in report["twins"]:  # to the same side, or the training would know the test's answers
+            if first in places and second in places:
+                tested[places[second]] = tested[places[first]]
+        test, train = ((train[0][part], train[1][part]) for part in (tested, ~tested))
+    if not len(test[1]):
+        raise ValueError("no class has enough images to test with: at least 3 are needed, or a folder test/")
+    name = folder.resolve().name or "images"
+    name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
+    return Found(name, classes, train, held.get("valid"), test, True, report)
 
 
 def suitable_size(paths: list[Path]) -> int:
@@ -250,18 +268,28 @@ def decode_all(paths: list[Path], size: int) -> tuple[list[Decoded | None], dict
 
 
 def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bool]]:
-    """Pairs of images (indices, first < second) that are identical (True) or nearly so, by sketch and then pixels."""
-    if not kept:
-        return []
-    bits = torch.from_numpy(np.stack([each.sketch for *_, each in kept])).float() * 2 - 1
+    """Pairs of images (indices, first < second) that are identical (True) or nearly so, by sketch and then by pixels.
+
+    Of several identical ones each is paired with the first. Near-identical ones are looked for where there is something
+    to see in an image, until there are MOST_TWINS.
+    """
+    firsts: dict[bytes, int] = {}
     pairs = []
-    for start in range(0, len(bits), 2000):
-        alike = (bits[start : start + 2000] @ bits.T).triu(start + 1) >= 256 - 2 * ALIKE
-        for row, second in alike.nonzero().tolist():
-            one, other = (kept[place][3].pixels.astype(np.int16) for place in (start + row, second))
-            if (difference := np.abs(one - other).mean()) < 255 * 0.03:
-                pairs.append((start + row, second, difference == 0))
-    return pairs
+    for place, (*_, each) in enumerate(kept):
+        if (first := firsts.setdefault(each.pixels.tobytes(), place)) != place:
+            pairs.append((first, place, True))
+    places = [place for place in firsts.values() if 16 < kept[place][3].sketch.sum() < 240]
+    bits = torch.tensor(np.array([kept[place][3].sketch for place in places]), dtype=torch.float32) * 2 - 1
+    for start in range(0, len(places), 1000):
+        alike = (bits[start : start + 1000] @ bits[start:].T).triu(1) >= 256 - 2 * ALIKE
+        for row, column in alike.nonzero()[:MOST_TWINS].tolist():
+            first, second = places[start + row], places[start + column]
+            one, other = (kept[place][3].pixels.astype(np.int16) for place in (first, second))
+            if np.abs(one - other).mean() < 255 * 0.03:
+                pairs.append((first, second, False))
+        if len(pairs) > MOST_TWINS:
+            break
+    return sorted(pairs)
 
 
 def describe(
@@ -284,10 +312,7 @@ def describe(
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words.append(
-            f"  fewer than {FEW} images: {listed}; of up to 4 none is held out for validation, of up to 2 none for"
-        )
-        words.append("  the test, so that the training has them")
+        words.append(f"  fewer than {FEW} images: {listed}: few of them, or none, are left for validation and testing")
     if max(learned.values()) > 5 * max(1, min(learned.values())):
         words.append(
             "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"
@@ -298,7 +323,7 @@ def describe(
     across = [(a, b) for a, b, _ in pairs if kept[a][0] != kept[b][0]]
     if pairs:
         same = sum(identical for *_, identical in pairs)
-        once = "; identical ones of a class are used once, near-identical ones may be split" if "all" in table else ""
+        once = "; identical ones of a class are used once" if "all" in table else ""
         words.append(f"  {same} pairs of identical and {len(pairs) - same} of near-identical images{once}")
     if across:
         a, b = across[0]
@@ -312,5 +337,5 @@ def describe(
         "sizes": Counter("x".join(map(str, each.size)) for *_, each in kept).most_common(20),
         "unreadable": {str(path): why for path, why in unreadable.items()}, "classes_with_few_images": few,
         "twins": [[str(kept[a][2]), str(kept[b][2]), "identical" if same else "near-identical"]
-                  for a, b, same in pairs[:1000]],
+                  for a, b, same in pairs],
     }  # fmt: skip

@@ -16,22 +16,27 @@ import torch.nn.functional as F
 from torch import nn
 
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-SETTINGS: dict[str, dict[str, Any]] = {  # that train each well, where they are not those of cnn
-    "beginner-cnn": {},
-    "coursework-cnn": {},
-    "notebook-cnn": {},
-    "fcn": {},
-    "fftnet": {},
-    "convnet": {"depth": 2},
-    **{name: {} for name in RESNETS},
-    "resnet18-dropout": {"dropout": 0.1},
-    "airbench94": {},
+SETTINGS: dict[str, dict[str, Any]] = {  # that train each well on CIFAR-10
+    "beginner-cnn": {"optimizer": "muon"},
+    "coursework-cnn": {"optimizer": "muon"},
+    "notebook-cnn": {"optimizer": "muon"},
+    "fcn": {"optimizer": "muon"},
+    "fftnet": {"optimizer": "muon"},
+    "convnet": {"optimizer": "muon", "depth": 2},
+    **{name: {"optimizer": "muon"} for name in RESNETS},
+    "resnet18-dropout": {"optimizer": "muon", "dropout": 0.1},
+    "airbench94": {"optimizer": "muon"},
+}
+OTHERS: dict[str, dict[str, Any]] = {  # AdamW harms no network of which nothing is known, nor ImageNet weights
+    "torchvision": {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64},
+    "own": {"optimizer": "muon"},
 }
 
 
 def settings(name: str) -> dict[str, Any]:
     """The default settings of a network: one of SETTINGS, torchvision:NAME or FILE.py:FACTORY."""
-    return {"optimizer": "muon", "low_res": 0.0} | SETTINGS.get(name, {})  # not every network takes other sizes
+    usual = "torchvision" if name.startswith("torchvision:") else "own"
+    return {"low_res": 0.0} | SETTINGS.get(name, OTHERS[usual])  # not every network takes images of other sizes
 
 
 def factory(name: str) -> Callable[..., nn.Module]:
@@ -231,14 +236,14 @@ def airbench94(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn
 class FromImageNet(nn.Module):
     """A torchvision classifier for images of any size, brought to the one that its ImageNet weights are made for."""
 
-    def __init__(self, name: str, classes: int, image_size: int):
+    def __init__(self, name: str, classes: int):
         super().__init__()
         from torchvision.models import get_model_weights
 
         self.weights = get_model_weights(name).DEFAULT
         preset = self.weights.transforms()
-        self.size, self.normalisation = max(image_size, preset.crop_size[0]), (preset.mean, preset.std)
-        self.body = torchvision_model(name, classes)
+        self.size, self.normalisation = preset.crop_size[0], (preset.mean, preset.std)
+        self.body = torchvision_model(name, classes, self.size, transform_input=True)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images normalised as ImageNet's, float (N, 3, H, W), to logits (N, classes)."""
@@ -247,14 +252,18 @@ class FromImageNet(nn.Module):
         return self.body(images)
 
 
-def torchvision_model(name: str, classes: int, **options: Any) -> nn.Module:
-    """A classifier of torchvision with new weights; ValueError for an unknown name."""
+def torchvision_model(name: str, classes: int, image_size: int, transform_input: bool = False) -> nn.Module:
+    """A classifier of torchvision with new weights; ValueError for an unknown name.
+
+    transform_input: from ImageNet's normalisation to that of Google's two networks, whose weights are made for it.
+    """
     from torchvision.models import get_model, list_models
 
     if name not in (known := list_models(sys.modules["torchvision.models"])):
         raise ValueError(f"torchvision has no classifier {name}, but {', '.join(known)}")
+    options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):  # these would give two or three answers in training
-        options |= {"aux_logits": False, "init_weights": True}
+        options = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
     return get_model(name, num_classes=classes, **options)
 
 
@@ -264,35 +273,40 @@ def from_torchvision(
     """A classifier of torchvision; `pretrained`: with room for its ImageNet weights, which load_pretrained fills."""
     if channels != 3:
         raise ValueError(f"torchvision's networks take 3 channels, not {channels}")
-    if pretrained:
-        return FromImageNet(name, classes, image_size)
-    options = {"image_size": image_size} if name.startswith("vit_") else {}
-    return torchvision_model(name, classes, **options)
+    return FromImageNet(name, classes) if pretrained else torchvision_model(name, classes, image_size)
 
 
-def load_pretrained(network: nn.Module, path: str = "") -> None:
-    """Load ImageNet weights, or those in the file `path`, into a FromImageNet; the classifier stays new.
+def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> None:
+    """Load ImageNet weights, or those in the file `path`, into a FromImageNet.
 
-    A file may be torchvision's own or a checkpoint of this program. Raises ValueError where there are none to be had.
+    A file may be torchvision's own or a checkpoint of this program. The classifier stays new, except where that is for
+    the same classes. Raises ValueError where there are no weights to be had.
     """
-    if not isinstance(network, FromImageNet):
-        raise ValueError("only networks named torchvision:NAME have ImageNet weights")
-    if path:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        found = content["model"] if "classes" in content else {f"body.{name}": value for name, value in content.items()}
-    else:
-        try:
-            state = network.weights.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
-            raise ValueError(
-                f"the ImageNet weights could not be had ({error}): fetch {network.weights.url} elsewhere and name the "
-                "file with --init-from"
-            ) from None
-        found = {f"body.{name}": value for name, value in state.items()}
-    own = network.state_dict()
-    found = {name: value for name, value in found.items() if name in own} | head_weights(network)
-    if wrong := [name for name in own if name not in found or found[name].shape != own[name].shape]:
-        raise ValueError(f"{path or network.weights} holds another network: {wrong[0]} is not there or not the same")
+    assert isinstance(network, FromImageNet)
+    try:
+        if path:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        else:
+            content = network.weights.get_state_dict(progress=True, check_hash=True)
+        own = "classes" in content
+        found = content["model"] if own else {f"body.{name}": value for name, value in content.items()}
+    except OSError as error:
+        if path:
+            raise
+        raise ValueError(
+            f"the ImageNet weights could not be had ({error}): fetch {network.weights.url} elsewhere and name the file "
+            "with --init-from"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{path or network.weights.url} is damaged or no file of weights") from error
+    state = network.state_dict()
+    found = {name: value for name, value in found.items() if name in state}
+    if not own or content["classes"] != classes:
+        found |= head_weights(network)
+    if wrong := [name for name in state if name not in found or found[name].shape != state[name].shape]:
+        raise ValueError(
+            f"{path or network.weights.url} holds another network: {wrong[0]} is missing or of another shape"
+        )
     network.load_state_dict(found)
 
 
@@ -303,8 +317,8 @@ def from_file(name: str) -> Callable[..., nn.Module]:
     colon: C:\\nets.py:small works.
     """
     file, _, factory = name.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"there is no file {file}")
+    if not Path(file).is_file() or Path(file).suffix != ".py":
+        raise ValueError(f"there is no Python file {file}")
     spec = importlib.util.spec_from_file_location(f"network_{Path(file).stem}", file)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)

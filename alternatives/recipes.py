@@ -29,14 +29,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4, "scheduler": "onecycle", "label_smoothing": 0.0, "augment": "flip,crop=4",
         "precision": "fp32",
     },
-    # Reference 004: batches of 20, a fifth for validation, SGD at 0.01 (chosen of the two that it names); it shows 3
-    # epochs and keeps the weights of the lowest validation loss.
+    # Reference 004: batches of 20, a fifth for validation, weights kept at the lowest validation loss. Of its "Adam at
+    # 0.01, or SGD" SGD was chosen, and 10 epochs: it shows 3.
     "notebook": {
         "model": "notebook-cnn", "epochs": 10, "batch_size": 20, "val_fraction": 0.2, "optimizer": "sgd", "lr": 0.01,
         "momentum": 0.0, "weight_decay": 0.0, "scheduler": "none", "label_smoothing": 0.0, "augment": "none",
         "precision": "fp32",
     },
-    # A network that knows ImageNet, on other images: its head first learns in a warm-up that the schedule gives.
+    # A network that knows ImageNet, on other images.
     "finetune": {
         "model": "torchvision:resnet18", "pretrained": True, "epochs": 5, "batch_size": 64, "optimizer": "adamw",
         "lr": 3e-4, "weight_decay": 0.01, "scheduler": "onecycle", "label_smoothing": 0.1,

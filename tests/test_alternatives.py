@@ -83,7 +83,7 @@ def test_pretrained_network_with_only_its_head_trained(inside, folder, imagenet,
     options = ["--model", "torchvision:squeezenet1_1", "--pretrained", "--freeze", *more]
     out, _ = inside("--dataset", "digits", "--subset", "20", "--batch-size", "20", "--epochs", "2", *options)
     before = torch.load(path, weights_only=True)
-    model, content = ic.load_checkpoint(folder / "model_squeezenet1_1_digits.pth")
+    model, content = ic.load_checkpoint(folder / "model_torchvision-squeezenet1_1_digits.pth")
     changed = [name for name, value in before.items() if not torch.equal(content["model"][f"body.{name}"], value)]
     assert set(changed) == {"classifier.1.weight", "classifier.1.bias"}
     assert content["mean"] == [0.485, 0.456, 0.406]  # ImageNet's, not the digits'
@@ -99,6 +99,36 @@ def test_pretrained_weights_that_cannot_be_had(program, folder):
     error = program.error(*QUICK[:2], "--model", "torchvision:squeezenet1_1", "--pretrained", env=nowhere)
     assert "ImageNet weights could not be had" in error and "squeezenet1_1-" in error and "--init-from" in error
     assert not (folder / "runs").exists()
+
+
+def test_damaged_file_of_weights_is_named(inside, folder):
+    (folder / "bad.pth").write_bytes(b"no weights")
+    options = ["--model", "torchvision:squeezenet1_1", "--pretrained", "--init-from"]
+    assert "bad.pth is damaged or no file of weights" in inside.error(*QUICK[:2], *options, "bad.pth")
+    torch.save({"weight": torch.zeros(3)}, folder / "other.pth")
+    assert "other.pth holds another network" in inside.error(*QUICK[:2], *options, "other.pth")
+
+
+def test_tuned_network_goes_on_with_its_head(folder, imagenet, monkeypatch):
+    monkeypatch.chdir(folder)
+    data = ic.load_data(ic.Config(dataset="digits", subset=20))
+    config = ic.Config(dataset="digits", model="torchvision:squeezenet1_1", pretrained=True)
+    model = ic.build_model(config, data)
+    content = {"config": {}, "mean": [], "std": [], "image_size": 32, "classes": data.classes}
+    ic.save_checkpoint("own.pth", content | {"model": model.state_dict()})
+    again = ic.build_model(ic.replace(config, init_from="own.pth", seed=1), data)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if name not in ("finetune", "beginner")])
+def test_every_recipe_runs(inside, recipe):
+    out, _ = inside("--recipe", recipe, "--dataset", "digits", "--subset", "64", "--batch-size", "8", "--fast-dev-run")
+    assert "Done in" in out
+
+
+def test_small_images_are_not_made_smaller(inside):
+    out, _ = inside("--dataset", "digits", "--image-size", "16", *QUICK[2:])
+    assert "smaller images" not in out
 
 
 def test_only_torchvision_networks_are_pretrained(inside):
@@ -149,6 +179,16 @@ def test_strength_of_an_augmentation_counts():
     assert spread[1] > 2 * spread[0] > 0
 
 
+def test_sharpness_varies_both_ways():
+    torch.manual_seed(0)
+    images = F.interpolate(torch.rand(1, 3, 6, 6), 32, mode="bicubic").clamp(0.2, 0.8).expand(64, -1, -1, -1) * 255
+    edges = (
+        augmentations.build({"sharpness": ""}, 2)(images.byte(), torch.zeros(64))[0].diff(dim=3).abs().mean((1, 2, 3))
+    )
+    plain = images.byte().float().diff(dim=3).abs().mean()
+    assert (edges > 1.01 * plain).sum() > 5 and (edges < 0.99 * plain).sum() > 5
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_mixed_labels_are_the_shares_of_the_images(name):
     labels = torch.arange(10).repeat(20)
@@ -182,6 +222,8 @@ def test_augmented_run_resumes_bit_for_bit(inside, folder):
         "oversample",
         "--scheduler",
         "none",
+        "--device",
+        "cpu",
     ]
     inside(*options, "--epochs", "3", "--run-dir", "whole")
     inside(*options, "--epochs", "1", "--run-dir", "parts")
@@ -211,6 +253,16 @@ def test_balanced_epochs(how, size):
     assert not torch.equal(chosen, again)
 
 
+def test_an_image_drawn_twice_is_mirrored_alike():
+    drawn = torch.tensor([3, 3, 3, 7, 7, 9])
+    plans = [ic.plan_epoch(10, 0, epoch, "flip", torch.device("cpu"), drawn) for epoch in (0, 1)]
+    assert all(sorted(order.tolist()) == drawn.tolist() for order, *_ in plans)
+    views = [
+        {(image, flip) for image, flip in zip(*(part.tolist() for part in plan[:2]), strict=True)} for plan in plans
+    ]
+    assert len(views[0]) == len(views[1]) == 3 and not views[0] & views[1]
+
+
 @pytest.mark.parametrize("how", ["oversample", "undersample"])
 def test_run_with_balanced_epochs(inside, folder, how):
     data = ["--dataset", "digits", "--make-imbalanced", "0.1", "--width", "0.25", "--batch-size", "10"]
@@ -221,6 +273,19 @@ def test_run_with_balanced_epochs(inside, folder, how):
     epoch = 10 * (max(counts) if how == "oversample" else min(counts))
     assert f"{-(-epoch // 10)} steps an epoch" in out
     assert json.loads((only_run(folder) / "report.json").read_text())["train_images"] == sum(counts)
+
+
+def test_average_is_a_plain_mean_at_first_and_then_forgets():
+    data = ic.load_data(ic.Config(dataset="digits"))
+    config = ic.settle(ic.Config(dataset="digits", width=0.25, ema=True, batch_size=324), data)  # 4 steps an epoch
+    trainer = ic.Trainer(config, data, torch.device("cpu"))
+    seen = []
+    for value in range(1, 8):
+        trainer.model.head.weight.data.fill_(value)
+        trainer.average.update_parameters(trainer.model)
+        seen.append(trainer.tested().head.weight[0, 0].item())
+    assert seen[:4] == pytest.approx([1, 1.5, 2, 2.5])
+    assert seen[4] == pytest.approx(2.5 + 2.5 / 4) and seen[6] < 5
 
 
 def test_average_of_the_weights_is_tested_and_kept(inside, folder):
@@ -248,6 +313,7 @@ def test_dropout_and_depth_reach_the_network():
 
 
 def test_every_network_has_settings_of_its_own():
-    for name in networks.SETTINGS:
+    for name, settings in networks.SETTINGS.items():
+        assert {"optimizer", "lr", "epochs"} <= settings.keys(), name
         config = ic.settle(ic.Config(dataset="digits", model=name), ic.load_data(ic.Config(dataset="digits")))
         assert None not in (config.optimizer, config.lr, config.epochs, config.batch_size, config.augment)

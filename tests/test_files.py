@@ -59,6 +59,18 @@ def test_checkpoint_of_another_network_or_other_classes(model_file, folder):
         ic.read_checkpoint(folder / "other.pth", data.classes)
 
 
+@pytest.mark.parametrize("name", ["evil.pyc:f", "notes.txt:f"])
+def test_checkpoint_imports_no_file_that_it_names(model_file, folder, name):
+    content = torch.load(model_file, weights_only=True)
+    content["config"]["model"] = str(folder / name)
+    ic.save_checkpoint(folder / "other.pth", content)
+    with pytest.raises(ic.UserError, match="holds a network of its own"):
+        ic.load_checkpoint(folder / "other.pth")
+    (folder / name.partition(":")[0]).write_text("")
+    with pytest.raises(ic.UserError, match="there is no Python file"):
+        ic.load_checkpoint(folder / "other.pth", model=str(folder / name))
+
+
 def test_missing_checkpoint(inside):
     assert "nowhere.pth" in inside.error(*QUICK, "--init-from", "nowhere.pth")
 

@@ -57,7 +57,7 @@ def test_every_setting_is_in_help_and_readme():
         ("--augment crop=1.5", "crop=PIXELS a whole one"),
         ("--augment flip,rotate=400", "rotate=400 must be above 0 and at most 180"),
         ("--augment hue=x", "hue=x must be above 0"),
-        ("--make-imbalanced 0", "must be at least 0.0001"),
+        ("--make-imbalanced 1", "below 1"),
         ("--depth 3", "--depth is nothing that the network cnn has"),
         ("--model fcn --width 2", "--width is nothing that the network fcn has"),
         ("--freeze", "needs --init-from FILE or --pretrained"),
