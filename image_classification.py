@@ -1633,9 +1633,9 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         )
         print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  {more}")
     if config.test_views > 1:
-        many = evaluate(trainer.model, *test, config.test_views).accuracy
-        results |= {"test_views": config.test_views, "test_views_accuracy": many}
-        print(f"Accuracy with {config.test_views} views of each image: {100 * many:.2f} %")
+        share = evaluate(trainer.model, *test, config.test_views).accuracy
+        results |= {"test_views": config.test_views, "test_views_accuracy": share}
+        print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
     ranked = sorted((name for name in classes if table[name]["support"]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}", flush=True)
@@ -1647,10 +1647,12 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     elif training - reached > 0.1:
         print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
     save_figure(draw_curves(history), run / "training_results.png")
-    figures = {"confusion matrix": draw(1, 1, 6.5, 6)}
+    many = len(classes) > 30  # numbers would be too small to read, and take long to draw
+    figures = {"confusion matrix": draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))}
     ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
-        ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, xticks_rotation=45
-    )
+        ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, include_values=not many,
+        xticks_rotation="vertical" if many else 45,
+    )  # fmt: skip
     save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
     wrong = (sure * (guess != test.labels)).argsort(descending=True)[: min(20, count - hits)].tolist()
     if wrong:
