@@ -104,7 +104,7 @@ class Config:
 
     `configure(...)` makes one of a recipe or of the run to resume; here these two are only recorded.
 
-    None stands for what suits the data set or the optimiser (tables below and in alternatives/optimizers.py). Nonsense
+    None stands for what suits the data set, the network or the optimiser (tables below and in alternatives/). Nonsense
     raises UsageError.
     """
 
@@ -256,7 +256,7 @@ def network_settings(model: str) -> dict[str, Any]:
 
 
 def settle(config: Config, data: "Data") -> Config:
-    """The same settings with every None replaced by what suits the data set and the optimiser.
+    """The same settings with every None replaced by what suits the data set, the network and the optimiser.
 
     Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
     """
@@ -264,8 +264,9 @@ def settle(config: Config, data: "Data") -> Config:
     own = network_settings(config.model)
     name = config.optimizer or own["optimizer"]
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
+    known = FOR_DATASET.get(data.name)
+    suitable = known or alternative("datasets", f"data set {data.name}").settings(count, size, data.mirrored)
     # the network's own rate is for the network's own optimiser
-    suitable = FOR_DATASET.get(data.name) or alternative("datasets", "").settings(count, size, data.mirrored)
     values = suitable | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
     if (config.batch_size or 0) > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
@@ -540,7 +541,7 @@ def resized(split: Split, size: int) -> Split:
 def make_data(
     config: Config, name: str, classes: list[str], given: Split, valid: Split | None = None, **rest: Any
 ) -> Data:
-    """Split validation off the given images unless there are such, and measure the others' mean and deviation."""
+    """Split validation images off the given ones unless `valid` holds some; measure what is left to train on."""
     images, labels = given
     kept, held_out = split_off(labels, 0.0 if valid else config.val_fraction)
     if config.make_imbalanced:
@@ -730,7 +731,7 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
     """The network that `config.model` names, its weights drawn from `config.seed`, for images of `size` pixels.
 
     It carries mean and std (per channel, in [0, 1]) to whatever device it moves, apart from its weights. Raises
-    UsageError for an unknown name, UserError for a network that does not work.
+    UsageError for an option that the network has not, UserError for a network that does not work.
     """
     torch.manual_seed(config.seed)
     factory: Callable[..., nn.Module] = CNN
