@@ -109,13 +109,13 @@ class Config:
     """
 
     dataset: str = setting("auto", "cifar10, digits, a name in alternatives/datasets.py, a folder of images, or auto: "
-                           "CIFAR-10, or digits if it can't be had")  # fmt: skip
+                           "CIFAR-10, or without a recipe digits if it can't be had")  # fmt: skip
     data_dir: str = setting("data", "folder that holds CIFAR-10 and its like, or receives them")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(0.1, "share of the training images kept for validation", low=0, below=1)
     subset: int = setting(0, "train on N of the training images only; 0: all", low=0)
     image_size: int | None = setting(
-        None, "width and height that images get; none: their own, of a folder up to 64", low=8
+        None, "width and height that images get (default: their own; of a folder up to 64)", low=8
     )
     make_imbalanced: float = setting(0.0, "share of its training images that the last class keeps; 0: all keep theirs",
                                      low=0, below=1)  # fmt: skip
@@ -123,10 +123,10 @@ class Config:
     model: str = setting("cnn", "cnn, a name in alternatives/networks.py, torchvision:NAME, or FILE.py:FACTORY")
     width: float | None = setting(None, "channels of cnn, as a multiple of its own", low=0.05)
     depth: int | None = setting(None, "convolutions in each stage of convnet", low=1)
-    dropout: float | None = setting(None, "share of the values dropped, in networks that have it", low=0, below=1)
+    dropout: float | None = setting(None, "share of the values dropped, in networks that take it", low=0, below=1)
     pretrained: bool = setting(False, "torchvision:NAME with its ImageNet weights, at their size")
-    init_from: str = setting("", "model file whose weights to start from; other classes get a new head")
-    freeze: bool = setting(False, "train only the head: the last layer")
+    init_from: str = setting("", "model file whose weights to start from; other classes get a new last layer")
+    freeze: bool = setting(False, "train only the last layer")
 
     recipe: str = setting("", "default, accuracy94 or a name in alternatives/recipes.py; other options win over it")
     epochs: int | None = setting(None, "passes over the training images", low=1)
@@ -155,7 +155,7 @@ class Config:
     repeat: int = setting(1, "train with N seeds and report mean and spread", low=1)
     test_views: int = setting(1, "also test on the mean of 2: image and mirror image; 6: and shifted", 1, 2, 6)
     run_dir: str = setting("", "folder of this run (default: a new one in runs/)")
-    out: str = setting("", "the finished model (default: model_<model>.pth here)")
+    out: str = setting("", "the finished model (default: model_<network>.pth, other data sets named too)")
     resume: str = setting("", "go on with the run in this folder; last: the newest unfinished one in runs/")
     fast_dev_run: bool = setting(False, "one batch through every stage, to see that all works")
     debug: bool = setting(False, "show the traceback of an error")
@@ -918,7 +918,7 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
 CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more memory; batch norm sees these
 COST = {0.5: 0.35, 0.75: 0.6, 1.0: 1.0}  # of a step on images of that scale; CPUs measured: 0.3 to 0.4, 0.5 to 0.7
-PROBE_STEPS, REPORT_SECONDS = 24, 4.5  # --minutes times half of these; what the report takes but for the test images
+PROBE_STEPS, REPORT_SECONDS = 12, 4.5  # --minutes times so many at once; what the report takes but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
 STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
@@ -1071,8 +1071,8 @@ class Trainer:
         self.cost = 0.0  # of the steps done, in steps on whole images
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
-        self.saved_at = self.probed_at = time.perf_counter()
-        self.per_step = 0.0
+        self.saved_at = time.perf_counter()
+        self.pause = 2.0  # s that the end of an epoch takes; each shows it anew
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1107,8 +1107,6 @@ class Trainer:
     def scale(self) -> float:
         """Of the images in this step: coarse features are learned first, and as well from fewer pixels."""
         progress, low = self.step / self.total_steps, self.config.low_res or 0.0
-        if self.config.minutes and self.step < PROBE_STEPS:  # these show what a whole image costs
-            return 1.0
         return 0.5 if progress < low / 2 else 0.75 if progress < low else 1.0
 
     def work(self, progress: float) -> float:
@@ -1183,18 +1181,17 @@ class Trainer:
             )
 
     def fit_minutes(self, per_step: float) -> None:
-        """Fix the number of steps so that --minutes suffice for them and the report; per_step: s for whole images.
+        """Fix the number of steps so that --minutes suffice for them, the ends of epochs and the report.
 
-        Not less than the probe's: it saw whole images; an epoch adds validation, saving and a machine's slower moods.
+        per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
         """
-        self.per_step = self.per_step or per_step
-        per_step = max(per_step, self.per_step)
         views = self.config.test_views
         test = per_step * 5000 / self.places[0].stop  # 10,000 images in fp32, forward only: half as much each, measured
-        left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))
-        total = float(self.total_steps)
+        end = self.deadline - REPORT_SECONDS - test * (1 + views * (views > 1))
+        epoch, total = (self.step - 1) // len(self.places), float(self.total_steps)
         for _ in range(9):  # what the steps done so far are of a run depends on its length
-            total = max((left / per_step + total * self.work(self.step / total)) / self.work(1.0), self.step + 1)
+            left = end - time.perf_counter() - self.pause * (math.ceil(total / len(self.places)) - epoch)
+            total = max((left / per_step + total * self.work(self.step / total)) / self.work(1.0), float(self.step))
         self.total_steps = int(total)
 
     def stalled(self) -> bool:
@@ -1307,6 +1304,7 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
     """
     config, count = trainer.config, trainer.count
     begun, before, looked = time.perf_counter(), trainer.seconds, 0.0
+    probed, cost = begun, trainer.cost
     epoch, first = divmod(trainer.step, len(trainer.places))
     plan, passed = trainer.plan(epoch), trainer.places[first].start
     trainer.model.train(not config.freeze)  # what is frozen keeps its statistics too
@@ -1315,7 +1313,7 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
         for done, place in enumerate(trainer.places[first:], first + 1):
             trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, trainer.scale())
             trainer.optimise()
-            if config.minutes and trainer.step in (PROBE_STEPS // 2, PROBE_STEPS):
+            if probing := config.minutes and (done % PROBE_STEPS == 0 or done == len(trainer.places)):
                 float(trainer.sums[done - 1, 0])  # wait for the device
             now = time.perf_counter()
             trainer.seconds = before + now - begun
@@ -1324,10 +1322,9 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 trainer.check_finite(done)
                 loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
                 bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
-            if config.minutes and trainer.step == PROBE_STEPS // 2:
-                trainer.probed_at = now
-            elif config.minutes and done == trainer.step == PROBE_STEPS:
-                trainer.fit_minutes((now - trainer.probed_at) / (PROBE_STEPS - PROBE_STEPS // 2))
+            if probing and trainer.step < trainer.total_steps:
+                trainer.fit_minutes((now - probed) / (trainer.cost - cost))
+                probed, cost = now, trainer.cost
             if done == len(trainer.places) or trainer.step == trainer.total_steps:
                 break  # what ends an epoch is saved with its validation
             if signals or now - trainer.saved_at > SAVE_EVERY:
@@ -1362,8 +1359,9 @@ def train_once(
     print(f"{data.name}: {counts}{small}", flush=True)
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
-            begun, before, cost = time.perf_counter(), trainer.seconds, trainer.cost
+            begun, before = time.perf_counter(), trainer.seconds
             rate = train_one_epoch(trainer, last, signals)
+            trained = time.perf_counter()
             epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
             loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
@@ -1380,10 +1378,8 @@ def train_once(
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
             trainer.save(last)
-            spent = time.perf_counter() - begun
             log.epoch(trainer.history, rate)
-            if config.minutes and trainer.step < trainer.total_steps:
-                trainer.fit_minutes(spent / (trainer.cost - cost))
+            trainer.pause = time.perf_counter() - trained
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
@@ -1734,7 +1730,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
         if default is None:
             tables = FOR_DATASET | FOR_OPTIMIZER | {"cnn": FOR_NETWORK}
             default = ", ".join(f"{tables[key][name]} ({key})" for key in tables if name in tables[key])
-            default += "; others: README" if name in FOR_OPTIMIZER["muon"] else ""
+            default += "; others: README" if default else ""
         text = entry.metadata["help"] + (f" (default: {default})" if default != "" else "")
         choices = entry.metadata["choices"] or None
         metavar = {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind]
