@@ -58,13 +58,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
 PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
 try:
     import torch
     import torch.nn.functional as F
+    from filelock import FileLock, Timeout  # torch needs it
     from torch import nn
     from tqdm import tqdm
 except (ImportError, OSError) as problem:
@@ -213,10 +214,10 @@ def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
     return mirror is not None, int(shift or 4), steps
 
 
-def batch_augmentation(text: str, classes: int) -> "Callable[..., Any] | None":
+def batch_augmentation(text: str, classes: int) -> Callable[..., Any]:
     """What --augment names besides flip and crop, as a function of images and labels: alternatives/augmentations.py."""
     if not (steps := augmentation(text)[2]):
-        return None
+        return lambda images, labels: (images, labels)
     try:
         return alternative("augmentations", f"--augment {text}").build(steps, classes)
     except ValueError as error:
@@ -457,8 +458,6 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
 
     if complete(data_dir) or complete(folder):
         return data_dir if complete(data_dir) else folder
-    from filelock import FileLock, Timeout
-
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".cifar-10.lock")
     try:
@@ -531,11 +530,7 @@ def resized(split: Split, size: int) -> Split:
     """The same with images of `size` × `size` pixels."""
     if split.images.shape[2:] == (size, size):
         return split
-    parts = [
-        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-        for part in split.images.split(1000)
-    ]
-    return Split(torch.cat(parts), split.labels)
+    return Split(F.interpolate(split.images, (size, size), mode="bilinear", antialias=True), split.labels)
 
 
 def make_data(
@@ -736,7 +731,7 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
     torch.manual_seed(config.seed)
     factory: Callable[..., nn.Module] = CNN
     given = {name: getattr(config, name) for name in ("width", "depth", "dropout", "pretrained")}
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     try:
         if config.model != "cnn":
             factory = alternative("networks", f"--model {config.model}").factory(config.model)
@@ -751,8 +746,7 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
         raise
     except Exception as error:  # anything, in a user's own file
         raise UserError(f"--model {config.model} gives no network: {error}") from error
-    if config.pretrained:
-        mean, std = cast(Any, network).normalisation
+    mean, std = getattr(network, "normalisation", (mean, std))  # ImageNet's, of pretrained ones
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
     network.register_buffer("pixel_scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
     return network.train()
@@ -786,15 +780,13 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
 
 def print_summary(model: nn.Module, shape: tuple[int, ...]) -> None:
     """torchsummary's table of a network on the CPU, or its parameter count where torchsummary fails."""
-    random = torch.get_rng_state()
-    try:
-        from torchsummary import summary
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            from torchsummary import summary
 
-        with torch.no_grad():  # on a copy: it leaves its hooks behind when it fails
-            summary(copy.deepcopy(model).eval(), shape, device="cpu")
-    except Exception as error:
-        print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters (no table: {error!r})")
-    torch.set_rng_state(random)
+            summary(copy.deepcopy(model).eval(), shape, device="cpu")  # a copy: it leaves its hooks where it fails
+        except Exception as error:
+            print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters (no table: {error!r})")
 
 
 def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
@@ -1041,9 +1033,8 @@ class Trainer:
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment or "none", len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
-        self.mean: list[float]
-        self.std: list[float]
-        self.mean, self.std = cast(Any, self.model).normalisation if config.pretrained else (data.mean, data.std)
+        known: tuple[list[float], list[float]] = getattr(self.model, "normalisation", (data.mean, data.std))
+        self.mean, self.std = known
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         self.count = count = len(self.plan(0)[0])  # of the images in an epoch
@@ -1052,13 +1043,11 @@ class Trainer:
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
         self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
         self.average: Any = None
-        if config.ema:
-            from torch.optim.swa_utils import AveragedModel
-
-            def average(mean: torch.Tensor, new: torch.Tensor, count: Any) -> torch.Tensor:
-                return mean + (new - mean) / (count + 1).clamp(max=steps)  # it reaches back over about an epoch
-
-            self.average = AveragedModel(self.model, avg_fn=average, use_buffers=True)
+        if config.ema:  # reaches back over about an epoch
+            self.average = torch.optim.swa_utils.AveragedModel(
+                self.model, use_buffers=True,
+                avg_fn=lambda mean, new, n: mean + (new - mean) / torch.as_tensor(n + 1).clamp(max=steps),
+            )  # fmt: skip
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -1087,10 +1076,8 @@ class Trainer:
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
         parts = math.ceil(self.parts * scale**2)  # memory grows with the pixels
         for chosen, flips, shifts in zip(*(drawn[place].chunk(parts) for drawn in plan), strict=True):
-            images, labels = gather(self.images, chosen, flips, shifts), self.labels[chosen]
-            targets = labels
-            if self.augment:
-                images, targets = self.augment(images, labels)
+            labels = self.labels[chosen]
+            images, targets = self.augment(gather(self.images, chosen, flips, shifts), labels)
             images = normalise(images, self.model)
             if scale < 1:
                 images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
@@ -1115,18 +1102,14 @@ class Trainer:
         small, larger = min(progress, half), min(max(progress - half, 0), half)
         return progress - (1 - COST[0.5]) * small - (1 - COST[0.75]) * larger
 
-    def drawn(self, epoch: int) -> torch.Tensor | None:
-        """The images of that epoch, int64, not yet shuffled: as many of each class; None: all."""
-        if not self.config.class_balance.endswith("sample"):
-            return None
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        sampling = alternative("sampling", "--class-balance")
-        return sampling.balanced(self.labels.cpu(), self.config.class_balance, generator)
-
     def plan(self, epoch: int) -> list[torch.Tensor]:
         """What is random in that epoch: see plan_epoch."""
-        augment, drawn = self.config.augment or "none", self.drawn(epoch)
-        return plan_epoch(len(self.labels), self.config.seed, epoch, augment, self.device, drawn)
+        config, drawn = self.config, None
+        if config.class_balance.endswith("sample"):  # as many images of each class
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            balanced = alternative("sampling", "--class-balance").balanced
+            drawn = balanced(self.labels.cpu(), config.class_balance, generator)
+        return plan_epoch(len(self.labels), config.seed, epoch, config.augment or "none", self.device, drawn)
 
     def settle_batch(self) -> None:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
@@ -1155,11 +1138,9 @@ class Trainer:
         if self.config.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm(
-                [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-            )
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
             # the scaler skips the optimiser that overflowed: its NaN must not spread to the other
-            norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
+            norm = nn.utils.get_total_norm(gradients).nan_to_num(nan=math.inf, posinf=math.inf)
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -1420,8 +1401,6 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         print_summary(model, tuple(data.train.images.shape[1:]))
         run = new_run_folder(config, data)  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
-    from filelock import FileLock, Timeout
-
     try:
         held = FileLock(run / ".lock").acquire(timeout=0)
     except Timeout:
@@ -1503,9 +1482,8 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
 def draw_curves(history: list[Row]) -> Any:
     """Left: training and validation loss; right: both accuracies; over the epochs."""
     figure = draw(1, 2, 5, 4)
-    for axes, kind, unit, scale in zip(
-        figure.axes, ("loss", "accuracy"), ("cross-entropy", "%"), (1, 100), strict=True
-    ):
+    loss, accuracy = figure.axes
+    for axes, kind, unit, scale in ((loss, "loss", "cross-entropy", 1), (accuracy, "accuracy", "%", 100)):
         for name in ("training", "validation"):
             values = [row[f"{name[:5]}_{kind}"] for row in history]
             axes.plot([math.nan if value is None else scale * value for value in values], marker=".", label=name)
@@ -1540,11 +1518,8 @@ class RunLog:
         rows = {"": trainer.images[order]}
         with torch.random.fork_rng(devices=[]):  # the training goes on as if nothing had been drawn
             for name, value in augmentation(trainer.config.augment or "none")[2].items():
-                if alone := batch_augmentation(f"{name}={value}", len(names)):
-                    rows[name] = alone(rows[""], labels)[0]
-            rows["augmented"] = gather(trainer.images, order, flips, shifts)
-            if trainer.augment:
-                rows["augmented"] = trainer.augment(rows["augmented"], labels)[0]
+                rows[name] = batch_augmentation(f"{name}={value}", len(names))(rows[""], labels)[0]
+            rows["augmented"] = trainer.augment(gather(trainer.images, order, flips, shifts), labels)[0]
         titles = [title or names[label] for title in rows for label in labels.tolist()]
         images = torch.cat([row.clamp(0, 255).byte() for row in rows.values()])
         figure = draw_images(images, titles, len(order))
@@ -1596,7 +1571,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     if trainer.device.type == "cpu":
         keep_freed_memory()  # training and reading are over, and what follows imports much
     from scipy.stats import binomtest
-    from sklearn.metrics import ConfusionMatrixDisplay, classification_report, confusion_matrix
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_fscore_support
 
     content = read_checkpoint(run / "best.pth")
     load_weights(trainer.model, content["model"], run / "best.pth")
@@ -1604,11 +1579,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     sure, guess = result.logits.softmax(1).max(1)
     numbers, count = range(len(classes)), len(guess)
     matrix = confusion_matrix(test.labels, guess, labels=numbers)
-    table = classification_report(test.labels, guess, labels=numbers, target_names=classes, output_dict=True,
-                                  zero_division=0)  # fmt: skip
-    recall, precision, f1 = (
-        {name: table[name][key] for name in classes} for key in ("recall", "precision", "f1-score")
-    )
+    scores = precision_recall_fscore_support(test.labels, guess, labels=numbers, zero_division=0)
+    precision, recall, f1, tested = (dict(zip(classes, each.tolist(), strict=True)) for each in scores)
     hits = int(matrix.trace())
     low, high = binomtest(hits, count).proportion_ci(method="wilson")
     results = {
@@ -1623,17 +1595,13 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     interval = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead}"
     print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % ({interval})")
     for name in classes:
-        more = (
-            f"(precision {percent(precision[name])}, F1 {percent(f1[name])})"
-            if table[name]["support"]
-            else "(not tested)"
-        )
-        print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  {more}")
+        more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
+        print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  ({more})")
     if config.test_views > 1:
         share = evaluate(trainer.model, *test, config.test_views).accuracy
         results |= {"test_views": config.test_views, "test_views_accuracy": share}
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
-    ranked = sorted((name for name in classes if table[name]["support"]), key=lambda name: (recall[name], f1[name]))
+    ranked = sorted((name for name in classes if tested[name]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}", flush=True)
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"] or history[-1]["train_accuracy"]
@@ -1666,11 +1634,9 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
 
 def commit() -> str | None:
     """The commit of the repository that this file is in, if there is one and git."""
-    folder = Path(__file__).resolve().parent
+    git = ["git", f"--git-dir={Path(__file__).resolve().with_name('.git')}", "rev-parse", "--verify", "HEAD"]
     with contextlib.suppress(OSError):
-        if (folder / ".git").exists():
-            git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-            return subprocess.run(git, capture_output=True).stdout.decode().strip() or None
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return None
 
 
@@ -1756,8 +1722,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         known, own = (os.path.normcase(path or "") for path in (shutil.which("python"), sys.executable))
         command = ["python" if known == own else sys.executable, sys.argv[0], "--resume", str(stop.args[1])]
-        quoted = " ".join(f'"{part}"' if " " in part else part for part in command)
-        print(f"\nStopped, and all is saved. Go on with: {quoted}", flush=True)
+        print(f"\nStopped, and all is saved. Go on with: {subprocess.list2cmdline(command)}", flush=True)
         return 128 + stop.args[0]
     except KeyboardInterrupt:
         print("\nStopped", file=sys.stderr)

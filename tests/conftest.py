@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -305,6 +305,8 @@ def test_average_of_the_weights_is_tested_and_kept(inside, folder):
 def test_dropout_and_depth_reach_the_network():
     data = ic.load_data(ic.Config(dataset="digits"))
     assert ic.build_model(ic.Config(dropout=0.4), data).dropout == 0.4
+    without = ic.build_model(ic.Config(model="resnet18-dropout", dropout=0.0), data)
+    assert {layer.p for layer in without.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}
     counts = [
         sum(isinstance(layer, torch.nn.Conv2d) for layer in ic.build_model(config, data).modules())
         for config in (ic.Config(model="convnet", depth=1), ic.Config(model="convnet", depth=4))
