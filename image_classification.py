@@ -28,6 +28,7 @@ import time
 START = time.perf_counter()  # before the slow imports: --minutes counts them too
 
 import argparse
+import bisect
 import contextlib
 import copy
 import csv
@@ -58,7 +59,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
 PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
@@ -267,6 +268,7 @@ def settle(config: Config, data: "Data") -> Config:
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
     known = FOR_DATASET.get(data.name)
     suitable = known or alternative("datasets", f"data set {data.name}").settings(count, size, data.mirrored)
+    own = own if known else {key: value for key, value in own.items() if key != "epochs"}  # those are for CIFAR-10
     # the network's own rate is for the network's own optimiser
     values = suitable | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
     if (config.batch_size or 0) > count:
@@ -284,7 +286,10 @@ def settle(config: Config, data: "Data") -> Config:
     out = Path(config.out or "model.pth")
     if out.is_dir() or not os.access(out.parent, os.W_OK):  # rather now than after the training
         raise UserError(f"the model cannot be written to {config.out or Path.cwd()}: name a file with --out FILE.pth")
-    if augmentation(config.augment or "none")[1] >= size:
+    mirror, shift, _ = augmentation(config.augment or "none")
+    if mirror and not data.mirrored:
+        print(f"note: mirroring changes what {data.name} show: better without flip in --augment")
+    if shift >= size:
         raise UsageError(f"--augment {config.augment} shifts images of {size} pixels out of sight")
     schedule(config.scheduler, 0.0, [])  # if that fails, then rather now
     if config.dataset == "auto":  # for resuming, never another
@@ -310,6 +315,10 @@ SOURCES = [  # the original comes last: throttled to 55-85 kB/s since June 2026 
 SLOW, PATIENCE = 500_000, 10.0  # bytes/s, s: a source that stays below the one for the other is left for the next
 PROBE_SECONDS = 20.0
 NETWORK_ERRORS = (OSError, ValueError, http.client.HTTPException)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2).encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -420,9 +429,9 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
             failures |= {url: answer for url, answer in answers.items() if url not in rates}
             if mirror in answers and mirror not in rates:
-                print(f"note: leaving {mirror}: {failures[mirror]}", flush=True)
+                print(f"note: leaving {mirror}: {failures[mirror]}")
             for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
-                print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}", flush=True)
+                print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}")
                 helpers.add(url)
                 try:
                     with part.open("r+b", buffering=0) as file:
@@ -430,12 +439,12 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
                     break
                 except NETWORK_ERRORS as error:
                     failures[url] = explain(error)
-                    print(f"note: leaving {url}: {failures[url]}", flush=True)
+                    print(f"note: leaving {url}: {failures[url]}")
             before, slowest = before if slowest and rates else size, 0  # the patient round comes in any case
         elif hashlib.sha256(part.read_bytes()).hexdigest() == ARCHIVE_SHA256:
             return part.replace(path)
         else:
-            print("note: what came is not the archive (its SHA-256 differs): starting clean", flush=True)
+            print("note: what came is not the archive (its SHA-256 differs): starting clean")
             part.write_bytes(b"")
             failures |= dict.fromkeys(helpers, "what came is not the archive")
             sources = [url for url in sources if not clean or url not in helpers]  # else it is an older piece's fault
@@ -458,12 +467,14 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
 
     if complete(data_dir) or complete(folder):
         return data_dir if complete(data_dir) else folder
+    if data_dir.is_file():
+        raise UserError(f"--data-dir {data_dir} is a file: name the folder that it is in")
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".cifar-10.lock")
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        print(f"Another process is getting CIFAR-10 into {data_dir}: waiting for it", flush=True)
+        print(f"Another process is getting CIFAR-10 into {data_dir}: waiting for it")
         held = lock.acquire()
     with held:
         if complete(folder):  # the other process got it
@@ -502,6 +513,7 @@ class Data:
     train: Split
     valid: Split
     load_test: Callable[[], Split]
+    test_images: int  # their number
     mirrored: bool  # may an image be flipped left to right and keep its label?
     mean: list[float]  # of the training images, per channel, in [0, 1]
     std: list[float]
@@ -545,9 +557,7 @@ def make_data(
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     valid = valid or Split(images[held_out], labels[held_out])
     if not len(kept) or config.val_fraction > 0 == len(valid.labels):
-        raise UsageError(
-            f"--val-fraction {config.val_fraction} leaves no image for training or for validation (0: none)"
-        )
+        raise UsageError(f"--val-fraction {config.val_fraction} leaves no image to train or validate on (0: none)")
     size = config.image_size or images.shape[-1]
     train, valid = resized(Split(images[kept], labels[kept]), size), resized(valid, size)
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train.images.unbind(1)]).double()
@@ -571,7 +581,10 @@ def load_cifar10(folder: Path, config: Config) -> Data:
             raise UserError(f"a file in {folder} is damaged, delete that folder and run again ({error})") from None
         return Split(torch.from_numpy(batches.data).permute(0, 3, 1, 2), torch.tensor(batches.targets))
 
-    return make_data(config, "CIFAR10", CLASSES, read(train=True), load_test=lambda: read(train=False), mirrored=True)
+    return make_data(
+        config, "CIFAR10", CLASSES, read(train=True),
+        load_test=lambda: read(train=False), test_images=10_000, mirrored=True,
+    )  # fmt: skip
 
 
 def load_digits(config: Config, substitution: str = "") -> Data:
@@ -585,7 +598,7 @@ def load_digits(config: Config, substitution: str = "") -> Data:
     test = Split(images[tested], labels[tested])
     return make_data(
         config, "digits", [str(digit) for digit in range(10)], Split(images[kept], labels[kept]),
-        load_test=lambda: test, mirrored=False, substitution=substitution,
+        load_test=lambda: test, test_images=len(tested), mirrored=False, substitution=substitution,
     )  # fmt: skip
 
 
@@ -602,7 +615,8 @@ def load_other(config: Config) -> Data:
         raise UserError(f"--dataset {wanted}: {error}") from error
     return make_data(
         config, found.name, found.classes, Split(*found.train), found.valid and Split(*found.valid),
-        load_test=lambda: Split(*found.test), mirrored=found.mirrored, report=found.report,
+        load_test=lambda: Split(*found.test), test_images=len(found.test[1]), mirrored=found.mirrored,
+        report=found.report,
     )  # fmt: skip
 
 
@@ -621,7 +635,7 @@ def load_data(config: Config) -> Data:
     except Unreachable as error:
         if config.dataset == "cifar10" or config.recipe:
             raise
-        print(f"\n*** {error} ***\n*** Training on scikit-learn's handwritten digits instead ***\n", flush=True)
+        print(f"\n*** {error} ***\n*** Training on scikit-learn's handwritten digits instead ***\n")
         return load_digits(config, str(error))
 
 
@@ -729,7 +743,7 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
     UsageError for an option that the network has not, UserError for a network that does not work.
     """
     torch.manual_seed(config.seed)
-    factory: Callable[..., nn.Module] = CNN
+    factory: Callable[..., Any] = CNN
     given = {name: getattr(config, name) for name in ("width", "depth", "dropout", "pretrained")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     try:
@@ -738,15 +752,21 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
         if unknown := given.keys() - inspect.signature(factory).parameters.keys():
             raise UsageError(f"{option(min(unknown))} is nothing that the network {config.model} has")
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
-        with torch.no_grad():  # rather now than after the run has begun; lazy layers get their shapes
-            shape = tuple(network.eval()(torch.zeros(2, len(mean), size, size)).shape)
-        if shape != (2, classes):
-            raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"it is a {type(network).__name__}, not a torch.nn.Module")
+        for seen in (size, size // 2) if config.low_res else (size,):  # rather now than after the run has begun
+            with torch.no_grad():  # lazy layers get their shapes
+                shape = tuple(network.eval()(torch.zeros(2, len(mean), seen, seen)).shape)
+            if shape != (2, classes):
+                raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
-        raise UserError(f"--model {config.model} gives no network: {error}") from error
-    mean, std = getattr(network, "normalisation", (mean, std))  # ImageNet's, of pretrained ones
+        half = f", which become {size // 2} in the first --low-res of a run" if config.low_res else ""
+        why = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        raise UserError(f"--model {config.model} gives no network for images of {size} pixels{half}: {why}") from error
+    if config.pretrained:
+        mean, std = cast(Any, network).normalisation
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
     network.register_buffer("pixel_scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
     return network.train()
@@ -925,9 +945,9 @@ def choose_device(name: str) -> torch.device:
         stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
     if name == "auto":
         print(f"note: {stranded}\n" if stranded else "", end="")
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         why = stranded or str(error).partition("\n")[0]
         why = "choose auto, cpu, cuda, cuda:N or mps" if "Expected one of" in why else why
@@ -1003,6 +1023,11 @@ def new_run_folder(config: Config, data: Data) -> Path:
     raise UserError(f"runs/{data.name}/{name} is taken: name another --run-dir")
 
 
+def saved_states(run: Path) -> list[Path]:
+    """The files that a run, or each seed of it, can go on from."""
+    return [*run.glob("last.pth"), *run.glob("seed-*/last.pth")]
+
+
 def resume_config(resume: str, **changes: Any) -> Config:
     """The settings of the run in the folder `resume`, or of the newest unfinished one for "last".
 
@@ -1010,7 +1035,8 @@ def resume_config(resume: str, **changes: Any) -> Config:
     """
     configs = Path("runs").glob("*/*/config.json") if resume == "last" else [Path(resume, "config.json")]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
-        settings = {name: value for name, value in json.loads(path.read_text()).items() if name in KINDS}
+        saved = json.loads(path.read_text())
+        settings = asdict(Config()) | {name: value for name, value in saved.items() if name in KINDS}
         report = path.with_name("report.json")
         if not report.exists() or (changes.get("epochs") or 0) > json.loads(report.read_text())["epochs"]:
             break
@@ -1033,8 +1059,9 @@ class Trainer:
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment or "none", len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
-        known: tuple[list[float], list[float]] = getattr(self.model, "normalisation", (data.mean, data.std))
-        self.mean, self.std = known
+        pretrained: Any = self.model if config.pretrained else None
+        self.mean: list[float] = pretrained.normalisation[0] if pretrained else data.mean
+        self.std: list[float] = pretrained.normalisation[1] if pretrained else data.std
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         self.count = count = len(self.plan(0)[0])  # of the images in an epoch
@@ -1053,15 +1080,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         low = self.dtype if self.dtype != torch.float32 else None
         self.autocast = functools.partial(torch.autocast, device.type, low, enabled=bool(low))
-        size = self.places[0].stop
-        at_once = max(16, CPU_IMAGES * 32**2 // getattr(self.model, "size", self.images.shape[-1]) ** 2)
+        size, side = self.places[0].stop, pretrained.size if pretrained else self.images.shape[-1]
+        at_once = max(16, CPU_IMAGES * 32**2 // side**2)
         self.parts = math.ceil(size / at_once) if device.type == "cpu" else 1  # that a batch is computed in
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
         self.cost = 0.0  # of the steps done, in steps on whole images
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
-        self.pause = 2.0  # s that the end of an epoch takes; each shows it anew
+        self.pause = 1.0  # s that the end of an epoch takes; each shows it anew
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1151,11 +1178,14 @@ class Trainer:
         self.cost += COST[self.scale()]
         self.step += 1
 
-    def check_finite(self, done: int, weights: bool = False) -> None:
-        """UserError if the loss in one of this epoch's first `done` steps, or a weight now, is not finite."""
+    def check_finite(self, done: int, saving: bool = False, valid_loss: float = 0.0) -> None:
+        """UserError if the loss in one of this epoch's first `done` steps, or what is to be saved, is not finite."""
         bad = (~self.sums[:done, 0].isfinite()).nonzero()
-        if len(bad) or (weights and not all(tensor.isfinite().all() for tensor in self.model.state_dict().values())):
-            step = self.step - done + int(bad[0]) if len(bad) else self.step
+        kept = [*self.model.state_dict().values()] if saving else []
+        for state in [state for optimizer in self.optimizers * saving for state in optimizer.state.values()]:
+            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        if len(bad) or not math.isfinite(valid_loss) or not all(tensor.isfinite().all() for tensor in kept):
+            step = self.step - done + int(bad[0]) if len(bad) else self.step - 1
             raise UserError(
                 f"the loss is no longer finite at step {step} (epoch {step // len(self.places)}, lr "
                 f"{self.groups()[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g} or --grad-clip 1"
@@ -1167,13 +1197,17 @@ class Trainer:
         per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
         """
         views = self.config.test_views
-        test = per_step * 5000 / self.places[0].stop  # 10,000 images in fp32, forward only: half as much each, measured
-        end = self.deadline - REPORT_SECONDS - test * (1 + views * (views > 1))
-        epoch, total = (self.step - 1) // len(self.places), float(self.total_steps)
-        for _ in range(9):  # what the steps done so far are of a run depends on its length
-            left = end - time.perf_counter() - self.pause * (math.ceil(total / len(self.places)) - epoch)
-            total = max((left / per_step + total * self.work(self.step / total)) / self.work(1.0), float(self.step))
-        self.total_steps = int(total)
+        test = (
+            per_step * self.data.test_images / self.places[0].stop / 2
+        )  # in fp32, forward only: half of a step, measured
+        left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))
+        ended = (self.step - 1) // len(self.places)  # epochs
+
+        def seconds(total: int) -> float:
+            steps = total * (self.work(1.0) - self.work(self.step / total))
+            return per_step * steps + self.pause * (math.ceil(total / len(self.places)) - ended)
+
+        self.total_steps = max(self.step, bisect.bisect(range(10**9), left, lo=self.step, key=seconds) - 1)
 
     def stalled(self) -> bool:
         patience = self.config.early_stopping
@@ -1208,7 +1242,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "environment": self.environment(),
+            "environment": self.environment(), "measured": [len(self.data.train.labels), *self.data.mean],
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -1222,9 +1256,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
-        state, total_steps = read_checkpoint(path, self.data.classes), self.total_steps
-        if (state["train_images"], state["mean"]) != (len(self.labels), self.mean):
-            raise UserError(f"the images are others than when {path.parent} began: start a new run")
+        state, total_steps, parts = read_checkpoint(path, self.data.classes), self.total_steps, self.parts
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -1234,6 +1266,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         for name in STATE:
             setattr(self, name, state[name])
+        self.parts = max(self.parts, parts)
         if not self.config.minutes:
             self.total_steps = total_steps
         if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
@@ -1245,6 +1278,7 @@ class Trainer:
         for name, now in self.environment().items():
             if (then := state["environment"][name]) != now:
                 print(f"note: {name} was {then}, is {now}: the last digits will differ from an unbroken run's")
+                self.parts = parts
 
 
 class Evaluation(NamedTuple):
@@ -1309,11 +1343,11 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
             if done == len(trainer.places) or trainer.step == trainer.total_steps:
                 break  # what ends an epoch is saved with its validation
             if signals or now - trainer.saved_at > SAVE_EVERY:
-                trainer.check_finite(done, weights=True)
+                trainer.check_finite(done, saving=True)
                 trainer.save(last)
             if signals:
                 raise Stopped(signals[0])
-    trainer.check_finite(done, weights=True)
+    trainer.check_finite(done, saving=True)
     return (place.stop - passed) / (time.perf_counter() - begun)
 
 
@@ -1329,19 +1363,20 @@ def train_once(
     trainer = Trainer(config, data, device, deadline, model)
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
+        trainer.settle_batch()
     if last.exists():
         trainer.load(last)
-    elif device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
-        trainer.settle_batch()
     steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
     counts = f"{len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch"
     small = f"; the first {100 * config.low_res:.0f} % of the run on smaller images" if config.low_res else ""
-    print(f"{data.name}: {counts}{small}", flush=True)
+    print(f"{data.name}: {counts}{small}")
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
             begun, before = time.perf_counter(), trainer.seconds
             rate = train_one_epoch(trainer, last, signals)
+            log.open()
             trained = time.perf_counter()
             epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
             loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
@@ -1350,6 +1385,7 @@ def train_once(
             if validation:
                 with trainer.autocast():
                     valid = evaluate(trainer.tested(), *trainer.valid)
+                trainer.check_finite(done, valid_loss=valid.loss)
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
@@ -1358,17 +1394,17 @@ def train_once(
             trainer.history.append(row)
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
+            log.epoch(trainer.history, rate)  # before what a resume goes on from, or a kill between would lose it
             trainer.save(last)
-            log.epoch(trainer.history, rate)
             trainer.pause = time.perf_counter() - trained
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
-                f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}",
-                flush=True,
+                f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}"
             )
             if signals:
                 raise Stopped(signals[0])
-        print("Finished Training", flush=True)
+        print("Finished Training")
+        log.open()
         return write_report(trainer, run, log)
 
 
@@ -1381,7 +1417,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     begun, device = begun or time.perf_counter(), choose_device(config.device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # it names what has no such algorithm
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has no such algorithm
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
@@ -1389,12 +1426,17 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     config = settle(config, data)
     model = None
     if config.resume:
-        run, saved = Path(config.resume), list(Path(config.resume).rglob("last.pth"))
+        run, saved = Path(config.resume), saved_states(Path(config.resume))
         if (run / "report.json").exists() and not saved:
             raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
         for path in saved:  # before anything is changed
-            weights = read_checkpoint(path, data.classes)["model"]
-            load_weights(build_model(config, data, fresh=False), weights, path)
+            content = read_checkpoint(path, data.classes)
+            load_weights(build_model(config, data, fresh=False), content["model"], path)
+            measured = [len(data.train.labels), *data.mean]
+            if any(
+                abs(now - then) > 1e-6 for now, then in zip(measured, content.get("measured", measured), strict=True)
+            ):
+                raise UserError(f"the images are others than when {run} began: start a new run")
         data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
     else:
         model = build_model(config, data)
@@ -1407,9 +1449,9 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         raise UserError(f"another process is training in {run}") from None
     (run / "report.json").unlink(missing_ok=True)  # unfinished again
     settings = asdict(replace(config, resume="")) | {"substitution": data.substitution}
-    write_atomically(run / "config.json", json.dumps(settings, indent=2).encode())
+    write_json(run / "config.json", settings)
     if data.report:
-        write_atomically(run / "data_report.json", json.dumps(data.report, indent=2).encode())
+        write_json(run / "data_report.json", data.report)
     reports: list[Report] = []
     with held, stop_requests() as signals:
         for left in range(config.repeat, 0, -1):
@@ -1421,17 +1463,20 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
             one, deadline = replace(config, seed=seed, repeat=1), now + (begun + 60 * config.minutes - now) / left
             try:
                 reports.append(train_once(one, data, device, folder, deadline, signals, None if reports else model))
+                if config.repeat > 1:
+                    write_json(folder / "report.json", reports[-1].results)
             except Stopped as stop:
                 raise Stopped(stop.args[0], run) from None
             except Exception as error:  # one with nothing to go on from is no run to resume; a full disk passes
-                if not isinstance(error, OSError) and not any(run.rglob("last.pth")):
+                if not isinstance(error, OSError) and not saved_states(run):
                     (run / "config.json").unlink(missing_ok=True)
                 raise
             if signals and left > 1:
                 raise Stopped(signals[0], run)
-    report = reports[0] if config.repeat == 1 else write_summary(reports, run)
-    report = keep_model(report, config, data)
-    print(f"Done in {tqdm.format_interval(time.perf_counter() - begun)}", flush=True)
+        report = reports[0] if config.repeat == 1 else write_summary(reports, run)
+        report = keep_model(report, config, data)
+        write_json(run / "report.json", report.results)  # the last: it says that the run is finished
+    print(f"Done in {tqdm.format_interval(time.perf_counter() - begun)}")
     return report
 
 
@@ -1498,17 +1543,18 @@ class RunLog:
     """metrics.csv and TensorBoard: two writers with the same tags put both losses into one chart."""
 
     def __init__(self, run: Path, trainer: Trainer):
-        self.run, self.trainer, self.begun = run, trainer, len(trainer.history) or None
+        self.run, self.trainer, self.begun = run, trainer, len(trainer.history)
+        self.boards: list[Any] = []
 
-    @functools.cached_property
-    def boards(self) -> list[Any]:
-        """TensorBoard's writers for training and validation, opened after the first epoch: importing takes a second."""
+    def open(self) -> None:
+        """TensorBoard's writers for training and validation, after the first epoch: importing takes a second."""
+        if self.boards:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        boards = [SummaryWriter(str(path), purge_step=self.begun) for path in (self.run, self.run / "valid")]
+        self.boards = [SummaryWriter(str(path), purge_step=self.begun) for path in (self.run, self.run / "valid")]
         if not (self.run / "samples.png").exists():
-            self.show_input(boards[0])
-        return boards
+            self.show_input(self.boards[0])
 
     def show_input(self, board: Any) -> None:
         """samples.png, the same in TensorBoard, and the network's graph."""
@@ -1516,8 +1562,14 @@ class RunLog:
         order, flips, shifts = (part[:10] for part in trainer.plan(0))
         labels, names = trainer.labels[order], trainer.data.classes
         rows = {"": trainer.images[order]}
-        with torch.random.fork_rng(devices=[]):  # the training goes on as if nothing had been drawn
-            for name, value in augmentation(trainer.config.augment or "none")[2].items():
+        mirror, shift, steps = augmentation(trainer.config.augment or "none")
+        if mirror:
+            rows["flip"] = gather(trainer.images, order, torch.ones_like(flips), torch.zeros_like(shifts))
+        if shift:
+            rows["crop"] = gather(trainer.images, order, torch.zeros_like(flips), shifts)
+        used = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(used):  # the training goes on as if nothing had been drawn
+            for name, value in steps.items():
                 rows[name] = batch_augmentation(f"{name}={value}", len(names))(rows[""], labels)[0]
             rows["augmented"] = trainer.augment(gather(trainer.images, order, flips, shifts), labels)[0]
         titles = [title or names[label] for title in rows for label in labels.tolist()]
@@ -1534,7 +1586,7 @@ class RunLog:
             print(f"note: no graph of this network in TensorBoard ({type(error).__name__})")
 
     def close(self) -> None:
-        for board in self.__dict__.get("boards", []):
+        for board in self.boards:
             board.close()
 
     def epoch(self, history: list[Row], rate: float) -> None:
@@ -1547,7 +1599,7 @@ class RunLog:
                 write_atomically(self.run / "metrics.csv", text.getvalue().encode())
                 break
             except PermissionError:  # Excel locks what it shows
-                time.sleep(pause) if pause else print("note: metrics.csv is locked: close it elsewhere", flush=True)
+                time.sleep(pause) if pause else print("note: metrics.csv is locked: close it elsewhere")
         scalars = {"learning rate": row["learning_rate"], "images per second": rate}
         for board, kind in zip(self.boards, ("train", "valid"), strict=True):
             scalars |= {metric: row[f"{kind}_{metric}"] for metric in ("loss", "accuracy")}
@@ -1603,11 +1655,11 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
     ranked = sorted((name for name in classes if tested[name]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
-    print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}", flush=True)
+    print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}")
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"] or history[-1]["train_accuracy"]
     if config.fast_dev_run:
         print("This was a trial of one batch: its figures mean nothing")
-    elif reached < 2 / len(classes):
+    elif reached < min(2 / len(classes), 0.1 + 0.9 / len(classes)):
         print("This is hardly better than guessing: look at samples.png, try a tenth of --lr, or more --epochs")
     elif training - reached > 0.1:
         print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
@@ -1628,7 +1680,6 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     log.report(config, len(history) - 1, metrics, figures)
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss}
     save_checkpoint(run / "best.pth", content)
-    write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, history, run, run / "best.pth")
 
 
@@ -1658,7 +1709,6 @@ def write_summary(reports: list[Report], run: Path) -> Report:
             print(f"Mean test accuracy of {len(reports)} seeds{what}: {100 * mean:.2f} %, {spread}")
     print(f"All else is of the kept model: {best.run.name}")
     results["repeats"] = [report.results for report in reports]
-    write_atomically(run / "report.json", json.dumps(results, indent=2).encode())
     return Report(results, best.history, run, best.checkpoint)
 
 
@@ -1685,6 +1735,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
     parser = argparse.ArgumentParser(
         prog="image_classification.py", description=(__doc__ or "").partition("\n\nRead it")[0], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [options]",
     )  # fmt: skip
     for entry in fields(Config):
         name, kind, default = entry.name, KINDS[entry.name], entry.default
@@ -1708,7 +1759,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run as from the command line; returns the exit status."""
     for console in (sys.stdout, sys.stderr):
         if isinstance(console, io.TextIOWrapper):
-            console.reconfigure(errors="replace")  # what it cannot show becomes a ?
+            console.reconfigure(errors="replace", line_buffering=True)  # what it cannot show becomes a ?
     parser, given = parse(arguments)
     try:
         config = configure(**given)
@@ -1722,7 +1773,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         known, own = (os.path.normcase(path or "") for path in (shutil.which("python"), sys.executable))
         command = ["python" if known == own else sys.executable, sys.argv[0], "--resume", str(stop.args[1])]
-        print(f"\nStopped, and all is saved. Go on with: {subprocess.list2cmdline(command)}", flush=True)
+        print(f"\nStopped, and all is saved. Go on with: {subprocess.list2cmdline(command)}")
         return 128 + stop.args[0]
     except KeyboardInterrupt:
         print("\nStopped", file=sys.stderr)
@@ -1734,9 +1785,12 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, FileNotFoundError):
             text = f"{error.filename}: there is no such file or folder"
         elif isinstance(error, OSError):
-            text = f"{error.filename or ''}: {error.strerror or text}: is there space, and the right to write?"
+            text = ": ".join(filter(None, [error.filename, error.strerror or text]))
+            text += ": is there space, and the right to write?" if not isinstance(error, FileExistsError) else ""
         elif isinstance(error, ModuleNotFoundError):
             text += f": {INSTALL}"
+        elif "operator torchvision::" in text:
+            text += f": {PAIR}"
         elif not isinstance(error, UserError):
             text = f"{text}: {PAIR}" if "torchvision" in text else f"{error!r} (--debug shows where)"
         print(f"error: {text}", file=sys.stderr)

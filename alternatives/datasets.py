@@ -1,5 +1,6 @@
 """What `--dataset` takes besides CIFAR-10 and the digits: five more by name, and folders of images."""
 
+import hashlib
 import re
 import statistics
 import warnings
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
@@ -59,12 +62,14 @@ def by_name(name: str, data_dir: Path) -> Found:
     """One of NAMES by torchvision, which downloads it where it is missing."""
     from torchvision import datasets
 
+    kinds: dict[str, Any] = {
+        "cifar100": datasets.CIFAR100, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
+        "svhn": datasets.SVHN, "stl10": datasets.STL10,
+    }  # fmt: skip
+
     def read(train: bool) -> Any:
-        split = "train" if train else "test"
-        if name in ("svhn", "stl10"):
-            return {"svhn": datasets.SVHN, "stl10": datasets.STL10}[name](str(data_dir), split=split, download=True)
-        kinds = {"cifar100": datasets.CIFAR100, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
-        return kinds[name](str(data_dir), train=train, download=True)
+        part = {"split": "train" if train else "test"} if name in ("svhn", "stl10") else {"train": train}
+        return kinds[name](str(data_dir), **part, download=True)
 
     def pair(found: Any) -> Pair:
         images = torch.as_tensor(found.data)
@@ -100,6 +105,7 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray  # uint8 (S, S, 3)
     size: tuple[int, int]  # width, height in the file
+    digest: bytes  # of the pixels
     sketch: np.ndarray  # bool (256,): is it brighter to the right? Nearly the same for nearly the same picture
 
 
@@ -109,15 +115,19 @@ def decode(path: Path, size: int) -> Decoded:
         width_height = file.size
         file.draft(None, (2 * size, 2 * size))  # a JPEG is read at a fraction of its size: several times as fast
         image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":  # 16 bits a pixel, or numbers of some other range
+            values = np.asarray(image, dtype=np.float32)
+            ranges = (65535,) if image.mode.startswith("I;") else (1, 255, 65535)
+            most = next((top for top in ranges if values.max() <= top), values.max())
+            image = Image.fromarray((values * (255 / most)).clip(0, 255).round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     rows = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return Decoded(np.asarray(square), width_height, (rows[:, 1:] > rows[:, :-1] + 2).ravel())
+    square = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    digest = hashlib.blake2b(square.tobytes(), digest_size=16).digest()
+    return Decoded(square, width_height, digest, (rows[:, 1:] > rows[:, :-1] + 2).ravel())
 
 
 def visible(folder: Path) -> list[Path]:
@@ -175,23 +185,27 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
     parts = layout(folder)
     first = next(iter(parts.values())) if "all" in parts else parts["train"]
     classes = [path.name for path in class_folders(first)]
-    known, other = extensions(), 0
+    known = extensions()
+    other: list[Path] = []
     files: list[tuple[str, int, Path]] = []
     for part, place in parts.items():
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
             raise ValueError(f"{place} has a class {min(strange)} that {first} has not")
+        nested = [path for name in names for path in visible(place / name) if path.is_dir()]
+        if len(nested := [path for path in nested if path.name.lower() in SPLITS]) > 1:
+            raise ValueError(f"{nested[0]}: a part of the data inside a class? It has to be the other way round")
         for name in names:
             inside = [path for path in sorted((place / name).rglob("*")) if path.is_file()]
             hidden = [any(part.startswith(HIDDEN) for part in path.relative_to(place).parts) for path in inside]
             found = [path for path, not_seen in zip(inside, hidden, strict=True) if not not_seen]
             images = [path for path in found if path.suffix.lower() in known]
-            other += len(found) - len(images)
+            other += [path for path in found if path.suffix.lower() not in known]
             if not images and part != "valid":
                 raise ValueError(f"the class folder {place / name} holds no image")
             files += [(part, classes.index(name), path) for path in images]
     if other:
-        print(f"note: {other} files that are no images by their names are left out")
+        print(f"note: {len(other)} files that are no images by their names are left out, such as {other[0]}")
     size = image_size or suitable_size([path for _, _, path in files])
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
     print(
@@ -205,11 +219,10 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
     pairs = twins(kept)
     report = describe(folder, classes, size, kept, unreadable, pairs)
     if "all" in parts:  # of identical ones of a class the first
-        once = {(label, each.pixels.tobytes()): place for place, (_, label, _, each) in reversed([*enumerate(kept)])}
+        once = {(label, each.digest): place for place, (_, label, _, each) in reversed([*enumerate(kept)])}
         kept = [kept[place] for place in sorted(once.values())]
     for line in report["words"]:
         print(line)
-    print(end="", flush=True)
     if len(unreadable) > UNREADABLE * len(files):
         first_ones = "; ".join(f"{path} ({why})" for path, why in list(unreadable.items())[:3])
         raise ValueError(f"{len(unreadable)} of {len(files)} images cannot be read: {first_ones}")
@@ -226,12 +239,16 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
         tested[split_off(train[1], TEST_FRACTION)[1]] = True
         split = [str(path) for part, _, path, _ in kept if part in ("all", "train")]
         places = {path: place for place, path in enumerate(split)}
-        for first, second, _ in report["twins"]:  # to the same side, or the training would know the test's answers
-            if first in places and second in places:
-                tested[places[second]] = tested[places[first]]
+        alike = [(places[a], places[b]) for a, b, _ in report["twins"] if a in places and b in places]
+        links = coo_array((np.ones(len(alike)), np.array(alike, dtype=np.int32).reshape(-1, 2).T), (len(split),) * 2)
+        group = connected_components(links, directed=False)[1]
+        first_of = np.unique(group, return_index=True)[1]
+        tested = tested[first_of[group]]  # on the same side, or the training would know the test's answers
+        for label in range(len(classes)):  # unless a class were all test
+            tested[train[1] == label] &= not tested[train[1] == label].all()
         test, train = ((train[0][part], train[1][part]) for part in (tested, ~tested))
     if not len(test[1]):
-        raise ValueError("no class has enough images to test with: at least 3 are needed, or a folder test/")
+        raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
     return Found(name, classes, train, held.get("valid"), test, True, report)
@@ -274,9 +291,9 @@ def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bo
     to see in an image, until there are MOST_TWINS.
     """
     firsts: dict[bytes, int] = {}
-    pairs = []
+    pairs, near = [], []
     for place, (*_, each) in enumerate(kept):
-        if (first := firsts.setdefault(each.pixels.tobytes(), place)) != place:
+        if (first := firsts.setdefault(each.digest, place)) != place:
             pairs.append((first, place, True))
     places = [place for place in firsts.values() if 16 < kept[place][3].sketch.sum() < 240]
     bits = torch.tensor(np.array([kept[place][3].sketch for place in places]), dtype=torch.float32) * 2 - 1
@@ -286,10 +303,10 @@ def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bo
             first, second = places[start + row], places[start + column]
             one, other = (kept[place][3].pixels.astype(np.int16) for place in (first, second))
             if np.abs(one - other).mean() < 255 * 0.03:
-                pairs.append((first, second, False))
-        if len(pairs) > MOST_TWINS:
+                near.append((first, second, False))
+        if len(near) > MOST_TWINS:
             break
-    return sorted(pairs)
+    return sorted(pairs + near)
 
 
 def describe(
@@ -312,7 +329,10 @@ def describe(
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words.append(f"  fewer than {FEW} images: {listed}: few of them, or none, are left for validation and testing")
+        words.append(
+            f"  fewer than {FEW} images: {listed}. Of 1 or 2, all are trained on; of 3, one is for testing where"
+        )
+        words.append("    there is no test/, and none for validation where there is no val/")
     if max(learned.values()) > 5 * max(1, min(learned.values())):
         words.append(
             "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"

@@ -1,6 +1,6 @@
 """Networks that `--model` takes besides the script's own `cnn`: `factory(classes=10, channels=3, image_size=32)`.
 
-A factory may take `depth`, `dropout` and `pretrained` as well: the options of these names.
+A factory may take `width`, `depth` and `dropout` as well: the options of these names.
 """
 
 import functools
@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resnet18-dropout": MUON | {"epochs": 10, "dropout": 0.1},
     "airbench94": MUON | {"epochs": 8},
 }
-OTHERS: dict[str, dict[str, Any]] = {  # AdamW harms no network of which nothing is known, nor ImageNet weights
+OTHERS: dict[str, dict[str, Any]] = {  # with the data set's epochs; ImageNet weights would not survive Muon
     "torchvision": {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64},
     "own": MUON,
 }
@@ -84,34 +84,34 @@ def at_least(size: int, image_size: int) -> None:
         raise ValueError(f"it needs images of {size} pixels or more, not {image_size}")
 
 
-def beginner_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+def beginner_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.5) -> nn.Module:
     """Reference 002's network: two blocks of 32 and 64 channels, one hidden layer of 128; 545,290 parameters."""
-    head = [nn.Linear(64 * (image_size // 4) ** 2, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)]
+    head = [nn.Linear(64 * (image_size // 4) ** 2, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, classes)]
     return nn.Sequential(*blocks([channels, 32, 64], image_size), nn.Flatten(), *head)
 
 
-def coursework_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+def coursework_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.5) -> nn.Module:
     """Reference 000's network, rebuilt from the sizes in its table's footer: 685,962 parameters."""
-    head: list[nn.Module] = [nn.Linear(256 * (image_size // 16) ** 2, 256), nn.ReLU(), nn.Dropout(0.5)]
-    head += [nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)]
+    head: list[nn.Module] = [nn.Linear(256 * (image_size // 16) ** 2, 256), nn.ReLU(), nn.Dropout(dropout)]
+    head += [nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, classes)]
     return nn.Sequential(*blocks([channels, 32, 64, 128, 256], image_size), nn.Flatten(), *head)
 
 
-def notebook_cnn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+def notebook_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.25) -> nn.Module:
     """Reference 004's network: convolutions of 16 and 32 channels, a hidden layer of 512, dropout."""
     at_least(4, image_size)
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.25),
-        nn.Linear(32 * (image_size // 4) ** 2, 512), nn.ReLU(), nn.Dropout(0.25), nn.Linear(512, classes),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(dropout),
+        nn.Linear(32 * (image_size // 4) ** 2, 512), nn.ReLU(), nn.Dropout(dropout), nn.Linear(512, classes),
     )  # fmt: skip
 
 
-def fcn(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
+def fcn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.25) -> nn.Module:
     """Reference 000's `model_fcn`: fully connected, without a convolution."""
     widths = [channels * image_size**2, 1024, 512]
     parts = [
-        [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Dropout(0.25)]
+        [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Dropout(dropout)]
         for i, o in zip(widths, widths[1:], strict=False)
     ]
     return nn.Sequential(nn.Flatten(), *(part for block in parts for part in block), nn.Linear(widths[-1], classes))
@@ -206,10 +206,11 @@ class Airbench(nn.Module):
     """The network of KellerJordan/cifar10-airbench's airbench94_muon.py (Jordan, 2024), as its paper describes it.
 
     2×2 patches whitened by fixed filters of both signs; three blocks of two convolutions, 64, 256 and 256 channels
-    wide, with batch norm that has no scale, and GELU; the maximum over what remains; a linear layer, divided by 9.
+    wide, with batch norm that has no scale, and GELU; the maximum over what remains; a linear layer, divided by 9 as
+    in the paper. Its frozen first layer is set by the program, from the images.
     """
 
-    def __init__(self, classes: int, channels: int, image_size: int):
+    def __init__(self, classes: int = 10, channels: int = 3, image_size: int = 32):
         super().__init__()
         at_least(9, image_size)
         self.whiten = nn.Conv2d(channels, 8 * channels, 2)
@@ -231,9 +232,7 @@ class Airbench(nn.Module):
         return self.head(self.body(images)) / 9
 
 
-def airbench94(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Module:
-    """airbench94_muon.py's network; the program sets its frozen first layer, `whiten`."""
-    return Airbench(classes, channels, image_size)
+airbench94 = Airbench
 
 
 class FromImageNet(nn.Module):

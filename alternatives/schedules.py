@@ -6,6 +6,8 @@ far. A function of these alone: resuming needs no other state.
 
 import math
 
+import torch
+
 
 def none(progress: float, losses: list[float]) -> float:
     """The same rate throughout."""
@@ -23,9 +25,9 @@ def step(progress: float, losses: list[float]) -> float:
 
 
 def plateau(progress: float, losses: list[float]) -> float:
-    """A tenth whenever three epochs in a row bring no lower loss."""
-    factor, best, stalled = 1.0, math.inf, 0
+    """A tenth whenever three epochs in a row bring no lower loss: torch's ReduceLROnPlateau."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2, threshold=0.0)
     for loss in losses:
-        best, stalled = min(best, loss), 0 if loss < best else stalled + 1
-        factor, stalled = (factor / 10, 0) if stalled == 3 else (factor, stalled)
-    return factor
+        scheduler.step(loss)
+    return optimizer.param_groups[0]["lr"]

@@ -9,15 +9,14 @@ all of it takes an hour. Prints a Markdown table; writes results/ablations.json 
 """
 
 import argparse
-import csv
 import json
 import os
+import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+import time_to_accuracy
 from time_to_accuracy import SCRIPT, spread
 from tqdm import tqdm
 
@@ -59,20 +58,9 @@ def run(name: str, seed: int, data_dir: str, epochs: int) -> dict:
         if old not in text:
             sys.exit(f"error: {name}: the script no longer has {old!r}")
         text = text.replace(old, new)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, SCRIPT.name).write_text(text, encoding="utf-8")
-        command = [sys.executable, SCRIPT.name, "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", "run"]
-        command += ["--seed", str(seed), "--epochs", str(epochs), *options]
-        beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}  # for alternatives/
-        process = subprocess.run(
-            command, cwd=folder, env=beside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if process.returncode:
-            sys.exit(f"error: {name} failed:\n{process.stdout}")
-        with Path(folder, "run", "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-    seconds = sum(float(row["seconds"]) for row in rows)
-    return {"variant": name, "seed": seed, "seconds": seconds, "valid_accuracy": float(rows[-1]["valid_accuracy"])}
+    result = time_to_accuracy.run(shlex.join(["default", "--epochs", str(epochs), *options]), seed, data_dir, text)
+    figures = {name: result["epochs"][-1][name] for name in ("seconds", "valid_accuracy")}
+    return {"variant": name, "seed": seed, **figures, "hardware": result["hardware"], "versions": result["versions"]}
 
 
 def main() -> None:

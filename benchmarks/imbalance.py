@@ -11,12 +11,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from time_to_accuracy import SCRIPT, spread
+import time_to_accuracy
+from time_to_accuracy import spread
 from tqdm import tqdm
 
 IMAGES = 200_000  # that each run trains on, one after the other
@@ -28,22 +26,8 @@ def run(way: str, seed: int, share: float, data_dir: str) -> dict:
     sizes = [5000 * share ** (label / 9) for label in range(10)]
     an_epoch = {"oversample": 10 * max(sizes), "undersample": 10 * min(sizes)}.get(way, sum(sizes))
     epochs = max(1, round(IMAGES / an_epoch))
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SCRIPT), "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", "run"]
-        command += ["--make-imbalanced", str(share), "--class-balance", way, "--seed", str(seed)]
-        command += ["--val-fraction", "0", "--epochs", str(epochs)]
-        process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if process.returncode:
-            sys.exit(f"error: {way} failed:\n{process.stdout}")
-        report = json.loads(Path(folder, "run", "report.json").read_text())
-    names = ("test_accuracy", "recall", "f1", "seconds", "train_images", "hardware", "commit")
-    return {
-        "class_balance": way,
-        "seed": seed,
-        "share": share,
-        "epochs": epochs,
-        **{name: report[name] for name in names},
-    }
+    options = f"--make-imbalanced {share} --class-balance {way} --val-fraction 0 --epochs {epochs}"
+    return {"class_balance": way, **time_to_accuracy.run(f"default {options}", seed, data_dir)}
 
 
 def main() -> None:
@@ -67,7 +51,7 @@ def main() -> None:
         recall = [f"{100 * statistics.mean(result['recall'][name] for result in own):.0f}" for name in classes]
         macro = [statistics.mean(result["f1"].values()) for result in own]
         cells = [spread([result["test_accuracy"] for result in own], 100), spread(macro, 100)]
-        cells += [spread([result["seconds"] for result in own], digits=0), str(len(own))]
+        cells += [spread([result["epochs"][-1]["seconds"] for result in own], digits=0), str(len(own))]
         print(f"| {way} | " + " | ".join([*recall, *cells]) + " |")
 
 

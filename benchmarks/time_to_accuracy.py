@@ -28,30 +28,52 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
 
 
-def run(variant: str, seed: int, data_dir: str) -> dict:
-    """One run in a process and a folder of its own: seconds, MiB, accuracies and one row an epoch."""
+def run(variant: str, seed: int, data_dir: str, text: str = "") -> dict:
+    """One run in a process and a folder of its own: seconds, MiB, accuracies and one row an epoch.
+
+    variant: a recipe and options; text: that of another image_classification.py to run.
+    """
     recipe, *options = shlex.split(variant)
-    command = [sys.executable, str(SCRIPT), "--recipe", recipe, "--seed", str(seed), *options]
-    command += ["--data-dir", data_dir, "--run-dir", "run"]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, SCRIPT.name) if text else SCRIPT
+        if text:
+            script.write_text(text, encoding="utf-8")
+        command = [sys.executable, str(script), "--recipe", recipe, "--seed", str(seed), *options]
+        command += ["--data-dir", data_dir, "--run-dir", "run"]
+        beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}  # for alternatives/
+        began, start_up, lines = time.perf_counter(), 0.0, []
+        process = subprocess.Popen(
+            command, cwd=folder, env=beside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("Start Training"):
+                start_up = time.perf_counter() - began
         usage = os.wait4(process.pid, 0)[2] if hasattr(os, "wait4") else None  # Windows does not tell
         process.wait()
         seconds = time.perf_counter() - began
         if not (Path(folder) / "run" / "report.json").exists():
-            output.seek(0)
-            sys.exit(f"error: {shlex.join(command)} failed:\n{output.read()}")
+            sys.exit(f"error: {shlex.join(command)} failed:\n{''.join(lines)}")
         rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open()))
         report = json.loads((Path(folder) / "run" / "report.json").read_text())
     peak = usage and usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     elapsed, epochs = 0.0, []
     for row in rows:
         elapsed += float(row["seconds"])
-        epochs.append({"seconds": elapsed, "valid_accuracy": float(row["valid_accuracy"] or "nan")})
-    names = ("test_accuracy", "test_views", "test_views_accuracy", "train_images", "hardware", "versions", "commit")
-    kept = {name: report.get(name) for name in names}
-    return {"variant": variant, "seed": seed, "whole_run": seconds, "peak_mib": peak, "epochs": epochs, **kept}
+        figures = {name: float(row[name] or "nan") for name in ("train_loss", "valid_loss", "valid_accuracy")}
+        epochs.append({"seconds": elapsed, **figures})
+    names = ["test_accuracy", "test_views", "test_views_accuracy", "recall", "f1"]
+    kept = {name: report.get(name) for name in [*names, "train_images", "hardware", "versions", "commit"]}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "whole_run": seconds,
+        "start_up": start_up,
+        "peak_mib": peak,
+        "epochs": epochs,
+        **kept,
+    }
 
 
 def spread(values: list[float], unit: float = 1, digits: int = 1) -> str:
@@ -76,7 +98,7 @@ def reached(result: dict, target: float) -> tuple[int, float] | None:
 def table(results: list[dict], variants: list[str], targets: list[float]) -> str:
     """A Markdown table, a row a variant. A time is given only where every run got there."""
     head = ["variant", *(f"{100 * target:g} % valid" for target in targets)]
-    head += ["whole run, s", "test accuracy, %", "with views, %", "peak, MiB", "runs"]
+    head += ["start-up, s", "whole run, s", "test accuracy, %", "with views, %", "peak, MiB", "runs"]
     lines = [head, ["---"] * len(head)]
     for variant in variants:
         own = [result for result in results if result["variant"] == variant]
@@ -88,7 +110,8 @@ def table(results: list[dict], variants: list[str], targets: list[float]) -> str
             got = got if validated(own) else ""
             cells.append(got if len(times) in (0, len(own)) else f"{len(times)} of {len(own)} runs")
         score = spread([result["test_accuracy"] for result in own], 100, 2)
-        lines.append([f"`{variant}`", *cells, spread([result["whole_run"] for result in own]), score])
+        whole = [spread([result[key] for result in own]) for key in ("start_up", "whole_run")]
+        lines.append([f"`{variant}`", *cells, *whole, score])
         peaks = [result["peak_mib"] for result in own if result["peak_mib"]]
         many = [result["test_views_accuracy"] for result in own if result["test_views_accuracy"]]
         lines[-1].append(spread(many, 100, 2) if many else "")

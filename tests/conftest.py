@@ -34,16 +34,16 @@ def weights(path):
 class Program:
     """image_classification.py in a folder of its own, run in a process of its own."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, script: Path = SCRIPT):
+        self.folder, self.script = folder, script
 
     def start(self, *arguments, patch="", env=None, **options):
         """Start the program; `patch` is Python that changes constants of the module `ic` first."""
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        command = [sys.executable, str(self.script), *map(str, arguments)]
         if patch:
             code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
             command = [sys.executable, "-c", code, *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | (env or {})
+        environment = os.environ | {"PYTHONPATH": str(self.script.parent)} | (env or {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.folder} | options
         return subprocess.Popen(command, env=environment, **options)
 
@@ -86,7 +86,7 @@ class Inside:
     def error(self, *arguments, status=1):
         _, err = self(*arguments, status=status)
         *usage, line = err.strip().splitlines()
-        assert "error: " in line and "error: " not in "".join(usage), err
+        assert "error: " in line and len(usage) == (status == 2), err
         return line
 
 
@@ -136,3 +136,17 @@ def unwritable(folder):
     yield protect
     for path in changed:
         path.chmod(0o755) if os.geteuid() else subprocess.run(["chattr", "-i", path], capture_output=True)
+
+
+@pytest.fixture
+def imagenet(folder, monkeypatch):
+    """torchvision's SqueezeNet weights as if downloaded before: of the real names and shapes, drawn at random."""
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
+    torch.manual_seed(1)
+    weights = squeezenet1_1().state_dict()
+    path = folder / "hub" / "hub" / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name
+    path.parent.mkdir(parents=True)
+    torch.save(weights, path)
+    return path

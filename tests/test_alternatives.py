@@ -62,20 +62,6 @@ def test_network_says_that_it_needs_larger_images(name):
         networks.factory(name)(classes=10, channels=3, image_size=3)
 
 
-@pytest.fixture
-def imagenet(folder, monkeypatch):
-    """torchvision's SqueezeNet weights as if downloaded before: of the real names and shapes, drawn at random."""
-    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
-
-    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
-    torch.manual_seed(1)
-    weights = squeezenet1_1().state_dict()
-    path = folder / "hub" / "hub" / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name
-    path.parent.mkdir(parents=True)
-    torch.save(weights, path)
-    return path
-
-
 @pytest.mark.parametrize("given", [False, True], ids=["cached", "--init-from"])
 def test_pretrained_network_with_only_its_head_trained(inside, folder, imagenet, given):
     path = imagenet.rename(folder / "given.pth") if given else imagenet
@@ -209,7 +195,8 @@ def test_run_with_augmentations_learns_and_shows_them(inside, folder):
 
     rows = Image.open(only_run(folder) / "samples.png").height
     inside(*options, "--fast-dev-run", "--run-dir", "plain")
-    assert rows > 3 * Image.open(folder / "plain" / "samples.png").height  # 8 rows against 2
+    plain = Image.open(folder / "plain" / "samples.png").height  # images, crop, augmented
+    assert rows == pytest.approx((3 + len(steps.split(",")) - 1) / 3 * plain, rel=0.05), (rows, plain)
 
 
 def test_augmented_run_resumes_bit_for_bit(inside, folder):
@@ -319,3 +306,60 @@ def test_every_network_has_settings_of_its_own():
         assert {"optimizer", "lr", "epochs"} <= settings.keys(), name
         config = ic.settle(ic.Config(dataset="digits", model=name), ic.load_data(ic.Config(dataset="digits")))
         assert None not in (config.optimizer, config.lr, config.epochs, config.batch_size, config.augment)
+
+
+@pytest.mark.parametrize("name", networks.RESNETS)
+def test_resnets_have_the_stem_for_small_images(name):
+    network = networks.factory(name)()
+    seen = []
+    network.avgpool.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[-1]))
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, 32, 32))
+    convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+    deep = sum(layer.kernel_size != (1, 1) or name not in ("resnet18", "resnet34") and "downsample" not in label
+               for label, layer in network.named_modules() if isinstance(layer, torch.nn.Conv2d))  # fmt: skip
+    assert seen == [4] and convolutions[0].stride == (1, 1)
+    assert deep + 1 == int(name.removeprefix("resnet"))  # and the classifier
+
+
+def test_fftnet_filters_spectra_in_fp32_under_autocast():
+    layer = networks.GlobalFilter(4, 8)
+    with torch.no_grad():
+        layer.filter.zero_()
+        layer.mix[-1].bias.zero_()
+        x, impulse = torch.randn(2, 4, 8, 8), torch.zeros(4, 8, 10)
+        impulse[:, :, ::2] = 1  # the spectrum of a single point: a convolution that changes nothing
+        seen = []
+        layer.mix.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer.eval()(x)
+            layer.filter.copy_(impulse)
+            layer(x)
+    assert seen[0].abs().max() == 0 and torch.allclose(seen[1], x / (1 + 1e-5) ** 0.5, atol=1e-5)
+    assert seen[1].dtype == torch.float32
+
+
+def test_own_network_that_gives_none_is_named(inside, folder):
+    (folder / "mine.py").write_text("def nothing(**_):\n    pass\ndef key(**_):\n    raise KeyError('boom')\n")
+    assert "it is a NoneType, not a torch.nn.Module" in inside.error(*QUICK[:2], "--model", "mine.py:nothing")
+    assert "KeyError('boom')" in inside.error(*QUICK[:2], "--model", "mine.py:key")
+
+
+def test_network_of_one_image_size_and_low_res(inside, folder):
+    error = inside.error(*QUICK[:2], "--model", "notebook-cnn", "--low-res", "0.5")
+    assert "images of 32 pixels, which become 16 in the first --low-res of a run" in error
+    assert not (folder / "runs").exists()
+
+
+def test_torch_and_torchvision_that_do_not_fit(inside, monkeypatch):
+    def misfit(*_, **__):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(networks, "torchvision_model", misfit)
+    assert "pip install --force-reinstall" in inside.error(*QUICK[:2], "--model", "torchvision:resnet18")
+
+
+def test_mirrored_digits_are_remarked(inside):
+    out, _ = inside(*QUICK, "--augment", "flip", "--epochs", "1")
+    assert "note: mirroring changes what digits show" in out
+    assert "flip" not in ic.FOR_DATASET["digits"]["augment"]

@@ -306,3 +306,16 @@ def test_gather_equals_flip_and_reflected_shift_one_by_one():
 
 def test_digits_are_never_mirrored():
     assert ic.load_data(ic.Config(dataset="digits")).mirrored is False
+
+
+def test_classes_are_named_in_the_files_order(cifar10):
+    import pickle
+
+    folder = cifar10 if (cifar10 / "batches.meta").exists() else cifar10 / "cifar-10-batches-py"
+    names = pickle.loads((folder / "batches.meta").read_bytes())["label_names"]
+    assert [{"plane": "airplane", "car": "automobile"}.get(name, name) for name in ic.CLASSES] == names
+
+
+def test_data_dir_that_is_a_file(inside, folder):
+    (folder / "cifar").touch()
+    assert "--data-dir cifar is a file" in inside.error("--dataset", "cifar10", "--data-dir", "cifar")

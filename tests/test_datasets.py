@@ -185,6 +185,10 @@ def test_every_kind_of_image_is_read_upright(folder):
         top, bottom = found.pixels[:14].mean(), found.pixels[18:].mean()
         assert bottom < 5 and abs(top - (255 if kind == "webp" else 200)) < 6, (kind, top, bottom)
     assert datasets.decode(path.with_suffix(".png"), 32).size == (40, 60)
+    for most in (1.0, 255.0, 1000.0):
+        Image.fromarray((half[..., 0] / 200 * most).astype(np.float32)).save(path.with_suffix(".tiff"))
+        found = datasets.decode(path.with_suffix(".tiff"), 32).pixels
+        assert found[:14].mean() > (250 if most < 1000 else 3) and found[18:].mean() < 5, most
 
 
 def test_faults_of_real_folders_are_reported(folder, photos, capsys):
@@ -289,6 +293,12 @@ def all_damaged(photos):
         path.write_bytes(b"")
 
 
+def parts_inside(photos):
+    for name in ("red", "green"):
+        (photos / name / "test").mkdir()
+        (photos / name / "0.png").rename(photos / name / "test" / "0.png")
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -298,6 +308,7 @@ def all_damaged(photos):
         (unsafe_class, "'red?' in"),
         (both, "train/ and blue/ side by side"),
         (two_validations, "has both val and valid"),
+        (parts_inside, "a part of the data inside a class?"),
         (no_train, "has test, but no train/"),
         (other_test_class, "has a class yellow that"),
         (loose, "loose.png lies in"),
@@ -355,7 +366,9 @@ def test_changed_folder_is_not_resumed(inside, folder, photos):
     write_images(photos, {"rare": 1}, seed=9)
     (photos / "rare" / "0.png").rename(photos / "red" / "new.png")
     (photos / "rare").rmdir()
+    report = (only_run(folder) / "report.json").read_bytes()
     assert "the images are others than when" in inside.error("--resume", "last", "--epochs", "3")
+    assert (only_run(folder) / "report.json").read_bytes() == report
 
 
 def test_folder_with_the_name_of_a_data_set(inside, folder):
@@ -369,3 +382,57 @@ def test_photographs_keep_their_detail_for_imagenet_weights(folder):
     write_images(folder / "photos", {"red": 8, "green": 8}, (300, 260))
     config = ic.Config(dataset=str(folder / "photos"), model="torchvision:resnet18", pretrained=True)
     assert ic.load_data(config).train.images.shape[-1] == 224
+
+
+@pytest.fixture
+def first_for_testing(monkeypatch):
+    """The first images of each class are for testing, in place of random ones."""
+
+    def split_off(labels, fraction):
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels.unique():
+            members = (labels == label).nonzero()[:, 0]
+            held[members[: round(len(members) * fraction)]] = True
+        return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+    monkeypatch.setattr(ic, "split_off", split_off)
+
+
+def test_a_chain_of_near_identical_images_is_on_one_side(folder, monkeypatch, first_for_testing):
+    """Two like a third, not like each other: one of them among the first six of the class, drawn for testing."""
+    write_images(folder / "photos", {"red": 30, "green": 30})
+    monkeypatch.setattr(datasets, "twins", lambda kept: [(0, 9, False), (8, 9, False)])
+    data = ic.load_data(ic.Config(dataset=str(folder / "photos"), val_fraction=0.0))
+    assert (data.test.labels == data.classes.index("green")).sum() == 6 + 2
+
+
+def test_class_of_near_identical_images_is_trained_on(folder, monkeypatch, first_for_testing):
+    write_images(folder / "photos", {"red": 30, "green": 10})
+    monkeypatch.setattr(datasets, "twins", lambda kept: [(0, i, False) for i in range(1, 10)])
+    data = ic.load_data(ic.Config(dataset=str(folder / "photos"), val_fraction=0.0))
+    assert (data.train.labels == data.classes.index("green")).sum() == 10
+
+
+@pytest.mark.parametrize(("accuracy", "hint"), [(0.8, False), (0.5, True)])
+def test_two_classes_told_apart_are_no_guessing(inside, folder, monkeypatch, accuracy, hint):
+    write_images(folder / "photos", {"red": 20, "green": 20})
+
+    def evaluate(model, images, labels, views=1):
+        return ic.Evaluation(0.5, accuracy, torch.nn.functional.one_hot(labels, 2).float())
+
+    monkeypatch.setattr(ic, "evaluate", evaluate)
+    out, _ = inside("--dataset", "photos", *QUICKLY)
+    assert ("hardly better than guessing" in out) == hint
+
+
+def test_few_photographs_are_enough_to_tune_a_pretrained_network(inside, folder, imagenet):
+    write_images(folder / "photos", {"red": 12, "green": 12})
+    model = ["--model", "torchvision:squeezenet1_1", "--image-size", "32", "--epochs", "1"]
+    out, _ = inside("--dataset", "photos", "--recipe", "finetune", *model)
+    assert "note: the batch size is 1" in out and "Done in" in out
+
+
+def test_other_networks_train_small_folders_as_long_as_ours(folder, photos):
+    for model in ("cnn", "resnet18"):
+        config = ic.Config(dataset=str(photos), model=model)
+        assert ic.settle(config, ic.load_data(config)).epochs == 60

@@ -207,5 +207,5 @@ def test_an_ablation_runs_beside_alternatives(monkeypatch, cifar10):
     import ablations
 
     monkeypatch.setitem(ablations.VARIANTS, "AdamW", (["--optimizer", "adamw", "--fast-dev-run"], []))
-    result = ablations.run("AdamW", 0, str(cifar10))
+    result = ablations.run("AdamW", 0, str(cifar10), 1)
     assert result["seconds"] > 0 and 0 <= result["valid_accuracy"] <= 1
