@@ -8,10 +8,11 @@ from typing import Any
 # Plain training, which most of them have in common.
 PLAIN: dict[str, Any] = {"scheduler": "none", "label_smoothing": 0.0, "augment": "none", "precision": "fp32"}
 RECIPES: dict[str, dict[str, Any]] = {
-    # Reference 002: a beginner's CNN, Adam at 0.001, batches of 32, 10 epochs, random crops and flips. Chosen: the
-    # share that is dropped. Ours: the crops reflect what is beyond the border, and flips alternate.
+    # Reference 002: a beginner's CNN, Adam at 0.001, batches of 32, 10 epochs, random crops and flips; it claims 75 to
+    # 80 %. Chosen: dropout of 0.25 (validation: 74 %; with 0.5: 69 %). Ours: the crops reflect what is beyond the
+    # border, and flips alternate.
     "beginner": PLAIN | {
-        "model": "beginner-cnn", "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 1e-3,
+        "model": "beginner-cnn", "dropout": 0.25, "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 1e-3,
         "augment": "flip,crop=4",
     },
     # Reference 000: coursework that ends at 35 % after 10 epochs; all but the network and the epochs is chosen.
