@@ -1089,6 +1089,7 @@ class Trainer:
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
         self.pause = 1.0  # s that the end of an epoch takes; each shows it anew
+        self.scales: set[float] = set()  # that there were
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1326,7 +1327,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
     with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
               disable=None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
-            trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, trainer.scale())
+            scale = trainer.scale()
+            trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, scale)
             trainer.optimise()
             if probing := config.minutes and (done % PROBE_STEPS == 0 or done == len(trainer.places)):
                 float(trainer.sums[done - 1, 0])  # wait for the device
@@ -1337,7 +1339,10 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 trainer.check_finite(done)
                 loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
                 bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
-            if probing and trainer.step < trainer.total_steps:
+            if scale not in trainer.scales:  # the first step of a size sets up its convolutions
+                trainer.scales.add(scale)
+                probed, cost = now, trainer.cost
+            if probing and cost < trainer.cost and trainer.step < trainer.total_steps:
                 trainer.fit_minutes((now - probed) / (trainer.cost - cost))
                 probed, cost = now, trainer.cost
             if done == len(trainer.places) or trainer.step == trainer.total_steps:

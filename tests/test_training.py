@@ -356,7 +356,7 @@ def test_minutes_are_planned_to_the_step(per_step, batch_size):
     """The longest run that fits, counting what ends an epoch, for each of which there are few steps or many."""
     data = ic.load_data(ic.Config(dataset="digits"))
     config = ic.settle(ic.Config(dataset="digits", minutes=1, low_res=0.7, batch_size=batch_size), data)
-    trainer = ic.Trainer(config, data, torch.device("cpu"), deadline=time.perf_counter() + 60)
+    trainer = ic.Trainer(config, data, torch.device("cpu"))
     trainer.step = 12
 
     def taken(total):
@@ -364,6 +364,7 @@ def test_minutes_are_planned_to_the_step(per_step, batch_size):
         test = per_step * len(data.test.labels) / batch_size / 2
         return per_step * sum(scales) + trainer.pause * -(-total // len(trainer.places)) + ic.REPORT_SECONDS + test
 
+    trainer.deadline = time.perf_counter() + 60
     trainer.fit_minutes(per_step)
     assert taken(trainer.total_steps) == pytest.approx(60, abs=trainer.pause + 2 * per_step + 0.5)
 
