@@ -317,10 +317,6 @@ PROBE_SECONDS = 20.0
 NETWORK_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2).encode())
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that nobody ever meets half of it; an OSError names the file and leaves the old one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -335,6 +331,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # gone already, if all went well
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The same for what JSON can hold."""
+    write_atomically(path, json.dumps(content, indent=2).encode())
 
 
 def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
@@ -1089,7 +1090,7 @@ class Trainer:
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
         self.pause = 1.0  # s that the end of an epoch takes; each shows it anew
-        self.scales: set[float] = set()  # that there were
+        self.scales: set[float] = set()  # of images whose first step is over
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1198,9 +1199,8 @@ class Trainer:
         per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
         """
         views = self.config.test_views
-        test = (
-            per_step * self.data.test_images / self.places[0].stop / 2
-        )  # in fp32, forward only: half of a step, measured
+        # fp32, forward only: half of a step, measured
+        test = per_step * self.data.test_images / self.places[0].stop / 2
         left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))
         ended = (self.step - 1) // len(self.places)  # epochs
 
@@ -1434,13 +1434,12 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         run, saved = Path(config.resume), saved_states(Path(config.resume))
         if (run / "report.json").exists() and not saved:
             raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
+        measured = [len(data.train.labels), *data.mean]
         for path in saved:  # before anything is changed
             content = read_checkpoint(path, data.classes)
             load_weights(build_model(config, data, fresh=False), content["model"], path)
-            measured = [len(data.train.labels), *data.mean]
-            if any(
-                abs(now - then) > 1e-6 for now, then in zip(measured, content.get("measured", measured), strict=True)
-            ):
+            before = content.get("measured", measured)  # older versions did not save it
+            if any(abs(now - then) > 1e-9 for now, then in zip(measured, before, strict=True)):
                 raise UserError(f"the images are others than when {run} began: start a new run")
         data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
     else:

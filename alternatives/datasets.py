@@ -192,8 +192,8 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
             raise ValueError(f"{place} has a class {min(strange)} that {first} has not")
-        nested = [path for name in names for path in visible(place / name) if path.is_dir()]
-        if len(nested := [path for path in nested if path.name.lower() in SPLITS]) > 1:
+        inner = [path for name in names for path in visible(place / name) if path.name.lower() in SPLITS]
+        if len(nested := [path for path in inner if path.is_dir()]) > 1:
             raise ValueError(f"{nested[0]}: a part of the data inside a class? It has to be the other way round")
         for name in names:
             inside = [path for path in sorted((place / name).rglob("*")) if path.is_file()]

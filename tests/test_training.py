@@ -343,9 +343,7 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
 
 def test_minutes_are_kept(program, folder):
     began = time.monotonic()
-    program(
-        "--dataset", "digits", "--epochs", "1000", "--minutes", "0.4"
-    )  # which alone would take a quarter of an hour
+    program("--dataset", "digits", "--epochs", "1000", "--minutes", "0.4")  # the epochs alone would take far longer
     assert 16 < time.monotonic() - began < 35
     assert len(epochs_of(only_run(folder))) > 3
 
