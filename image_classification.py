@@ -201,7 +201,7 @@ def option(name: str) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known := list(known), n=1)
+    near = difflib.get_close_matches(name.lower(), known := list(known), n=1)
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
@@ -228,7 +228,7 @@ def batch_augmentation(text: str, classes: int) -> Callable[..., Any]:
 def alternative(kind: str, asker: str) -> Any:
     """The module alternatives/<kind>.py, wanted by the option `asker`; a script copied alone does without it."""
     if not importlib.util.find_spec("alternatives"):
-        raise UserError(f"{asker} needs the folder alternatives/ beside this program")
+        raise UserError(f"{asker}: mistyped? If not, it needs the folder alternatives/ beside this program")
     try:
         return importlib.import_module(f"alternatives.{kind}")
     except ModuleNotFoundError as error:
@@ -243,7 +243,15 @@ def configure(**given: Any) -> Config:
     recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
     if recipe not in recipes:
         raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
-    return Config(**recipes[recipe] | given)
+    settings = recipes[recipe]
+    if given.get("model", "") not in ("", settings.get("model", "cnn")):  # these are of the recipe's network
+        settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
+    return Config(**settings | given)
+
+
+def is_own(model: str) -> bool:
+    """Is this a user's FILE.py:FACTORY?"""
+    return ":" in model and not model.startswith("torchvision:")
 
 
 def network_settings(model: str) -> dict[str, Any]:
@@ -266,11 +274,14 @@ def settle(config: Config, data: "Data") -> Config:
     own = network_settings(config.model)
     name = config.optimizer or own["optimizer"]
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
-    known = FOR_DATASET.get(data.name)
-    suitable = known or alternative("datasets", f"data set {data.name}").settings(count, size, data.mirrored)
-    own = own if known else {key: value for key, value in own.items() if key != "epochs"}  # those are for CIFAR-10
+    suitable = FOR_DATASET.get(data.name)
+    if not suitable or config.pretrained:  # a network's own epochs are for training on CIFAR-10
+        own = {key: value for key, value in own.items() if key != "epochs"}
+        suits_data = alternative("datasets", f"data set {data.name}").settings
+        suitable = suits_data(count, size, data.mirrored, config.pretrained)
     # the network's own rate is for the network's own optimiser
     values = suitable | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
+    values["batch_size"] = min(values["batch_size"], suitable["batch_size"])
     if (config.batch_size or 0) > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
     if not config.batch_size and values["batch_size"] > count:
@@ -571,6 +582,7 @@ def make_data(
 def load_cifar10(folder: Path, config: Config) -> Data:
     """CIFAR-10 (Krizhevsky, 2009) from its batch files, each checked by its MD5 before it is unpickled."""
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
 
     class Batches(CIFAR10):
         base_folder = ""  # `folder` itself holds the batches, whatever its name
@@ -578,8 +590,10 @@ def load_cifar10(folder: Path, config: Config) -> Data:
     def read(train: bool) -> Split:
         try:
             batches = Batches(str(folder), train=train)
-        except RuntimeError as error:
-            raise UserError(f"a file in {folder} is damaged, delete that folder and run again ({error})") from None
+        except RuntimeError:
+            files = [*Batches.train_list, *Batches.test_list, [Batches.meta["filename"], Batches.meta["md5"]]]
+            damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+            raise UserError(f"{folder / damaged[0]} is damaged: delete it and run again") from None
         return Split(torch.from_numpy(batches.data).permute(0, 3, 1, 2), torch.tensor(batches.targets))
 
     return make_data(
@@ -610,7 +624,8 @@ def load_other(config: Config) -> Data:
         near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
         raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
     try:
-        size = config.image_size or (224 if config.pretrained else None)
+        networks = alternative("networks", "--pretrained") if config.pretrained else None
+        size = config.image_size or (networks and networks.imagenet_size(config.model))
         found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
@@ -705,7 +720,7 @@ class Stage(nn.Module):
 
 
 class CNN(nn.Module):
-    """Whitened patches, three stages, the maximum over what remains of the image, a linear classifier.
+    """Whitened patches, three stages, the mean over what remains of the image, a linear classifier.
 
     The first layer is not trained: its filters turn 2×2 patches into uncorrelated parts of equal variance, with both
     signs (as in airbench), so that nothing has to learn what statistics tell. Without a bias in it, the gradient need
@@ -725,7 +740,7 @@ class CNN(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
-        features = self.stages(F.silu(self.whiten(images))).amax((2, 3))
+        features = self.stages(F.silu(self.whiten(images))).mean((2, 3))
         return self.head(F.dropout(features, self.dropout, self.training))
 
 
@@ -847,7 +862,7 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     """
     content = read_checkpoint(path)
     config = Config(**{name: value for name, value in content["config"].items() if name in KINDS})
-    if ":" in config.model and not config.model.startswith("torchvision:") and not model:
+    if is_own(config.model) and not model:
         raise UserError(f"{path} holds a network of its own: name {config.model} again as the model")
     config = replace(config, model=model or config.model)
     network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
@@ -930,9 +945,10 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
 CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more memory; batch norm sees these
-COST = {0.5: 0.35, 0.75: 0.6, 1.0: 1.0}  # of a step on images of that scale; CPUs measured: 0.3 to 0.4, 0.5 to 0.7
-PROBE_STEPS, REPORT_SECONDS = 12, 4.5  # --minutes times so many at once; what the report takes but for the test images
-MAY_CHANGE = {"epochs", "data_dir", "mirror", "resume", "debug"}  # on resuming
+COST = {0.5: 0.38, 0.75: 0.67, 1.0: 1.0}  # of a step on images of that scale; measured: 0.3 to 0.4, 0.5 to 0.75
+PROBE_STEPS, PROBE_EVERY = 12, 5.0  # s: --minutes times so many steps at once, or fewer that take so long
+REPORT_SECONDS = 4.5  # but for the test images
+MAY_CHANGE = {"epochs", "data_dir", "mirror", "debug"}  # on resuming
 STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
@@ -944,8 +960,8 @@ def choose_device(name: str) -> torch.device:
     if not (torch.version.cuda or torch.version.hip) and shutil.which("nvidia-smi"):
         mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
         stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
-    if name == "auto":
-        print(f"note: {stranded}\n" if stranded else "", end="")
+    if name == "auto" and stranded:
+        print(f"note: {stranded}")
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(0, device=best if name == "auto" else name).device
@@ -968,12 +984,15 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 def describe(device: torch.device) -> str:
     """The hardware by its name."""
-    if device.type != "cpu":
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
-        name = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
-    return f"{name}, {torch.get_num_threads()} threads"
+        if sys.platform == "darwin":
+            name = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+        else:
+            name = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name} {device.type}"
 
 
 def keep_freed_memory() -> None:
@@ -1034,20 +1053,28 @@ def resume_config(resume: str, **changes: Any) -> Config:
 
     A finished run goes on only towards more `epochs`. Changes outside MAY_CHANGE raise UsageError.
     """
-    configs = Path("runs").glob("*/*/config.json") if resume == "last" else [Path(resume, "config.json")]
+    named = Path(resume).parent if Path(resume).is_file() else Path(resume)
+    configs = Path("runs").glob("*/*/config.json") if resume == "last" else [named / "config.json"]
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
-        saved = json.loads(path.read_text())
+        report, epochs = path.with_name("report.json"), changes.get("epochs") or 0
+        try:
+            saved = json.loads(path.read_text())
+            trained = json.loads(report.read_text())["epochs"] if report.exists() else -1
+        except ValueError:
+            raise UserError(f"{path} or report.json beside it is damaged: delete it") from None
         settings = asdict(Config()) | {name: value for name, value in saved.items() if name in KINDS}
-        report = path.with_name("report.json")
-        if not report.exists() or (changes.get("epochs") or 0) > json.loads(report.read_text())["epochs"]:
+        if trained < 0 or epochs > trained and not settings["fast_dev_run"]:
             break
     else:
         raise UserError(f"--resume {resume}: no unfinished run there; --epochs N trains a finished one on to N")
     for name in changes.keys() - MAY_CHANGE:
-        if settings[name] not in (changes[name], name == "dataset" and str(Path(changes[name]).expanduser().resolve())):
+        found_again = name == "dataset" and settings[name] == str(Path(changes[name]).expanduser().resolve())
+        if settings[name] != changes[name] and not found_again:
             raise UsageError(f"{option(name)} {changes[name]}: the run goes on with its own, {settings[name]}")
+    if is_own(settings["model"]) and "model" not in changes:  # the folder may be somebody else's
+        raise UserError(f"{path.parent} runs the file of a network: name it again with --model {settings['model']}")
     settings |= {"minutes": 0.0} if "epochs" in changes else {}
-    settings |= {"early_stopping": 0} if report.exists() else {}
+    settings |= {"early_stopping": 0} if trained >= 0 else {}
     return Config(**settings | changes | {"resume": str(path.parent)})
 
 
@@ -1060,9 +1087,9 @@ class Trainer:
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment or "none", len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
-        pretrained: Any = self.model if config.pretrained else None
-        self.mean: list[float] = pretrained.normalisation[0] if pretrained else data.mean
-        self.std: list[float] = pretrained.normalisation[1] if pretrained else data.std
+        own: Any = self.model  # with --pretrained it has a normalisation and a size
+        statistics: list[list[float]] = own.normalisation if config.pretrained else [data.mean, data.std]
+        self.mean, self.std = statistics
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         self.count = count = len(self.plan(0)[0])  # of the images in an epoch
@@ -1081,7 +1108,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         low = self.dtype if self.dtype != torch.float32 else None
         self.autocast = functools.partial(torch.autocast, device.type, low, enabled=bool(low))
-        size, side = self.places[0].stop, pretrained.size if pretrained else self.images.shape[-1]
+        size, side = self.places[0].stop, own.size if config.pretrained else self.images.shape[-1]
         at_once = max(16, CPU_IMAGES * 32**2 // side**2)
         self.parts = math.ceil(size / at_once) if device.type == "cpu" else 1  # that a batch is computed in
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
@@ -1089,8 +1116,9 @@ class Trainer:
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
-        self.pause = 1.0  # s that the end of an epoch takes; each shows it anew
+        self.pause = 0.0  # s that the end of an epoch takes; each shows it anew
         self.scales: set[float] = set()  # of images whose first step is over
+        self.finite = {name for name, value in self.model.state_dict().items() if value.isfinite().all()}  # no masks
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1183,7 +1211,7 @@ class Trainer:
     def check_finite(self, done: int, saving: bool = False, valid_loss: float = 0.0) -> None:
         """UserError if the loss in one of this epoch's first `done` steps, or what is to be saved, is not finite."""
         bad = (~self.sums[:done, 0].isfinite()).nonzero()
-        kept = [*self.model.state_dict().values()] if saving else []
+        kept = [value for name, value in self.model.state_dict().items() if saving and name in self.finite]
         for state in [state for optimizer in self.optimizers * saving for state in optimizer.state.values()]:
             kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
         if len(bad) or not math.isfinite(valid_loss) or not all(tensor.isfinite().all() for tensor in kept):
@@ -1199,14 +1227,15 @@ class Trainer:
         per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
         """
         views = self.config.test_views
-        # fp32, forward only: half of a step, measured
+        # forward only: half of a step in fp32, a third in bf16, measured
         test = per_step * self.data.test_images / self.places[0].stop / 2
+        pause = self.pause or 0.3 + per_step * len(self.valid.labels) / self.places[0].stop / 3
         left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))
         ended = (self.step - 1) // len(self.places)  # epochs
 
         def seconds(total: int) -> float:
             steps = total * (self.work(1.0) - self.work(self.step / total))
-            return per_step * steps + self.pause * (math.ceil(total / len(self.places)) - ended)
+            return per_step * steps + pause * (math.ceil(total / len(self.places)) - ended)
 
         self.total_steps = max(self.step, bisect.bisect(range(10**9), left, lo=self.step, key=seconds) - 1)
 
@@ -1330,7 +1359,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
             scale = trainer.scale()
             trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, scale)
             trainer.optimise()
-            if probing := config.minutes and (done % PROBE_STEPS == 0 or done == len(trainer.places)):
+            due = done % PROBE_STEPS == 0 or done == len(trainer.places) or time.perf_counter() - probed > PROBE_EVERY
+            if probing := config.minutes and due:
                 float(trainer.sums[done - 1, 0])  # wait for the device
             now = time.perf_counter()
             trainer.seconds = before + now - begun
@@ -1518,14 +1548,16 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
-    """A figure of uint8 images (N, C, H, W), each below its title."""
-    figure = draw(math.ceil(len(images) / columns), columns, 1.25, 1.6)
-    for axes, image, title in zip(figure.axes, images, titles, strict=False):
-        axes.imshow(image.permute(1, 2, 0).cpu().numpy())
-        axes.set_title(title, fontsize=7)
-    for axes in figure.axes:
-        axes.axis("off")
-    return figure
+    """A figure of uint8 images (N, C, H, W), each below its title; on one pair of axes, because many are slow."""
+    rows = math.ceil(len(images) / columns)
+    (axes,) = draw(1, 1, 1.25 * columns, 1.6 * rows).axes
+    for place, (image, title) in enumerate(zip(images, titles, strict=False)):
+        left, top = 1.25 * (place % columns), 1.6 * (place // columns)
+        axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(left, left + 1.15, top + 1.55, top + 0.4))
+        axes.text(left + 0.575, top + 0.35, title, fontsize=7, ha="center")
+    axes.set(xlim=(0, 1.25 * columns), ylim=(1.6 * rows, 0))
+    axes.axis("off")
+    return axes.figure
 
 
 def draw_curves(history: list[Row]) -> Any:
@@ -1660,7 +1692,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     ranked = sorted((name for name in classes if tested[name]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}")
-    training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"] or history[-1]["train_accuracy"]
+    training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"]
+    reached = training if reached is None else reached
     if config.fast_dev_run:
         print("This was a trial of one batch: its figures mean nothing")
     elif reached < min(2 / len(classes), 0.1 + 0.9 / len(classes)):
@@ -1680,8 +1713,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
         figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
-    metrics = {"test accuracy": hits / count, "test loss": result.loss}
-    log.report(config, len(history) - 1, metrics, figures)
+    log.report(config, len(history) - 1, {"test accuracy": hits / count, "test loss": result.loss}, figures)
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss}
     save_checkpoint(run / "best.pth", content)
     return Report(results, history, run, run / "best.pth")
@@ -1777,6 +1809,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         known, own = (os.path.normcase(path or "") for path in (shutil.which("python"), sys.executable))
         command = ["python" if known == own else sys.executable, sys.argv[0], "--resume", str(stop.args[1])]
+        command += ["--model", config.model] if is_own(config.model) else []
         print(f"\nStopped, and all is saved. Go on with: {subprocess.list2cmdline(command)}")
         return 128 + stop.args[0]
     except KeyboardInterrupt:
@@ -1790,7 +1823,8 @@ def main(arguments: list[str] | None = None) -> int:
             text = f"{error.filename}: there is no such file or folder"
         elif isinstance(error, OSError):
             text = ": ".join(filter(None, [error.filename, error.strerror or text]))
-            text += ": is there space, and the right to write?" if not isinstance(error, FileExistsError) else ""
+            others = (FileExistsError, IsADirectoryError, NotADirectoryError)
+            text += ": is there space, and the right to write?" if not isinstance(error, others) else ""
         elif isinstance(error, ModuleNotFoundError):
             text += f": {INSTALL}"
         elif "operator torchvision::" in text:

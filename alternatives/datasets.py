@@ -44,14 +44,16 @@ def load(dataset: str, data_dir: Path, image_size: int | None, split_off: Callab
     return from_folder(Path(dataset).expanduser(), image_size, split_off)
 
 
-def settings(count: int, size: int, mirrored: bool) -> dict[str, Any]:
+def settings(count: int, size: int, mirrored: bool, pretrained: bool) -> dict[str, Any]:
     """Default settings for `count` training images of `size` pixels, so that a run sees some 400,000 images.
 
-    Small data sets get smaller batches and more epochs, up to 60; of large ones there are at least 11.
+    Small data sets get smaller batches and more epochs, up to 60; of large ones there are at least 11. A pretrained
+    network takes some 300 steps, in 5 to 30 epochs.
     """
-    batch = min(500, max(16, count // 13))
+    batch = min(64 if pretrained else 500, max(16, count // 13))
     augment = f"{'flip,' * mirrored}crop={max(1, size // 16)}"
-    epochs = min(60, max(11, round(800 * batch / count)))
+    least, most, steps = (5, 30, 300) if pretrained else (11, 60, 800)
+    epochs = min(most, max(least, round(steps * batch / count)))
     return {"epochs": epochs, "batch_size": batch, "augment": augment, "low_res": 0.7 if size >= 28 else 0.0}
 
 
@@ -88,7 +90,10 @@ def by_name(name: str, data_dir: Path) -> Found:
 
 # ==== From a folder ===================================================================================================
 
-SPLITS = {"train": "train", "test": "test", "val": "valid", "valid": "valid", "validation": "valid"}
+SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "val": "valid", "valid": "valid", "validation": "valid",
+}  # fmt: skip
 LARGEST = 64  # pixels: what a network learns in minutes on a laptop
 UNREADABLE = 0.01  # share of the files from which on something must be wrong with all of them
 FEW = 10  # images of a class
@@ -138,6 +143,15 @@ def extensions() -> set[str]:
     """Of the files that Pillow reads by itself."""
     kinds = Image.registered_extensions()  # this also fills Image.OPEN
     return {extension for extension, kind in kinds.items() if kind in Image.OPEN and kind not in NEED_MORE}
+
+
+def is_image(path: Path) -> bool:
+    """Whatever its name: does Pillow open it?"""
+    try:
+        with Image.open(path) as file:
+            return file.format not in NEED_MORE
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -192,20 +206,26 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
             raise ValueError(f"{place} has a class {min(strange)} that {first} has not")
-        inner = [path for name in names for path in visible(place / name) if path.name.lower() in SPLITS]
-        if len(nested := [path for path in inner if path.is_dir()]) > 1:
-            raise ValueError(f"{nested[0]}: a part of the data inside a class? It has to be the other way round")
+        inner = [{path.name for path in visible(place / name) if path.is_dir()} for name in names]
+        if sum(bool({name.lower() for name in each} & SPLITS.keys()) for each in inner) > 1:
+            raise ValueError(f"{place}: parts of the data inside the classes? It has to be the other way round")
+        if len(same := set.intersection(*inner)) > 1:
+            raise ValueError(
+                f"each folder in {place} has {' and '.join(sorted(same)[:2])} in it: which are the classes? Put the "
+                "images of a class into its folder, without others between"
+            )
         for name in names:
             inside = [path for path in sorted((place / name).rglob("*")) if path.is_file()]
             hidden = [any(part.startswith(HIDDEN) for part in path.relative_to(place).parts) for path in inside]
             found = [path for path, not_seen in zip(inside, hidden, strict=True) if not not_seen]
-            images = [path for path in found if path.suffix.lower() in known]
-            other += [path for path in found if path.suffix.lower() not in known]
+            seen = [path.suffix.lower() in known or is_image(path) for path in found]
+            images = [path for path, is_one in zip(found, seen, strict=True) if is_one]
+            other += [path for path, is_one in zip(found, seen, strict=True) if not is_one]
             if not images and part != "valid":
                 raise ValueError(f"the class folder {place / name} holds no image")
             files += [(part, classes.index(name), path) for path in images]
     if other:
-        print(f"note: {len(other)} files that are no images by their names are left out, such as {other[0]}")
+        print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {other[0]}")
     size = image_size or suitable_size([path for _, _, path in files])
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
     print(
@@ -217,10 +237,8 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
     if lost := [name for label, name in enumerate(classes) if label not in learned]:
         raise ValueError(f"no image of the class {lost[0]} can be read: {'; '.join(unreadable.values())}"[:500])
     pairs = twins(kept)
-    report = describe(folder, classes, size, kept, unreadable, pairs)
-    if "all" in parts:  # of identical ones of a class the first
-        once = {(label, each.digest): place for place, (_, label, _, each) in reversed([*enumerate(kept)])}
-        kept = [kept[place] for place in sorted(once.values())]
+    report = describe(folder, classes, size, kept, unreadable, pairs) | {"left_out": [str(path) for path in other]}
+    kept = used(kept)
     for line in report["words"]:
         print(line)
     if len(unreadable) > UNREADABLE * len(files):
@@ -309,6 +327,12 @@ def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bo
     return sorted(pairs + near)
 
 
+def used(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[str, int, Path, Decoded]]:
+    """Those to be split, of identical ones of a class the first, or all, if they are split already."""
+    once = {(part, label, each.digest): place for place, (part, label, _, each) in reversed([*enumerate(kept)])}
+    return [kept[place] for place in sorted(once.values())] if kept[0][0] == "all" else kept
+
+
 def describe(
     folder: Path, classes: list[str], size: int, kept: list[tuple[str, int, Path, Decoded]],
     unreadable: dict[Path, str], pairs: list[tuple[int, int, bool]],
@@ -325,7 +349,8 @@ def describe(
     words.append(f"  shorter sides from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}")
     if sides[0] < size / 2:
         words.append(f"  {sum(side < size / 2 for side in sides)} images are less than half as large as {size} pixels")
-    learned = table["all" if "all" in table else "train"]
+    counts = Counter((part, label) for part, label, *_ in used(kept))
+    learned = {name: counts[parts[0], label] for label, name in enumerate(classes)}
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
@@ -340,15 +365,16 @@ def describe(
     if unreadable:
         listed = "; ".join(f"{path} ({why})" for path, why in list(unreadable.items())[:5])
         words.append(f"  {len(unreadable)} files cannot be read and are left out: {listed}")
-    across = [(a, b) for a, b, _ in pairs if kept[a][0] != kept[b][0]]
+    across = Counter((kept[a][0], kept[b][0]) for a, b, _ in pairs if kept[a][0] != kept[b][0])
     if pairs:
         same = sum(identical for *_, identical in pairs)
         once = "; identical ones of a class are used once" if "all" in table else ""
         words.append(f"  {same} pairs of identical and {len(pairs) - same} of near-identical images{once}")
-    if across:
-        a, b = across[0]
-        names = f"{' and '.join(parts)}, such as {kept[a][2]} and {kept[b][2]}"
-        words.append(f"  WARNING: {len(across)} pairs lie across {names}: the accuracy will look better than it is")
+    for (one, other), count in across.items():
+        a, b = next((a, b) for a, b, _ in pairs if (kept[a][0], kept[b][0]) == (one, other))
+        names = f"{one} and {other}, such as {kept[a][2]} and {kept[b][2]}"
+        better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
+        words.append(f"  WARNING: {count} pairs lie across {names}: {better}")
     if crossed := [(a, b) for a, b, _ in pairs if kept[a][1] != kept[b][1]]:
         a, b = crossed[0]
         words.append(f"  {len(crossed)} of these pairs have different classes, such as {kept[a][2]} and {kept[b][2]}")

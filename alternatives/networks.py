@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "airbench94": MUON | {"epochs": 8},
 }
 OTHERS: dict[str, dict[str, Any]] = {  # with the data set's epochs; ImageNet weights would not survive Muon
-    "torchvision": {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64},
+    "torchvision": {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64},  # or the data set's batches, if smaller
     "own": MUON,
 }
 
@@ -44,8 +44,6 @@ def settings(name: str) -> dict[str, Any]:
 
 def factory(name: str) -> Callable[..., nn.Module]:
     """The factory that one of SETTINGS, torchvision:NAME or FILE.py:FACTORY stands for; else raises ValueError."""
-    if name in RESNETS:
-        return functools.partial(resnet, name)
     if name.startswith("torchvision:"):
         return functools.partial(from_torchvision, name.partition(":")[2])
     if name in SETTINGS:
@@ -126,14 +124,14 @@ class GlobalFilter(nn.Module):
     def __init__(self, width: int, size: int):
         super().__init__()
         # real and imaginary parts; in three dimensions, because Muon takes four for a convolution
-        self.filter = nn.Parameter(0.02 * torch.randn(width, size, (size // 2 + 1) * 2))
+        self.weight = nn.Parameter(0.02 * torch.randn(width, size, (size // 2 + 1) * 2))
         self.norm = nn.BatchNorm2d(width)
         self.mix = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, width, size, size) to the same."""
         with torch.autocast(x.device.type, enabled=False):  # no FFT in bf16
-            factors = torch.view_as_complex(self.filter.unflatten(2, (-1, 2)))
+            factors = torch.view_as_complex(self.weight.unflatten(2, (-1, 2)))
             spectrum = torch.fft.rfft2(self.norm(x.float()), norm="ortho")
             filtered = torch.fft.irfft2(spectrum * factors, s=x.shape[-2:], norm="ortho")
         return x + self.mix(filtered)
@@ -168,6 +166,9 @@ def resnet(name: str, classes: int = 10, channels: int = 3, image_size: int = 32
     network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
     return network
+
+
+resnet18, resnet34, resnet50, resnet101, resnet152 = (functools.partial(resnet, name) for name in RESNETS)
 
 
 class BasicBlock(nn.Module):
@@ -215,7 +216,7 @@ class Airbench(nn.Module):
         at_least(9, image_size)
         self.whiten = nn.Conv2d(channels, 8 * channels, 2)
         self.whiten.weight.requires_grad_(False)
-        parts: list[nn.Module] = [self.whiten, nn.GELU()]
+        parts: list[nn.Module] = [nn.GELU()]
         widths = [8 * channels, 64, 256, 256]
         for inputs, width in zip(widths, widths[1:], strict=False):
             first, second = (nn.Conv2d(i, width, 3, padding=1, bias=False) for i in (inputs, width))
@@ -229,10 +230,32 @@ class Airbench(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
-        return self.head(self.body(images)) / 9
+        return self.head(self.body(self.whiten(images))) / 9
 
 
 airbench94 = Airbench
+
+
+def known(name: str) -> str:
+    """The same name; ValueError if torchvision has no classifier of it."""
+    from torchvision.models import list_models
+
+    if name not in (names := list_models(sys.modules["torchvision.models"])):
+        raise ValueError(f"torchvision has no classifier {name}, but {', '.join(names)}")
+    return name
+
+
+def imagenet_weights(name: str) -> Any:
+    """The best ImageNet weights that torchvision has of a classifier; ValueError for an unknown name."""
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(known(name)).DEFAULT
+
+
+def imagenet_size(model: str) -> int | None:
+    """The width and height of images, in pixels, that the weights of torchvision:NAME are made for; of others None."""
+    kind, _, name = model.partition(":")
+    return imagenet_weights(name).transforms().crop_size[0] if kind == "torchvision" else None
 
 
 class FromImageNet(nn.Module):
@@ -240,9 +263,7 @@ class FromImageNet(nn.Module):
 
     def __init__(self, name: str, classes: int):
         super().__init__()
-        from torchvision.models import get_model_weights
-
-        self.weights = get_model_weights(name).DEFAULT
+        self.weights = imagenet_weights(name)
         preset = self.weights.transforms()
         self.size, self.normalisation = preset.crop_size[0], (preset.mean, preset.std)
         self.body = torchvision_model(name, classes, self.size, transform_input=True)
@@ -259,14 +280,12 @@ def torchvision_model(name: str, classes: int, image_size: int, transform_input:
 
     transform_input: from ImageNet's normalisation to that of Google's two networks, whose weights are made for it.
     """
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model
 
-    if name not in (known := list_models(sys.modules["torchvision.models"])):
-        raise ValueError(f"torchvision has no classifier {name}, but {', '.join(known)}")
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):  # these would give two or three answers in training
         options = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
-    return get_model(name, num_classes=classes, **options)
+    return get_model(known(name), num_classes=classes, **options)
 
 
 def from_torchvision(
@@ -325,10 +344,14 @@ def from_file(name: str) -> Callable[..., nn.Module]:
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in it look themselves up there
+    beside = str(Path(file).resolve().parent)
+    sys.path.insert(0, beside)  # as when Python runs the file itself
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # it may have a command line of its own
         raise ValueError(f"{file} fails with {error!r}") from error
+    finally:
+        sys.path.remove(beside)
     if not callable(found := getattr(module, factory, None)):
         raise ValueError(f"{file} has no function or class {factory}")
     return found

@@ -21,13 +21,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
     },
     # Reference 001: a ResNet, Adam, ReduceLROnPlateau, clipping and decay, all seven of its augmentations; the numbers
-    # that its README leaves open are chosen. Ours: a tenth of the training images is for validation.
+    # that its README leaves open are chosen. Ours: a tenth of the training images is for validation, flips alternate.
     "resnet-augmented": PLAIN | {
         "model": "resnet18", "epochs": 20, "batch_size": 128, "optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-4,
         "scheduler": "plateau", "grad_clip": 1.0,
         "augment": "flip,rotate=20,brightness=0.2,contrast=0.2,saturation=0.2,sharpness,erase=0.75",
     },
-    # Reference 003: ResNet-18 with dropout, 25 epochs as its animations show; all else is chosen.
+    # Reference 003: ResNet-18 with dropout, 25 epochs as its animations show; all else is chosen. Ours: as in 002.
     "resnet-dropout": PLAIN | {
         "model": "resnet18-dropout", "epochs": 25, "batch_size": 128, "optimizer": "sgd", "scheduler": "onecycle",
         "augment": "flip,crop=4",
@@ -38,9 +38,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "notebook-cnn", "epochs": 10, "batch_size": 20, "val_fraction": 0.2, "optimizer": "sgd", "lr": 0.01,
         "momentum": 0.0, "weight_decay": 0.0,
     },
-    # A network that knows ImageNet, on other images.
+    # A network that knows ImageNet, on other images; their number decides on the epochs.
     "finetune": {
-        "model": "torchvision:resnet18", "pretrained": True, "epochs": 5, "lr": 3e-4, "weight_decay": 0.01,
+        "model": "torchvision:resnet18", "pretrained": True, "lr": 3e-4, "weight_decay": 0.01,
         "label_smoothing": 0.1,
     },
     # KellerJordan/cifar10-airbench's 94 %: its network, rate, augmentation and epochs, on all images, tested on six

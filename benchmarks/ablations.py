@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "GELU": ([], [("F.silu(", "F.gelu(")]),
     "average pooling": ([], [("F.max_pool2d(", "F.avg_pool2d(")]),
     "nothing added to": ([], [("return x + F.silu(", "return F.silu(")]),
-    "mean over what remains": ([], [(".amax((2, 3))", ".mean((2, 3))")]),
+    "maximum over what remains": ([], [(".mean((2, 3))", ".amax((2, 3))")]),
     "no whitening": ([], [("        set_whitening(", "        (")]),
     "no identity initialisation": ([], [("nn.init.dirac_(", "(")]),
     "random flips": ([], [("(first ^ bool(epoch % 2))", "(torch.rand(count, generator=generator) < 0.5)")]),

@@ -21,6 +21,62 @@ def test_every_recipe_names_settings_and_a_network_that_exist(recipe):
     ic.batch_augmentation(config.augment or "none", 10)
 
 
+STATED = {  # by the references' READMEs, or by the issue that they are rebuilt from
+    "coursework": {"model": "coursework-cnn", "epochs": 10},
+    "resnet-augmented": {
+        "model": "resnet18", "optimizer": "adam", "scheduler": "plateau",
+        "augment": "flip,rotate=20,brightness=0.2,contrast=0.2,saturation=0.2,sharpness,erase=0.75",
+    },
+    "beginner": {
+        "model": "beginner-cnn", "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 0.001,
+        "augment": "flip,crop=4",
+    },
+    "resnet-dropout": {"model": "resnet18-dropout", "epochs": 25},
+    "notebook": {"model": "notebook-cnn", "batch_size": 20, "val_fraction": 0.2, "optimizer": "sgd", "lr": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", STATED)
+def test_recipe_is_what_its_reference_states(recipe):
+    config = ic.asdict(ic.configure(recipe=recipe))
+    assert config.items() >= (STATED[recipe] | {"precision": "fp32", "label_smoothing": 0.0}).items()
+    if recipe == "resnet-augmented":
+        assert config["grad_clip"] > 0 and config["weight_decay"] > 0
+
+
+def test_recipe_with_another_network_leaves_out_what_was_for_its_own():
+    assert ic.configure(recipe="beginner", model="resnet18").dropout is None
+    assert ic.configure(recipe="beginner", model="beginner-cnn").dropout == 0.25
+    assert ic.configure(recipe="beginner", model="fcn", dropout=0.1).dropout == 0.1
+
+
+@pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "convnet", "fftnet"])
+def test_network_learns_with_its_own_settings(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    report = ic.train(ic.Config(dataset="digits", model=name, epochs=3, batch_size=50))
+    assert report.results["test_accuracy"] > 0.8
+
+
+def test_sizes_of_the_networks_that_have_no_table():
+    notebook = networks.notebook_cnn()
+    assert sum(weight.numel() for weight in notebook.parameters()) == 1_059_306
+    kinds = [type(layer) for layer in networks.fcn().modules()]
+    assert torch.nn.Conv2d not in kinds and torch.nn.Linear in kinds
+
+
+def test_table_counts_every_weight(capsys):
+    for name in networks.SETTINGS:
+        network = networks.factory(name)()
+        ic.print_summary(network, (3, 32, 32))
+        total = re.search(r"Total params: ([\d,]+)", capsys.readouterr().out).group(1)
+        assert int(total.replace(",", "")) == sum(weight.numel() for weight in network.parameters()), name
+
+
+def test_factories_are_there_by_name():
+    for name in networks.SETTINGS:
+        assert callable(getattr(networks, name.replace("-", "_"))), name
+
+
 def test_recipe_and_network_by_name(inside, folder):
     out, _ = inside("--recipe", "beginner", *QUICK[:2], "--subset", "64", "--epochs", "1")
     assert "545,290" in out and "float32" in out
@@ -73,6 +129,10 @@ def test_pretrained_network_with_only_its_head_trained(inside, folder, imagenet,
     changed = [name for name, value in before.items() if not torch.equal(content["model"][f"body.{name}"], value)]
     assert set(changed) == {"classifier.1.weight", "classifier.1.bias"}
     assert content["mean"] == [0.485, 0.456, 0.406]  # ImageNet's, not the digits'
+    data = ic.load_data(ic.Config(dataset="digits", subset=20))
+    config = ic.Config(dataset="digits", model="torchvision:squeezenet1_1", pretrained=True, init_from=str(path))
+    seen_in_training = ic.build_model(config, data).get_buffer("pixel_mean").flatten() / 255
+    assert seen_in_training.tolist() == pytest.approx(content["mean"])
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     seen = []
     model.body.features.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[-1]))
@@ -112,7 +172,9 @@ def test_every_recipe_runs(inside, recipe):
     assert "Done in" in out
 
 
-def test_small_images_are_not_made_smaller(inside):
+def test_small_images_are_not_made_smaller(inside, monkeypatch):
+    monkeypatch.setitem(ic.FOR_DATASET["digits"], "low_res", 0.7)
+    assert "70 % of the run on smaller images" in inside("--dataset", "digits", *QUICK[2:])[0]
     out, _ = inside("--dataset", "digits", "--image-size", "16", *QUICK[2:])
     assert "smaller images" not in out
 
@@ -254,9 +316,11 @@ def test_an_image_drawn_twice_is_mirrored_alike():
 def test_run_with_balanced_epochs(inside, folder, how):
     data = ["--dataset", "digits", "--make-imbalanced", "0.1", "--width", "0.25", "--batch-size", "10"]
     out, _ = inside(*data, "--class-balance", how, "--epochs", "2")
-    counts = ic.load_data(ic.Config(dataset="digits", make_imbalanced=0.1)).train.labels.bincount().tolist()
-    assert counts[0] > 120 and counts[9] == pytest.approx(counts[0] / 10, abs=2)
-    assert counts == sorted(counts, reverse=True) or max(counts) - counts[0] < 5
+    whole, counts = (
+        ic.load_data(ic.Config(dataset="digits", make_imbalanced=share)).train.labels.bincount().tolist()
+        for share in (0.0, 0.1)
+    )
+    assert counts == pytest.approx([count * 0.1 ** (label / 9) for label, count in enumerate(whole)], abs=1)
     epoch = 10 * (max(counts) if how == "oversample" else min(counts))
     assert f"{-(-epoch // 10)} steps an epoch" in out
     assert json.loads((only_run(folder) / "report.json").read_text())["train_images"] == sum(counts)
@@ -291,7 +355,11 @@ def test_average_of_the_weights_is_tested_and_kept(inside, folder):
 
 def test_dropout_and_depth_reach_the_network():
     data = ic.load_data(ic.Config(dataset="digits"))
-    assert ic.build_model(ic.Config(dropout=0.4), data).dropout == 0.4
+    dropping = ic.build_model(ic.Config(dropout=0.4), data)
+    images = torch.randn(8, 3, 32, 32)
+    assert not torch.equal(dropping(images), dropping(images))
+    dropping.eval()
+    assert torch.equal(dropping(images), dropping(images))
     without = ic.build_model(ic.Config(model="resnet18-dropout", dropout=0.0), data)
     assert {layer.p for layer in without.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}
     counts = [
@@ -325,7 +393,7 @@ def test_resnets_have_the_stem_for_small_images(name):
 def test_fftnet_filters_spectra_in_fp32_under_autocast():
     layer = networks.GlobalFilter(4, 8)
     with torch.no_grad():
-        layer.filter.zero_()
+        layer.weight.zero_()
         layer.mix[-1].bias.zero_()
         x, impulse = torch.randn(2, 4, 8, 8), torch.zeros(4, 8, 10)
         impulse[:, :, ::2] = 1  # the spectrum of a single point: a convolution that changes nothing
@@ -333,7 +401,7 @@ def test_fftnet_filters_spectra_in_fp32_under_autocast():
         layer.mix.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         with torch.autocast("cpu", torch.bfloat16):
             layer.eval()(x)
-            layer.filter.copy_(impulse)
+            layer.weight.copy_(impulse)
             layer(x)
     assert seen[0].abs().max() == 0 and torch.allclose(seen[1], x / (1 + 1e-5) ** 0.5, atol=1e-5)
     assert seen[1].dtype == torch.float32
@@ -343,6 +411,24 @@ def test_own_network_that_gives_none_is_named(inside, folder):
     (folder / "mine.py").write_text("def nothing(**_):\n    pass\ndef key(**_):\n    raise KeyError('boom')\n")
     assert "it is a NoneType, not a torch.nn.Module" in inside.error(*QUICK[:2], "--model", "mine.py:nothing")
     assert "KeyError('boom')" in inside.error(*QUICK[:2], "--model", "mine.py:key")
+
+
+def test_own_network_imports_what_is_beside_it(folder, monkeypatch):
+    (folder / "blocks.py").write_text("WIDTH = 8")
+    (folder / "mine.py").write_text("""
+import torch
+from blocks import WIDTH
+def network(classes=10, channels=3, image_size=32):
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, WIDTH),
+                               torch.nn.Linear(WIDTH, classes))""")
+    before = [*sys.path]
+    assert networks.factory(f"{folder / 'mine.py'}:network")()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sys.path == before
+
+
+def test_own_file_with_a_command_line_of_its_own_is_named(inside, folder):
+    (folder / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    assert "mine.py fails with SystemExit(0)" in inside.error(*QUICK[:2], "--model", "mine.py:network")
 
 
 def test_network_of_one_image_size_and_low_res(inside, folder):

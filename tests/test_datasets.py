@@ -24,9 +24,10 @@ def md5(path):
 
 
 def drawn(count, size, seed=0):
-    """Images (N, 3, size, size) and labels that a network can learn: the brighter, the later the class."""
+    """Images (N, 3, size, size), lighter above, and labels to learn: the brighter, the later the class."""
     labels = np.arange(count) % 10
-    noise = np.random.default_rng(seed).integers(0, 20, (count, 3, size, size))
+    noise = np.random.default_rng(seed).integers(0, 10, (count, 3, size, size))
+    noise[:, :, : size // 2] += 10
     return (noise + 23 * labels[:, None, None, None]).astype(np.uint8), labels.astype(np.uint8)
 
 
@@ -107,6 +108,8 @@ def test_data_set_by_name_trains_an_epoch(inside, folder, monkeypatch, name):
     assert data.mirrored == (name not in ("mnist", "svhn"))
     brightness = torch.stack([data.train.images[data.train.labels == k].float().mean() for k in range(10)])
     assert (brightness.diff() > 15).all()  # labels and images belong together
+    halves = [half.float().mean() for half in data.train.images.chunk(2, dim=2)]
+    assert halves[0] > halves[1] + 8  # upright
     assert data.train.images.dtype == torch.uint8 and data.train.images.shape[1] == 3
     assert ("flip" in json.loads((only_run(folder) / "config.json").read_text())["augment"]) == data.mirrored
 
@@ -151,10 +154,13 @@ def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):
 
 
 def test_train_test_and_validation_folders(inside, folder):
-    for part, count in (("train", 20), ("Test", 5), ("validation", 4)):
+    for part, count in (("Training", 20), ("Test", 5), ("validation", 4)):
         write_images(folder / "photos" / part, {"red": count, "green": count}, seed=count)
     data = ic.load_data(ic.Config(dataset=str(folder / "photos"), image_size=24))
     assert [len(part.labels) for part in (data.train, data.valid, data.test)] == [40, 8, 10]
+    first = Image.open(folder / "photos" / "Training" / "green" / "0.png").resize((24, 24), box=(6, 0, 42, 36))
+    seen = data.train.images[0].permute(1, 2, 0).numpy().astype(int)
+    assert abs(seen - np.asarray(first)).mean() < 3 < abs(seen.transpose(1, 0, 2) - np.asarray(first)).mean()
     assert data.train.images.shape == (40, 3, 24, 24) == (40, *data.test.images.shape[1:])
 
 
@@ -203,7 +209,7 @@ def test_faults_of_real_folders_are_reported(folder, photos, capsys):
     (photos / "blue" / "notes.txt").write_text("no image")
     data = ic.load_data(ic.Config(dataset=str(photos)))
     out = capsys.readouterr().out
-    assert "note: 1 files that are no images" in out and "1 files cannot be read" in out and "text.jpg" in out
+    assert "note: 1 files that Pillow knows no format of" in out and "1 files cannot be read" in out and "text.jpg" in out
     assert "fewer than 10 images: rare (3)" in out and "differ much in size" in out
     assert "have different classes" in out and "near-identical" in out
     kinds = [kind for *_, kind in data.report["twins"]]
@@ -218,7 +224,32 @@ def test_twins_across_training_and_test_are_a_warning(folder, capsys):
     shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
     ic.load_data(ic.Config(dataset=str(folder / "photos")))
     out = capsys.readouterr().out
-    assert "WARNING: 1 pairs lie across train and test" in out and "leak.png" in out
+    assert "WARNING: 1 pairs lie across train and test" in out and "leak.png" in out and "the test accuracy" in out
+    shutil.copytree(folder / "photos" / "train", folder / "photos" / "val")
+    (folder / "photos" / "test" / "red" / "leak.png").unlink()
+    ic.load_data(ic.Config(dataset=str(folder / "photos")))
+    out = capsys.readouterr().out
+    assert "WARNING: 24 pairs lie across train and valid" in out and "the test accuracy" not in out
+
+
+@pytest.mark.parametrize(("count", "split"), [(1, (1, 0, 0)), (2, (2, 0, 0)), (3, (2, 0, 1)), (10, (7, 1, 2))])
+def test_how_few_images_of_a_class_are_split(folder, photos, capsys, count, split):
+    write_images(photos, {"rare": count}, seed=7)
+    for i in range(12):  # identical ones are used once
+        shutil.copy(photos / "rare" / "0.png", photos / "rare" / f"copy {i}.png")
+    data = ic.load_data(ic.Config(dataset=str(photos)))
+    rare = data.classes.index("rare")
+    assert tuple(int((part.labels == rare).sum()) for part in (data.train, data.valid, data.test)) == split
+    assert (f"fewer than 10 images: rare ({count})" in capsys.readouterr().out) == (count < 10)
+
+
+def test_images_are_known_by_what_they_hold(folder, photos):
+    (photos / "red" / "0.png").rename(photos / "red" / "0")
+    (photos / "red" / "1.png").rename(photos / "red" / "1.picture")
+    (photos / "red" / "phone.heic").write_bytes(b"....ftypheic....")
+    data = ic.load_data(ic.Config(dataset=str(photos)))
+    assert data.report["images_per_class"]["all"]["red"] == 40
+    assert data.report["left_out"] == [str(photos / "red" / "phone.heic")]
 
 
 def no_class(photos):
@@ -299,6 +330,14 @@ def parts_inside(photos):
         (photos / name / "0.png").rename(photos / name / "test" / "0.png")
 
 
+def classes_below(photos):
+    shutil.copytree(photos, photos.parent / "inner")
+    for name in ("red", "green", "blue"):
+        shutil.rmtree(photos / name)
+    for name in ("first", "second"):
+        shutil.copytree(photos.parent / "inner", photos / name)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -308,7 +347,8 @@ def parts_inside(photos):
         (unsafe_class, "'red?' in"),
         (both, "train/ and blue/ side by side"),
         (two_validations, "has both val and valid"),
-        (parts_inside, "a part of the data inside a class?"),
+        (parts_inside, "parts of the data inside the classes?"),
+        (classes_below, "has blue and green in it: which are the classes?"),
         (no_train, "has test, but no train/"),
         (other_test_class, "has a class yellow that"),
         (loose, "loose.png lies in"),
@@ -326,6 +366,7 @@ def test_folder_that_is_no_data_set(inside, folder, photos, spoil, words):
 
 def test_unknown_data_set(inside):
     assert "unknown data set cifar-100: did you mean cifar100?" in inside.error("--dataset", "cifar-100", status=2)
+    assert "unknown data set CIFAR10: did you mean cifar10?" in inside.error("--dataset", "CIFAR10", status=2)
     assert "or name a folder of images" in inside.error("--dataset", "nowhere", status=2)
 
 
@@ -363,9 +404,7 @@ def test_unseen_class_is_not_called_the_worst(inside, folder):
 def test_changed_folder_is_not_resumed(inside, folder, photos):
     inside("--dataset", "photos", *QUICKLY)
     assert "Epoch 0001" in inside("--resume", "last", "--dataset", "photos", "--epochs", "2")[0]
-    write_images(photos, {"rare": 1}, seed=9)
-    (photos / "rare" / "0.png").rename(photos / "red" / "new.png")
-    (photos / "rare").rmdir()
+    (photos / "red" / "0.png").write_bytes((photos / "red" / "1.png").read_bytes())  # one fewer that differ
     report = (only_run(folder) / "report.json").read_bytes()
     assert "the images are others than when" in inside.error("--resume", "last", "--epochs", "3")
     assert (only_run(folder) / "report.json").read_bytes() == report
@@ -380,8 +419,9 @@ def test_folder_with_the_name_of_a_data_set(inside, folder):
 
 def test_photographs_keep_their_detail_for_imagenet_weights(folder):
     write_images(folder / "photos", {"red": 8, "green": 8}, (300, 260))
-    config = ic.Config(dataset=str(folder / "photos"), model="torchvision:resnet18", pretrained=True)
-    assert ic.load_data(config).train.images.shape[-1] == 224
+    for model, size in (("resnet18", 224), ("efficientnet_v2_s", 384)):
+        config = ic.Config(dataset=str(folder / "photos"), model=f"torchvision:{model}", pretrained=True)
+        assert ic.load_data(config).train.images.shape[-1] == size
 
 
 @pytest.fixture
@@ -413,7 +453,7 @@ def test_class_of_near_identical_images_is_trained_on(folder, monkeypatch, first
     assert (data.train.labels == data.classes.index("green")).sum() == 10
 
 
-@pytest.mark.parametrize(("accuracy", "hint"), [(0.8, False), (0.5, True)])
+@pytest.mark.parametrize(("accuracy", "hint"), [(0.8, False), (0.5, True), (0.0, True)])
 def test_two_classes_told_apart_are_no_guessing(inside, folder, monkeypatch, accuracy, hint):
     write_images(folder / "photos", {"red": 20, "green": 20})
 
@@ -429,7 +469,17 @@ def test_few_photographs_are_enough_to_tune_a_pretrained_network(inside, folder,
     write_images(folder / "photos", {"red": 12, "green": 12})
     model = ["--model", "torchvision:squeezenet1_1", "--image-size", "32", "--epochs", "1"]
     out, _ = inside("--dataset", "photos", "--recipe", "finetune", *model)
-    assert "note: the batch size is 1" in out and "Done in" in out
+    assert ", 2 steps an epoch" in out and "Done in" in out
+
+
+@pytest.mark.parametrize(("count", "batch", "epochs"), [(80, 16, 30), (1000, 64, 19), (20_000, 64, 5)])
+def test_pretrained_network_takes_some_hundred_steps(folder, count, batch, epochs):
+    images, labels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8).expand(count, -1, -1, -1), torch.zeros(count)
+    data = ic.Data("photos", ["a", "b"], ic.Split(images, labels), ic.Split(images, labels), lambda: None, 10, True,
+                   [0.5] * 3, [0.5] * 3)  # fmt: skip
+    config = ic.settle(ic.configure(recipe="finetune"), data)
+    assert (config.batch_size, config.epochs) == (batch, epochs)
+    assert ic.settle(ic.configure(recipe="finetune"), ic.replace(data, name="CIFAR10")).epochs == epochs
 
 
 def test_other_networks_train_small_folders_as_long_as_ours(folder, photos):

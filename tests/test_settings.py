@@ -83,6 +83,8 @@ def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, 
 def test_missing_files_are_named(inside):
     for arguments in (["--init-from", "nothere.pth"], ["--resume", "nothere"]):
         assert "nothere" in (error := inside.error(*QUICK, *arguments)) and "there is no such file" in error
+    error = inside.error(*QUICK, "--init-from", ".")
+    assert "space" not in error and len(error) < 80
 
 
 def test_views_of_images_that_must_not_be_mirrored(inside):
@@ -186,7 +188,7 @@ def test_script_alone_says_what_an_alternative_needs(folder):
     shutil.copy(SCRIPT, folder)
     command = [sys.executable, "image_classification.py", "--dataset", "digits", "--recipe", "beginner"]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 1 and "needs the folder alternatives/ beside this program" in process.stderr
+    assert process.returncode == 1 and "mistyped? If not, it needs the folder alternatives/" in process.stderr
 
 
 def test_every_ablation_still_fits_the_script(monkeypatch):

@@ -67,6 +67,7 @@ def test_report_and_metrics_agree_with_what_was_printed(digits):
     report = json.loads((run / "report.json").read_text())
     matrix = torch.tensor(report["confusion_matrix"])
     assert matrix.sum() == 359
+    assert f"on the 359 test images: {int(100 * matrix.trace() / 359)} % (" in out
     assert report["test_accuracy"] == pytest.approx(matrix.trace().item() / 359)
     low, high = report["test_accuracy_interval"]
     share, z2 = report["test_accuracy"], 1.959964**2 / 359  # Wilson (1927)
@@ -79,6 +80,12 @@ def test_report_and_metrics_agree_with_what_was_printed(digits):
             == pytest.approx((matrix[index, index] / matrix[index].sum()).item())
         )
         assert report["precision"][name] == pytest.approx((matrix[index, index] / matrix[:, index].sum()).item())
+        both = report["recall"][name], report["precision"][name]
+        assert report["f1"][name] == pytest.approx(2 * both[0] * both[1] / sum(both))
+        assert f"class {name}     is: {100 * both[0]:.1f} %  (precision {100 * both[1]:.1f} %, F1 " in out
+    best, worst = re.search(r"Best class: (\d); worst class: (\d)", out).groups()
+    assert report["recall"][best] == max(report["recall"].values())
+    assert report["recall"][worst] == min(report["recall"].values())
     assert {
         "test_loss",
         "f1",
@@ -95,6 +102,8 @@ def test_report_and_metrics_agree_with_what_was_printed(digits):
     assert list(rows[0]) == ic.COLUMNS
     for row, line in zip(rows, re.findall(r"Epoch .*", out), strict=True):
         assert f"train loss {float(row['train_loss']):.4f}, valid loss {float(row['valid_loss']):.4f}" in line
+    assert sum(float(row["seconds"]) for row in rows) == pytest.approx(report["seconds"])
+    assert all(0 < float(row["seconds"]) < report["seconds"] / 2 for row in rows)
     best = min(range(len(rows)), key=lambda index: float(rows[index]["valid_loss"]))
     assert torch.load(folder / "model_cnn_digits.pth", weights_only=True)["metrics"]["epoch"] == best
 
@@ -294,12 +303,23 @@ def test_loss_in_the_records_is_plain_cross_entropy(quick):
     assert losses[0] == losses[1]
 
 
-def test_grad_clip_bounds_the_step(quick, folder):
+def test_label_smoothing_reaches_the_training(quick):
+    sure = [
+        ic.evaluate(ic.load_checkpoint(report.checkpoint)[0], *ic.load_data(ic.Config(dataset="digits")).test)
+        .logits.softmax(1).amax(1).mean()
+        for report in (quick(label_smoothing=s, epochs=5, batch_size=50) for s in (0.0, 0.5))
+    ]  # fmt: skip
+    assert sure[1] < sure[0] - 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_grad_clip_bounds_the_step(quick, folder, precision):
     start = ic.build_model(ic.Config(dataset="digits", width=0.25), ic.load_data(ic.Config(dataset="digits")))
-    quick(optimizer="sgd", momentum=0.0, weight_decay=0.0, scheduler="none", lr=1.0, grad_clip=1e-4, epochs=1)
+    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "scheduler": "none", "lr": 1.0, "epochs": 1}
+    quick(**plain, grad_clip=1e-4, precision=precision)
     moved = weights(folder / "model_cnn_digits.pth")
     distance = sum((moved[name] - value).square().sum() for name, value in start.named_parameters()).sqrt()
-    assert 0 < distance <= 13 * 1e-4 + 1e-6  # an epoch is 13 steps
+    assert 1e-4 < distance <= 13 * 1e-4 + 1e-6  # an epoch is 13 steps
 
 
 def test_class_weights_help_the_rare_class(folder, monkeypatch):
@@ -362,14 +382,14 @@ def test_minutes_are_planned_to_the_step(per_step, batch_size):
         test = per_step * len(data.test.labels) / batch_size / 2
         return per_step * sum(scales) + trainer.pause * -(-total // len(trainer.places)) + ic.REPORT_SECONDS + test
 
-    trainer.deadline = time.perf_counter() + 60
+    trainer.deadline, trainer.pause = time.perf_counter() + 60, 0.9
     trainer.fit_minutes(per_step)
     assert taken(trainer.total_steps) == pytest.approx(60, abs=trainer.pause + 2 * per_step + 0.5)
 
 
 def test_test_labels_change_nothing_but_the_report(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    config = ic.Config(dataset="digits", width=0.25, epochs=2)
+    config = ic.Config(dataset="digits", width=0.25, epochs=2, device="cpu")
     honest, wrong = ic.load_data(config), ic.load_data(config)
     opened = []
 
@@ -388,7 +408,7 @@ def test_test_labels_change_nothing_but_the_report(folder, monkeypatch):
 
 # ---- stopping and going on ----
 
-LONGER = ["--dataset", "digits", "--width", "0.5", "--epochs", "5", "--batch-size", "50"]
+LONGER = ["--dataset", "digits", "--width", "0.5", "--epochs", "5", "--batch-size", "50", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +436,7 @@ def test_stopped_run_goes_on_bit_for_bit(program, folder, unbroken, signum, stat
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "Traceback" not in err
-    command = re.search(r"Go on with: \S+ \S+image_classification.py (--resume \S+)", out).group(1)
+    command = re.search(r"Go on with: .+image_classification.py\"? (--resume \S+)", out).group(1)
     stopped = torch.load(only_run(folder) / "last.pth", weights_only=True)
     assert 52 <= stopped["step"] < 5 * 26
     program(*command.split())
@@ -483,8 +503,11 @@ def network(classes=10, channels=3, image_size=32):
     (folder / "mine.py").write_text(text.format(8))
     inside(*SMALL, "--model", "mine.py:network")
     report = (only_run(folder) / "report.json").read_bytes()
+    (folder / "mine.py").write_text("raise SystemError('executed')")
+    more = ["--resume", "last", "--epochs", "4"]
+    assert "name it again with --model mine.py:network" in inside.error(*more)  # and does not import it
     (folder / "mine.py").write_text(text.format(9))
-    assert "holds another network" in inside.error("--resume", "last", "--epochs", "4")
+    assert "holds another network" in inside.error(*more, "--model", "mine.py:network")
     assert (only_run(folder) / "report.json").read_bytes() == report
 
 
@@ -502,6 +525,73 @@ def test_run_killed_before_its_first_checkpoint_remembers_why_it_has_the_digits(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
+def test_stopped_run_of_an_own_network_prints_what_it_needs(program, inside, folder):
+    (folder / "mine.py").write_text(NETWORK.format(limit=1000))
+    process = program.start(*SMALL[:4], "--epochs", "400", "--model", "mine.py:small")
+    for line in process.stdout:
+        if "Epoch 0001" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    options = out.rpartition("Go on with: ")[2].partition("image_classification.py")[2].split()
+    assert options[2:] == ["--model", "mine.py:small"]
+    path = only_run(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 5}))
+    inside(*options)
+    assert len(epochs_of(only_run(folder))) >= 5
+
+
+def test_stand_in_stays_what_it_was_when_the_run_goes_on(inside, folder, monkeypatch, cifar10):
+    def unreachable(*_):
+        raise ic.Unreachable("no network")
+
+    with monkeypatch.context() as offline:
+        offline.setattr(ic, "find_cifar10", unreachable)
+        inside(*QUICK[2:])
+    (folder / "data").symlink_to(cifar10, target_is_directory=True)  # by now it is there
+    inside("--resume", "last", "--epochs", "3")
+    assert epochs_of(only_run(folder)) == [0, 1, 2] and only_run(folder).parent.name == "digits"
+
+
+def test_folder_of_images_is_found_again_from_elsewhere(inside, folder, monkeypatch):
+    from test_datasets import write_images
+
+    write_images(folder / "photos", {"red": 20, "green": 20})
+    inside("--dataset", "photos", "--epochs", "1", "--width", "0.25")
+    run = only_run(folder)
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    inside("--resume", run, "--epochs", "2", "--data-dir", "unused", "--debug")
+    assert epochs_of(run) == [0, 1]
+
+
+def test_the_newest_unfinished_run_goes_on(inside, folder):
+    for name in ("first", "second"):
+        inside(*QUICK, "--run-dir", f"runs/digits/{name}", "--epochs", "1")
+        (folder / "runs" / "digits" / name / "report.json").unlink()
+        time.sleep(0.05)
+    assert f"Writing to {os.path.join('runs', 'digits', 'second')}" in inside("--resume", "last")[0]
+    assert f"Writing to {os.path.join('runs', 'digits', 'first')}" in inside("--resume", "last")[0]
+
+
+def test_trial_run_is_not_trained_on(inside, folder):
+    inside(*QUICK, "--run-dir", "runs/digits/real")
+    inside(*QUICK[:2], "--fast-dev-run", "--run-dir", "runs/digits/trial")
+    out, _ = inside("--resume", "last", "--epochs", "3")
+    assert "Writing to runs/digits/real" in out.replace(os.sep, "/")
+    assert "no unfinished run" in inside.error("--resume", "runs/digits/trial", "--epochs", "3")
+
+
+def test_damaged_settings_of_a_run_are_named(inside, folder):
+    inside(*QUICK)
+    (only_run(folder) / "report.json").unlink()
+    (only_run(folder) / "config.json").write_text('{"dataset": ')
+    error = inside.error("--resume", "last")
+    assert "config.json" in error and "is damaged" in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 def test_interrupted_repeat_goes_on(program, inside, folder):
     process = program.start(*QUICK, "--repeat", "3", "--epochs", "9")
     for line in process.stdout:
@@ -514,10 +604,60 @@ def test_interrupted_repeat_goes_on(program, inside, folder):
     assert [epochs_of(config.parent / f"seed-{seed}") for seed in range(3)] == [list(range(9))] * 3
 
 
-def test_minutes_shorter_than_an_epoch(program, inside, folder):
-    program(
-        "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2", patch="ic.REPORT_SECONDS = 3"
+def test_minutes_of_a_slow_network_are_looked_at_before_they_are_over(inside, folder, monkeypatch):
+    (folder / "mine.py").write_text(
+        NETWORK.format(limit=1000).replace("if self", "__import__('time').sleep(0.2)\n        if self")
     )
+    monkeypatch.setattr(ic, "PROBE_EVERY", 0.3)
+    inside("--dataset", "digits", "--batch-size", "50", "--model", "mine.py:small", "--minutes", "0.13")
+    state = torch.load(only_run(folder) / "last.pth", weights_only=True)
+    assert 1 < state["step"] < ic.PROBE_STEPS  # 7.8 s, of which the report is to have 4.5
+
+
+def test_small_images_count_less_in_what_is_planned(folder, monkeypatch):
+    data = ic.load_data(ic.Config(dataset="digits"))
+    config = ic.settle(ic.Config(dataset="digits", width=0.25, low_res=0.7, epochs=1), data)
+    trainer = ic.Trainer(config, data, torch.device("cpu"))
+    for place in trainer.places:
+        trainer.backward(trainer.model, trainer.plan(0), place, trainer.scale())
+        trainer.optimise()
+    assert trainer.cost == pytest.approx(trainer.total_steps * trainer.work(1.0), abs=1.0)
+    trainer.step = trainer.total_steps // 2
+    trainer.seconds, trainer.cost = 60.0, trainer.total_steps * trainer.work(0.5)
+    left = 60 * (trainer.work(1.0) / trainer.work(0.5) - 1)
+    assert trainer.left() == f"{ic.tqdm.format_interval(left)} left"
+
+
+@pytest.mark.parametrize("views", [1, 6])
+def test_minutes_count_every_view_of_the_test_images(views):
+    data = ic.load_data(ic.Config(dataset="digits"))
+    config = ic.Config(dataset="digits", minutes=1)
+    trainer = ic.Trainer(ic.settle(config, data), data, torch.device("cpu"))
+    trainer.config = ic.replace(trainer.config, test_views=views)
+    trainer.deadline, trainer.pause = time.perf_counter() + 600, 1e-9
+    trainer.fit_minutes(1.0)
+    one = 359 / 100 / 2
+    assert trainer.total_steps == pytest.approx(600 - ic.REPORT_SECONDS - one * (7 if views == 6 else 1), abs=2)
+
+
+def test_seeds_share_the_minutes(inside, folder, monkeypatch):
+    given, train_once = [], ic.train_once
+
+    def watched(config, data, device, run, deadline, *rest):
+        given.append(deadline - time.perf_counter())
+        return train_once(config, data, device, run, deadline, *rest)
+
+    monkeypatch.setattr(ic, "train_once", watched)
+    inside(*QUICK, "--minutes", "0.5", "--repeat", "2")
+    assert 10 < given[0] < 15 and given[1] < 30 - given[0]
+
+
+def test_minutes_shorter_than_an_epoch(program, inside, folder):
+    slower = "; f = ic.Trainer.optimise; ic.Trainer.optimise = lambda self: (__import__('time').sleep(0.02), f(self))"
+    program(
+        "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2",
+        patch=f"ic.REPORT_SECONDS = 3{slower}",
+    )  # fmt: skip
     assert epochs_of(only_run(folder)) == [0]
     (only_run(folder) / "report.json").unlink()  # as if killed before the report
     inside("--resume", "last")
@@ -560,7 +700,11 @@ def test_finished_run_is_made_longer_and_other_changes_are_refused(inside, folde
     assert "--lr 0.3: the run goes on with its own, 0.12" in inside.error(
         "--resume", "last", "--epochs", "4", "--lr", "0.3", status=2
     )
-    out, _ = inside("--resume", "last", "--epochs", "4")
+    before = [(only_run(folder) / name).read_bytes() for name in ("report.json", "config.json")]
+    for change in (["--seed", "5"], ["--ema"], ["--grad-clip", "1"], ["--fast-dev-run"], ["--weight-decay", "0.1"]):
+        assert change[0] in inside.error("--resume", "last", "--epochs", "4", *change, status=2)
+    assert before == [(only_run(folder) / name).read_bytes() for name in ("report.json", "config.json")]
+    out, _ = inside("--resume", only_run(folder) / "last.pth", "--epochs", "4", "--seed", "0")
     assert "Epoch 0001" not in out and "Epoch 0002" in out and "Epoch 0003" in out
     run = only_run(folder)
     assert len((run / "metrics.csv").read_text().splitlines()) == 5
@@ -774,6 +918,59 @@ def test_last_epoch_is_logged_though_the_run_broke_in_it(inside, folder, monkeyp
         inside.error(*QUICK)
     inside("--resume", "last")
     assert epochs_of(only_run(folder)) == [0, 1]
+
+
+def test_resumed_epoch_is_once_in_tensorboard(inside, folder, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    save = ic.Trainer.save
+
+    def broken(trainer, path):
+        if len(trainer.history) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        save(trainer, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ic.Trainer, "save", broken)
+        inside.error(*QUICK, "--epochs", "3")
+    time.sleep(1.1)  # event files are named by the second
+    inside("--resume", "last")
+    for path in (only_run(folder), only_run(folder) / "valid"):
+        steps = [event.step for event in EventAccumulator(str(path)).Reload().Scalars("loss")]
+        assert steps == [0, 1, 2]
+
+
+def test_weights_that_are_not_finite_are_not_saved(inside, folder, monkeypatch):
+    optimise = ic.Trainer.optimise
+
+    def overflow(trainer):
+        optimise(trainer)
+        if trainer.step == trainer.total_steps:  # after the last loss
+            trainer.model.head.weight.data.fill_(float("inf"))
+
+    monkeypatch.setattr(ic.Trainer, "optimise", overflow)
+    assert "the loss is no longer finite" in inside.error(*QUICK, "--epochs", "1", "--val-fraction", "0")
+    assert not list(folder.rglob("*.pth"))
+
+
+def test_own_network_may_hold_a_mask_of_infinities(inside, folder):
+    masked = NETWORK.format(limit=1000).replace(
+        "def small", "class Masked(Hungry):\n    def __init__(self, *parts):\n        super().__init__(*parts)\n"
+        "        self.register_buffer('mask', torch.full((3,), -float('inf')))\n\ndef small"
+    ).replace("return Hungry(", "return Masked(")  # fmt: skip
+    (folder / "mine.py").write_text(masked)
+    inside(*SMALL, "--model", "mine.py:small")
+
+
+def test_single_image_that_does_not_fit_into_memory(inside, folder):
+    (folder / "mine.py").write_text(NETWORK.format(limit=0))
+    assert "too short for a single image: try --device cpu" in inside.error(*SMALL, "--model", "mine.py:small")
+
+
+def test_debug_shows_the_traceback(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileNotFoundError):
+        ic.main(["--dataset", "digits", "--init-from", "nothere.pth", "--debug"])
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run(inside, folder, monkeypatch):
