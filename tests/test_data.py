@@ -227,7 +227,11 @@ def test_full_disk_is_not_the_source_s_fault(fetch, monkeypatch):
 
 
 def test_name_look_ups_that_hang_do_not_hang_the_program(fetch, monkeypatch):
-    monkeypatch.setattr(ic.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))  # which no timeout ends
+    def hang(*_, **__):
+        time.sleep(30)  # which no timeout ends
+        raise OSError("at last")
+
+    monkeypatch.setattr(ic.urllib.request, "urlopen", hang)
     began = time.monotonic()
     with pytest.raises(ic.Unreachable, match="no answer"):
         fetch("good", "good")

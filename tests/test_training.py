@@ -286,7 +286,7 @@ def test_images_are_small_at_first(quick, monkeypatch):
         return forward(self, images)
 
     monkeypatch.setattr(ic.CNN, "forward", watched)
-    quick(low_res=0.5, epochs=4)  # of 13 steps
+    quick(low_res=0.5, epochs=2)  # of 26 steps
     assert [size for training, size in sizes if training] == [16] * 13 + [24] * 13 + [32] * 26
     begun = sizes.index((True, 16))  # before it the network was tried
     assert {size for training, size in sizes[begun:] if not training} == {32}
@@ -315,8 +315,8 @@ def test_label_smoothing_reaches_the_training(quick):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_grad_clip_bounds_the_step(quick, folder, precision):
     start = ic.build_model(ic.Config(dataset="digits", width=0.25), ic.load_data(ic.Config(dataset="digits")))
-    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "scheduler": "none", "lr": 1.0, "epochs": 1}
-    quick(**plain, grad_clip=1e-4, precision=precision)
+    plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "scheduler": "none", "lr": 1.0}
+    quick(**plain, grad_clip=1e-4, precision=precision, batch_size=100, epochs=1)
     moved = weights(folder / "model_cnn_digits.pth")
     distance = sum((moved[name] - value).square().sum() for name, value in start.named_parameters()).sqrt()
     assert 1e-4 < distance <= 13 * 1e-4 + 1e-6  # an epoch is 13 steps
@@ -636,11 +636,11 @@ def test_minutes_count_every_view_of_the_test_images(views):
     trainer.config = ic.replace(trainer.config, test_views=views)
     trainer.deadline, trainer.pause = time.perf_counter() + 600, 1e-9
     trainer.fit_minutes(1.0)
-    one = 359 / 100 / 2
+    one = 359 / trainer.places[0].stop / 2
     assert trainer.total_steps == pytest.approx(600 - ic.REPORT_SECONDS - one * (7 if views == 6 else 1), abs=2)
 
 
-def test_seeds_share_the_minutes(inside, folder, monkeypatch):
+def test_seeds_share_the_minutes(folder, monkeypatch):
     given, train_once = [], ic.train_once
 
     def watched(config, data, device, run, deadline, *rest):
@@ -648,8 +648,9 @@ def test_seeds_share_the_minutes(inside, folder, monkeypatch):
         return train_once(config, data, device, run, deadline, *rest)
 
     monkeypatch.setattr(ic, "train_once", watched)
-    inside(*QUICK, "--minutes", "0.5", "--repeat", "2")
-    assert 10 < given[0] < 15 and given[1] < 30 - given[0]
+    monkeypatch.chdir(folder)
+    ic.train(ic.Config(dataset="digits", subset=400, width=0.25, minutes=0.5, repeat=2))
+    assert 10 < given[0] < 15 and given[1] < 30 - given[0] / 2
 
 
 def test_minutes_shorter_than_an_epoch(program, inside, folder):
@@ -667,7 +668,7 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
 def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder, monkeypatch):
     whole, log = [], ic.RunLog.epoch
     monkeypatch.setattr(ic.Trainer, "fit_minutes", lambda self, per_step: setattr(self, "total_steps", 10))
-    inside(*QUICK, "--minutes", "1")  # epochs are 4 steps here
+    inside(*QUICK, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
     monkeypatch.setattr(ic.RunLog, "epoch", lambda self, *rest: (whole.append(self.trainer.sums), log(self, *rest)))
     inside("--resume", "last", "--epochs", "4")
     assert epochs_of(only_run(folder)) == [0, 1, 2, 3] and len(whole) == 2
@@ -767,7 +768,7 @@ def small(classes=10, channels=3, image_size=32):
 
 def test_own_network_and_out_of_memory(inside, folder):
     (folder / "mine.py").write_text(NETWORK.format(limit=30))
-    out, _ = inside("--dataset", "digits", "--epochs", "4", "--model", "mine.py:small")
+    out, _ = inside("--dataset", "digits", "--epochs", "4", "--model", "mine.py:small", "--batch-size", "100")
     assert "computed as 4 parts of 25 images" in out and "batch norm" in out
     report = json.loads((only_run(folder) / "report.json").read_text())
     assert report["test_accuracy"] > 0.5
