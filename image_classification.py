@@ -244,7 +244,7 @@ def configure(**given: Any) -> Config:
     if recipe not in recipes:
         raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
     settings = recipes[recipe]
-    if given.get("model", "") not in ("", settings.get("model", "cnn")):  # these are of the recipe's network
+    if given.get("model", own := settings.get("model", "cnn")) != own:  # these three are for the recipe's own network
         settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
     return Config(**settings | given)
 
@@ -262,7 +262,10 @@ def network_settings(model: str) -> dict[str, Any]:
     if ":" not in model and model not in networks.SETTINGS:
         near = suggest(model, ["cnn", *networks.SETTINGS])
         raise UsageError(f"unknown model {model}: {near}, torchvision:NAME or FILE.py:FACTORY")
-    return networks.settings(model)
+    try:
+        return networks.settings(model)
+    except ValueError as error:
+        raise UsageError(f"unknown model {model}: {error}") from None
 
 
 def settle(config: Config, data: "Data") -> Config:
@@ -624,8 +627,9 @@ def load_other(config: Config) -> Data:
         near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
         raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
     try:
-        networks = alternative("networks", "--pretrained") if config.pretrained else None
-        size = config.image_size or (networks and networks.imagenet_size(config.model))
+        size = config.image_size
+        if config.pretrained and not size:
+            size = alternative("networks", "--pretrained").imagenet_size(config.model)
         found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
@@ -736,12 +740,12 @@ class CNN(nn.Module):
         self.whiten.weight.requires_grad_(False)
         widths = [2 * channels * 2 * 2, *(max(8, round(base * width / 8) * 8) for base in (32, 96, 192))]
         self.stages = nn.Sequential(*(Stage(*pair) for pair in zip(widths, widths[1:], strict=False)))
-        self.head = nn.Linear(widths[-1], classes, bias=False)
+        self.classifier = nn.Linear(widths[-1], classes, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images, float (N, C, H, W), to logits (N, classes)."""
         features = self.stages(F.silu(self.whiten(images))).mean((2, 3))
-        return self.head(F.dropout(features, self.dropout, self.training))
+        return self.classifier(F.dropout(features, self.dropout, self.training))
 
 
 def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
@@ -987,7 +991,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             name = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
         else:
@@ -1066,7 +1070,8 @@ def resume_config(resume: str, **changes: Any) -> Config:
         if trained < 0 or epochs > trained and not settings["fast_dev_run"]:
             break
     else:
-        raise UserError(f"--resume {resume}: no unfinished run there; --epochs N trains a finished one on to N")
+        more = "--epochs N trains a finished one, if it was no trial, on to N"
+        raise UserError(f"--resume {resume}: no unfinished run there; {more}")
     for name in changes.keys() - MAY_CHANGE:
         found_again = name == "dataset" and settings[name] == str(Path(changes[name]).expanduser().resolve())
         if settings[name] != changes[name] and not found_again:

@@ -157,7 +157,7 @@ def is_image(path: Path) -> bool:
 def class_folders(folder: Path) -> list[Path]:
     """The folders of the classes in it; ValueError for what cannot be one."""
     folders = [path for path in visible(folder) if path.is_dir()]
-    if loose := [path.name for path in visible(folder) if path.suffix.lower() in extensions()]:
+    if loose := [path.name for path in visible(folder) if path.is_file() and is_image(path)]:
         raise ValueError(f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put it into a class folder")
     if len(folders) < 2:
         raise ValueError(

@@ -3,6 +3,7 @@
 A factory may take `width`, `depth` and `dropout` as well: the options of these names.
 """
 
+import difflib
 import functools
 import importlib.util
 import math
@@ -37,8 +38,11 @@ OTHERS: dict[str, dict[str, Any]] = {  # with the data set's epochs; ImageNet we
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The default settings of a network: one of SETTINGS, torchvision:NAME or FILE.py:FACTORY."""
-    usual = "torchvision" if name.startswith("torchvision:") else "own"
+    """The default settings of one of SETTINGS, torchvision:NAME (ValueError if it has none) or FILE.py:FACTORY."""
+    usual = "own"
+    if name.startswith("torchvision:"):
+        usual = "torchvision"
+        known(name.partition(":")[2])
     return {"low_res": 0.0} | SETTINGS.get(name, OTHERS[usual])  # not every network takes images of other sizes
 
 
@@ -241,7 +245,8 @@ def known(name: str) -> str:
     from torchvision.models import list_models
 
     if name not in (names := list_models(sys.modules["torchvision.models"])):
-        raise ValueError(f"torchvision has no classifier {name}, but {', '.join(names)}")
+        near = difflib.get_close_matches(name, names, n=3)
+        raise ValueError(f"torchvision has no classifier {name}, but {', '.join(near or names)}")
     return name
 
 
@@ -344,14 +349,12 @@ def from_file(name: str) -> Callable[..., nn.Module]:
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in it look themselves up there
-    beside = str(Path(file).resolve().parent)
-    sys.path.insert(0, beside)  # as when Python runs the file itself
+    if (beside := str(Path(file).resolve().parent)) not in sys.path:
+        sys.path.insert(0, beside)  # as when Python runs the file itself
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # it may have a command line of its own
         raise ValueError(f"{file} fails with {error!r}") from error
-    finally:
-        sys.path.remove(beside)
     if not callable(found := getattr(module, factory, None)):
         raise ValueError(f"{file} has no function or class {factory}")
     return found

@@ -1,10 +1,10 @@
 """What each idea in the training program gives: the program with one thing changed, several seeds, alternating.
 
     python benchmarks/ablations.py --runs 2
-    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3 --epochs 11
+    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3 --epochs 10
 
 Judged on validation images, never on the test set. A change is a replacement in the script's text or an option, so
-this file shows what was compared. Five epochs, not the default recipe's eleven: small differences show as well, and
+this file shows what was compared. Five epochs, not the default recipe's ten: small differences show as well, and
 all of it takes an hour. Prints a Markdown table; writes results/ablations.json with every run.
 """
 

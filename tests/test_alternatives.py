@@ -191,7 +191,7 @@ def test_torchvision_networks(name):
 
 
 def test_unknown_torchvision_network_is_named(inside):
-    error = inside.error(*QUICK[:2], "--model", "torchvision:resnet19")
+    error = inside.error(*QUICK[:2], "--model", "torchvision:resnet19", status=2)
     assert "torchvision has no classifier resnet19, but" in error and "resnet18" in error
 
 
@@ -199,13 +199,13 @@ def test_own_model_is_tuned_to_other_classes(inside, folder, monkeypatch):
     inside(*QUICK, "--out", "ten.pth")
     content = torch.load(folder / "ten.pth", weights_only=True)
     content["classes"] = [*"abcdefg"]
-    content["model"]["head.weight"] = content["model"]["head.weight"][:7]
+    content["model"]["classifier.weight"] = content["model"]["classifier.weight"][:7]
     ic.save_checkpoint(folder / "seven.pth", content)
     out, _ = inside(*QUICK, "--init-from", "seven.pth", "--freeze", "--out", "tuned.pth")
     assert "seven.pth is for other classes: the head starts anew" in out
     tuned = ic.load_checkpoint("tuned.pth")[1]["model"]
     changed = {name for name, value in content["model"].items() if not torch.equal(tuned[name], value)}
-    assert changed == {"head.weight"} and tuned["head.weight"].shape[0] == 10
+    assert changed == {"classifier.weight"} and tuned["classifier.weight"].shape[0] == 10
 
 
 @pytest.mark.parametrize("name", augmentations.STRENGTHS)
@@ -332,9 +332,9 @@ def test_average_is_a_plain_mean_at_first_and_then_forgets():
     trainer = ic.Trainer(config, data, torch.device("cpu"))
     seen = []
     for value in range(1, 8):
-        trainer.model.head.weight.data.fill_(value)
+        trainer.model.classifier.weight.data.fill_(value)
         trainer.average.update_parameters(trainer.model)
-        seen.append(trainer.tested().head.weight[0, 0].item())
+        seen.append(trainer.tested().classifier.weight[0, 0].item())
     assert seen[:4] == pytest.approx([1, 1.5, 2, 2.5])
     assert seen[4] == pytest.approx(2.5 + 2.5 / 4) and seen[6] < 5
 
@@ -344,8 +344,8 @@ def test_average_of_the_weights_is_tested_and_kept(inside, folder):
     run = only_run(folder)
     last = torch.load(run / "last.pth", weights_only=True)
     kept = torch.load(folder / "model_cnn_digits.pth", weights_only=True)["model"]
-    assert not torch.equal(last["model"]["head.weight"], kept["head.weight"])
-    assert torch.equal(last["average"]["module.head.weight"], kept["head.weight"])
+    assert not torch.equal(last["model"]["classifier.weight"], kept["classifier.weight"])
+    assert torch.equal(last["average"]["module.classifier.weight"], kept["classifier.weight"])
     valid = ic.load_data(ic.Config(dataset="digits")).valid
     model, _ = ic.load_checkpoint(folder / "model_cnn_digits.pth")
     with torch.autocast("cpu", enabled="bfloat16" in last["environment"]["precision"]):
@@ -417,13 +417,12 @@ def test_own_network_imports_what_is_beside_it(folder, monkeypatch):
     (folder / "blocks.py").write_text("WIDTH = 8")
     (folder / "mine.py").write_text("""
 import torch
-from blocks import WIDTH
 def network(classes=10, channels=3, image_size=32):
+    from blocks import WIDTH
     return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, WIDTH),
                                torch.nn.Linear(WIDTH, classes))""")
-    before = [*sys.path]
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert networks.factory(f"{folder / 'mine.py'}:network")()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert sys.path == before
 
 
 def test_own_file_with_a_command_line_of_its_own_is_named(inside, folder):

@@ -97,8 +97,8 @@ def test_wrong_usage_seen_from_outside(program):
 
 
 def test_default_batch_is_clamped_with_a_note(inside):
-    out, _ = inside(*QUICK, "--subset", "60")
-    assert "note: the batch size is 60" in out
+    out, _ = inside(*QUICK, "--subset", "30")
+    assert "note: the batch size is 30" in out
 
 
 @pytest.mark.parametrize("package", ["sklearn", "torchvision", "torchsummary", "tensorboard", "matplotlib"])
