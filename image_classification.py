@@ -183,7 +183,7 @@ class Config:
 
 KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(Config).items()}
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # each by its first setting
-# What None stands for, chosen on validation images.
+# What None stands for, chosen on validation images: benchmarks/README.md.
 FOR_DATASET: dict[str, dict[str, Any]] = {
     "CIFAR10": {"epochs": 10, "batch_size": 500, "augment": "flip,crop=2", "low_res": 0.7},
     "digits": {"epochs": 12, "batch_size": 50, "augment": "crop=2", "low_res": 0.0},
@@ -1123,7 +1123,7 @@ class Trainer:
         self.saved_at = time.perf_counter()
         self.pause = 0.0  # s that the end of an epoch takes; each shows it anew
         self.scales: set[float] = set()  # of images whose first step is over
-        self.finite = {name for name, value in self.model.state_dict().items() if value.isfinite().all()}  # no masks
+        self.masks = {name for name, value in self.model.named_buffers() if not value.isfinite().all()}
 
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -1216,7 +1216,7 @@ class Trainer:
     def check_finite(self, done: int, saving: bool = False, valid_loss: float = 0.0) -> None:
         """UserError if the loss in one of this epoch's first `done` steps, or what is to be saved, is not finite."""
         bad = (~self.sums[:done, 0].isfinite()).nonzero()
-        kept = [value for name, value in self.model.state_dict().items() if saving and name in self.finite]
+        kept = [value for name, value in self.model.state_dict().items() if saving and name not in self.masks]
         for state in [state for optimizer in self.optimizers * saving for state in optimizer.state.values()]:
             kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
         if len(bad) or not math.isfinite(valid_loss) or not all(tensor.isfinite().all() for tensor in kept):
@@ -1232,7 +1232,7 @@ class Trainer:
         per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
         """
         views = self.config.test_views
-        # forward only: half of a step in fp32, a third in bf16, measured
+        # forward only: half of a step in fp32, measured; a third in bf16, and 0.3 s for files, until an epoch has ended
         test = per_step * self.data.test_images / self.places[0].stop / 2
         pause = self.pause or 0.3 + per_step * len(self.valid.labels) / self.places[0].stop / 3
         left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))

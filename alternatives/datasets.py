@@ -237,8 +237,9 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
     if lost := [name for label, name in enumerate(classes) if label not in learned]:
         raise ValueError(f"no image of the class {lost[0]} can be read: {'; '.join(unreadable.values())}"[:500])
     pairs = twins(kept)
-    report = describe(folder, classes, size, kept, unreadable, pairs) | {"left_out": [str(path) for path in other]}
-    kept = used(kept)
+    chosen = used(kept)
+    report = describe(folder, classes, size, kept, chosen, unreadable, pairs)
+    report, kept = report | {"left_out": [str(path) for path in other]}, chosen
     for line in report["words"]:
         print(line)
     if len(unreadable) > UNREADABLE * len(files):
@@ -335,9 +336,9 @@ def used(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[str, int, Pat
 
 def describe(
     folder: Path, classes: list[str], size: int, kept: list[tuple[str, int, Path, Decoded]],
-    unreadable: dict[Path, str], pairs: list[tuple[int, int, bool]],
+    chosen: list[tuple[str, int, Path, Decoded]], unreadable: dict[Path, str], pairs: list[tuple[int, int, bool]],
 ) -> dict[str, Any]:  # fmt: skip
-    """The data report: what data_report.json holds; "words": the lines of it to print."""
+    """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
     parts = list(dict.fromkeys(part for part, *_ in kept))
     counts = Counter((part, label) for part, label, *_ in kept)
     table = {part: {name: counts[part, label] for label, name in enumerate(classes)} for part in parts}
@@ -349,7 +350,7 @@ def describe(
     words.append(f"  shorter sides from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}")
     if sides[0] < size / 2:
         words.append(f"  {sum(side < size / 2 for side in sides)} images are less than half as large as {size} pixels")
-    counts = Counter((part, label) for part, label, *_ in used(kept))
+    counts = Counter((part, label) for part, label, *_ in chosen)
     learned = {name: counts[parts[0], label] for label, name in enumerate(classes)}
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
