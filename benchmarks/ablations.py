@@ -32,6 +32,17 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "nothing added to": ([], [("return x + F.silu(", "return F.silu(")]),
     "maximum over what remains": ([], [(".mean((2, 3))", ".amax((2, 3))")]),
     "no whitening": ([], [("        set_whitening(", "        (")]),
+    "first layer trained, too": ([], [("self.whiten.weight.requires_grad_(False)", "")]),
+    "first layer of 3×3 pixels": (
+        [], [("2 * channels * 2 * 2", "2 * channels * 3 * 3"), ("* 3 * 3, 2, bias", "* 3 * 3, 3, bias"),
+             ("F.unfold(images, 2)", "F.unfold(images, 3)")],
+    ),
+    "… and stride 2": (
+        [], [("2 * channels * 2 * 2", "2 * channels * 3 * 3"), ("* 3 * 3, 2, bias", "* 3 * 3, 3, 2, 1, bias"),
+             ("F.unfold(images, 2)", "F.unfold(images, 3)")],
+    ),
+    "width 0.75": (["--width", "0.75"], []),
+    "width 1.25": (["--width", "1.25"], []),
     "no identity initialisation": ([], [("nn.init.dirac_(", "(")]),
     "random flips": ([], [("(first ^ bool(epoch % 2))", "(torch.rand(count, generator=generator) < 0.5)")]),
     "shifts of 4 pixels": (["--augment", "flip,crop=4"], []),
@@ -41,13 +52,42 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "batch 1000, lr as it is": (["--batch-size", "1000"], []),
     "lr x 2": (["--lr", "0.24"], []),
     "lr / 2": (["--lr", "0.06"], []),
+    "momentum 0.3": (["--momentum", "0.3"], []),
+    "momentum 0.9": (["--momentum", "0.9"], []),
+    "two Newton-Schulz steps": ([], [("in range(3)", "in range(2)")]),
+    "five Newton-Schulz steps": ([], [("in range(3)", "in range(5)")]),
+    "Newton-Schulz in fp32": ([], [("dtype = dtype if dtype == torch.bfloat16 else", "dtype =")]),
     "AdamW": (["--optimizer", "adamw"], []),
     "cosine": (["--scheduler", "cosine"], []),
     "moving average of the weights": (["--ema"], []),
+    "first stage fixed in the last 30 %": (
+        [], [("self.step += 1", "self.step += 1\n        "
+              "self.model.stages[0].requires_grad_(self.step < 0.7 * self.total_steps)")],
+    ),
+    "the easiest fifth of the images left out": (
+        [], [("config, drawn = self.config, None", "config, count = self.config, len(self.labels)\n        "
+              "self.recent = getattr(self, 'recent', torch.full((count,), math.inf))\n        "
+              "drawn = self.recent.topk(count * 4 // 5).indices"),
+             ("hits = (logits", "self.recent[chosen] = F.cross_entropy(logits, labels, reduction='none')\n"
+              + 16 * " " + "hits = (logits")],
+    ),
+    "validation after the last epoch only": (
+        [], [("if validation:", "if validation and trainer.step == trainer.total_steps:")],
+    ),
+    "images taken as they are, nothing gathered": (
+        [], [("gather(self.images, chosen, flips, shifts)", "self.images[chosen]")],
+    ),
     "fp32": (["--precision", "fp32"], []),
     "colours one after the other in memory": ([], [(".to(memory_format=torch.channels_last)", "")]),
     "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
-}
+    "torch.compile": (
+        [], [("        self.augment = batch", "        self.model.compile()\n        self.augment = batch")],
+    ),
+    "one thread": ([], [("def main(", "torch.set_num_threads(1)\n\n\ndef main(")]),
+    "threads bound to cores": (
+        [], [("    import torch\n", "    os.environ['OMP_PROC_BIND'] = 'true'\n    import torch\n")],
+    ),
+}  # fmt: skip
 
 
 def run(name: str, seed: int, data_dir: str, epochs: int) -> dict:
