@@ -130,7 +130,9 @@ class Config:
     init_from: str = setting("", "model file whose weights to start from; other classes get a new last layer")
     freeze: bool = setting(False, "train only the last layer")
 
-    recipe: str = setting("", "default, accuracy94 or a name in alternatives/recipes.py; other options win over it")
+    recipe: str = setting(
+        "", "default, accuracy94, a name in alternatives/recipes.py, or FILE.json; other options win over it"
+    )
     epochs: int | None = setting(None, "passes over the training images", low=1)
     minutes: float = setting(0.0, "train for so long that all is done in F minutes; 0: by epochs", low=0)
     batch_size: int | None = setting(None, "images a step", low=1)
@@ -156,6 +158,7 @@ class Config:
     deterministic: bool = setting(False, "deterministic algorithms on GPUs too, slower")
     repeat: int = setting(1, "train with N seeds and report mean and spread", low=1)
     test_views: int = setting(1, "also test on the mean of 2: image and mirror image; 6: and shifted", 1, 2, 6)
+    keep_epochs: bool = setting(False, "keep the model of every epoch, for explain.py --animate")
     run_dir: str = setting("", "folder of this run (default: a new one in runs/)")
     out: str = setting("", "the finished model (default: model_<network>.pth, other data sets named too)")
     resume: str = setting("", "go on with the run in this folder; last: the newest unfinished one in runs/")
@@ -240,13 +243,27 @@ def configure(**given: Any) -> Config:
     if given.get("resume"):
         return resume_config(**given)
     recipe = given.get("recipe", "default")
-    recipes = RECIPES if recipe in RECIPES else RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
-    if recipe not in recipes:
-        raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
-    settings = recipes[recipe]
+    settings = read_recipe(recipe) if recipe.endswith(".json") else RECIPES.get(recipe)
+    if settings is None:
+        recipes = alternative("recipes", f"--recipe {recipe}").RECIPES
+        if recipe not in recipes:
+            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, RECIPES | recipes)}")
+        settings = recipes[recipe]
     if given.get("model", own := settings.get("model", "cnn")) != own:  # these three are for the recipe's own network
         settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
     return Config(**settings | given)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The settings in a JSON file, such as tune.py writes."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        unknown = settings.keys() - KINDS.keys()
+    except (ValueError, AttributeError):
+        raise UserError(f'--recipe {path}: it has to hold settings and values, like {{"epochs": 5}}') from None
+    if unknown:
+        raise UserError(f"--recipe {path}: unknown setting {min(unknown)}: {suggest(min(unknown), KINDS)}")
+    return settings
 
 
 def is_own(model: str) -> bool:
@@ -623,6 +640,10 @@ def load_digits(config: Config, substitution: str = "") -> Data:
 def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
+
+    def split_arrays(labels: Any, fraction: float) -> list[Any]:
+        return [part.numpy() for part in split_off(torch.from_numpy(labels), fraction)]
+
     if wanted not in datasets.NAMES and not Path(wanted).expanduser().is_dir():
         near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
         raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
@@ -630,13 +651,15 @@ def load_other(config: Config) -> Data:
         size = config.image_size
         if config.pretrained and not size:
             size = alternative("networks", "--pretrained").imagenet_size(config.model)
-        found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
+        found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_arrays)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
+    train, valid, test = (
+        part and Split(*map(torch.from_numpy, part)) for part in (found.train, found.valid, found.test)
+    )
     return make_data(
-        config, found.name, found.classes, Split(*found.train), found.valid and Split(*found.valid),
-        load_test=lambda: Split(*found.test), test_images=len(found.test[1]), mirrored=found.mirrored,
-        report=found.report,
+        config, found.name, found.classes, train, valid, load_test=lambda: test, test_images=len(test.labels),
+        mirrored=found.mirrored, report=found.report,
     )  # fmt: skip
 
 
@@ -1434,6 +1457,8 @@ def train_once(
             trainer.history.append(row)
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
+            if config.keep_epochs:
+                save_checkpoint(run / f"epoch-{epoch:04d}.pth", trainer.finished())
             log.epoch(trainer.history, rate)  # before what a resume goes on from, or a kill between would lose it
             trainer.save(last)
             trainer.pause = time.perf_counter() - trained
@@ -1657,19 +1682,36 @@ class RunLog:
         self.boards[0].add_hparams(settings, metrics, run_name=".", global_step=epoch)  # in this run, not one below
 
 
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """How far confidence is from accuracy: the mean over 15 classes of confidence, by their images (Guo et al., 2017).
+
+    logits: float (N, classes); labels: int64 (N,); both on the CPU. In [0, 1].
+    """
+    sure, guess = logits.softmax(1).max(1)
+    gaps = torch.zeros(15).index_add(0, (sure * 15).long().clamp(max=14), sure - (guess == labels).float())
+    return gaps.abs().sum().item() / len(labels)
+
+
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     """Test the best weights, or the last without validation images, once, in fp32; print, draw and write it."""
     config, data, history, classes = trainer.config, trainer.data, trainer.history, trainer.data.classes
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
     if trainer.device.type == "cpu":
         keep_freed_memory()  # training and reading are over, and what follows imports much
+    from scipy.optimize import minimize_scalar
     from scipy.stats import binomtest
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_fscore_support
 
     content = read_checkpoint(run / "best.pth")
     load_weights(trainer.model, content["model"], run / "best.pth")
-    result = evaluate(trainer.model, *test)
-    sure, guess = result.logits.softmax(1).max(1)
+    result, temperature = evaluate(trainer.model, *test), 1.0
+    if len(trainer.valid.labels):
+        with trainer.autocast():
+            logits, labels = evaluate(trainer.model, *trainer.valid).logits, trainer.valid.labels.cpu()
+        fit = minimize_scalar(lambda sharpness: F.cross_entropy(logits * sharpness, labels).item(), bounds=(0.1, 10))
+        temperature = 1 / float(fit.x)  # Guo et al., 2017
+    sure, guess = (result.logits / temperature).softmax(1).max(1)
+    errors = [calibration_error(result.logits / each, test.labels) for each in (1.0, temperature)]
     numbers, count = range(len(classes)), len(guess)
     matrix = confusion_matrix(test.labels, guess, labels=numbers)
     scores = precision_recall_fscore_support(test.labels, guess, labels=numbers, zero_division=0)
@@ -1680,6 +1722,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         "test_accuracy": hits / count, "test_accuracy_interval": [float(low), float(high)], "test_loss": result.loss,
         "class_accuracy": recall,  # the share of a class that is recognised: both are this
         "precision": precision, "recall": recall, "f1": f1, "confusion_matrix": matrix.tolist(),
+        "temperature": temperature, "calibration_error": errors[1], "calibration_error_before": errors[0],
         "seconds": trainer.seconds, "dataset": data.name, "train_images": len(trainer.labels), "epochs": len(history),
         "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None, "commit": commit(),
         "hardware": describe(trainer.device), "versions": VERSIONS,
@@ -1696,6 +1739,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
     ranked = sorted((name for name in classes if tested[name]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
+    print(f"Confidence is off by {percent(errors[1])} on average ({percent(errors[0])} before its calibration)")
     print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}")
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"]
     reached = training if reached is None else reached
@@ -1719,7 +1763,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
         figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
     log.report(config, len(history) - 1, {"test accuracy": hits / count, "test loss": result.loss}, figures)
-    content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss}
+    content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss, "temperature": temperature}
     save_checkpoint(run / "best.pth", content)
     return Report(results, history, run, run / "best.pth")
 

@@ -1,4 +1,7 @@
-"""What `--dataset` takes besides CIFAR-10 and the digits: five more by name, and folders of images."""
+"""What `--dataset` takes besides CIFAR-10 and the digits: five more by name, and folders of images.
+
+Arrays of NumPy, so that `decode` is there for `inference.py` where torch is not installed.
+"""
 
 import hashlib
 import re
@@ -11,14 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
-Pair = tuple[torch.Tensor, torch.Tensor]  # images, uint8 (N, 3, H, W), and their labels, int64 (N,)
+Pair = tuple[np.ndarray, np.ndarray]  # images, uint8 (N, 3, H, W), and their labels, int64 (N,)
 
 
 class Found(NamedTuple):
@@ -62,6 +62,7 @@ def settings(count: int, size: int, mirrored: bool, pretrained: bool) -> dict[st
 
 def by_name(name: str, data_dir: Path) -> Found:
     """One of NAMES by torchvision, which downloads it where it is missing."""
+    import torch
     from torchvision import datasets
 
     kinds: dict[str, Any] = {
@@ -80,7 +81,7 @@ def by_name(name: str, data_dir: Path) -> Found:
         elif images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
         labels = found.labels if name in ("svhn", "stl10") else found.targets
-        return images, torch.as_tensor(labels).long()
+        return images.numpy(), torch.as_tensor(labels).long().numpy()
 
     train = read(True)
     classes = [str(each) for each in getattr(train, "classes", range(10))]
@@ -248,13 +249,16 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
 
     def pair(part: str) -> Pair:
         own = [(label, each.pixels) for kind, label, _, each in kept if kind == part]
-        images = torch.from_numpy(np.stack([pixels for _, pixels in own])).permute(0, 3, 1, 2)
-        return images, torch.tensor([label for label, _ in own])
+        images = np.stack([pixels for _, pixels in own]).transpose(0, 3, 1, 2)
+        return images, np.array([label for label, _ in own])
 
     held = {part: pair(part) for part in dict.fromkeys(part for part, *_ in kept)}
     train, test = held["all" if "all" in held else "train"], held.get("test")
     if not test:
-        tested = torch.zeros(len(train[1]), dtype=torch.bool)
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        tested = np.zeros(len(train[1]), dtype=bool)
         tested[split_off(train[1], TEST_FRACTION)[1]] = True
         split = [str(path) for part, _, path, _ in kept if part in ("all", "train")]
         places = {path: place for place, path in enumerate(split)}
@@ -315,10 +319,10 @@ def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bo
         if (first := firsts.setdefault(each.digest, place)) != place:
             pairs.append((first, place, True))
     places = [place for place in firsts.values() if 16 < kept[place][3].sketch.sum() < 240]
-    bits = torch.tensor(np.array([kept[place][3].sketch for place in places]), dtype=torch.float32) * 2 - 1
+    bits = np.array([kept[place][3].sketch for place in places], dtype=np.float32).reshape(-1, 256) * 2 - 1
     for start in range(0, len(places), 1000):
-        alike = (bits[start : start + 1000] @ bits[start:].T).triu(1) >= 256 - 2 * ALIKE
-        for row, column in alike.nonzero()[:MOST_TWINS].tolist():
+        alike = np.triu(bits[start : start + 1000] @ bits[start:].T, 1) >= 256 - 2 * ALIKE
+        for row, column in np.argwhere(alike)[:MOST_TWINS].tolist():
             first, second = places[start + row], places[start + column]
             one, other = (kept[place][3].pixels.astype(np.int16) for place in (first, second))
             if np.abs(one - other).mean() < 255 * 0.03:

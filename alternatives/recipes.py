@@ -9,16 +9,17 @@ from typing import Any
 PLAIN: dict[str, Any] = {"scheduler": "none", "label_smoothing": 0.0, "augment": "none", "precision": "fp32"}
 RECIPES: dict[str, dict[str, Any]] = {
     # Reference 002: a beginner's CNN, Adam at 0.001, batches of 32, 10 epochs, random crops and flips; it claims 75 to
-    # 80 %. Chosen: dropout of 0.25 (validation: 74 %; with 0.5: 69 %). Ours: the crops reflect what is beyond the
-    # border, and flips alternate.
+    # 80 %. Chosen: dropout of 0.1 (validation: 75.6 %; with 0: 75.8, with 0.25: 74, with 0.5: 69). Ours: the crops
+    # reflect what is beyond the border, and flips alternate.
     "beginner": PLAIN | {
-        "model": "beginner-cnn", "dropout": 0.25, "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 1e-3,
+        "model": "beginner-cnn", "dropout": 0.1, "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 1e-3,
         "augment": "flip,crop=4",
     },
-    # Reference 000: coursework that ends at 35 % after 10 epochs; all but the network and the epochs is chosen.
+    # Reference 000: coursework of 10 epochs, training loss 2.23 to 1.69, validation loss 2.10 to 1.64; all but the
+    # network and the epochs is chosen so that the losses come near: 2.25 to 1.68, 2.18 to 1.60.
     "coursework": PLAIN | {
-        "model": "coursework-cnn", "epochs": 10, "batch_size": 64, "optimizer": "sgd", "lr": 3e-4, "momentum": 0.0,
-        "weight_decay": 0.0,
+        "model": "coursework-cnn", "dropout": 0.3, "epochs": 10, "batch_size": 64, "optimizer": "sgd", "lr": 9e-4,
+        "momentum": 0.0, "weight_decay": 0.0, "scheduler": "cosine",
     },
     # Reference 001: a ResNet, Adam, ReduceLROnPlateau, clipping and decay, all seven of its augmentations; the numbers
     # that its README leaves open are chosen. Ours: a tenth of the training images is for validation, flips alternate.

@@ -46,8 +46,8 @@ def test_recipe_is_what_its_reference_states(recipe):
 
 def test_recipe_with_another_network_leaves_out_what_was_for_its_own():
     assert ic.configure(recipe="beginner", model="resnet18").dropout is None
-    assert ic.configure(recipe="beginner", model="beginner-cnn").dropout == 0.25
-    assert ic.configure(recipe="beginner", model="fcn", dropout=0.1).dropout == 0.1
+    assert ic.configure(recipe="beginner", model="beginner-cnn").dropout == 0.1
+    assert ic.configure(recipe="beginner", model="fcn", dropout=0.2).dropout == 0.2
 
 
 @pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "convnet", "fftnet"])

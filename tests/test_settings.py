@@ -175,6 +175,21 @@ def test_config_from_python_is_checked():
             ic.Config(**wrong)
 
 
+def test_recipe_in_a_file(inside, folder):
+    recipe = folder / "mine.json"
+    recipe.write_text('{"dataset": "digits", "subset": 200, "epochs": 1, "width": 0.25}')
+    out, _ = inside("--recipe", "mine.json", "--epochs", "2")
+    assert "Epoch 0001" in out and "Epoch 0002" not in out
+    recipe.write_text('{"learning_rate": 1}')
+    assert "learning_rate" in inside.error("--recipe", "mine.json")
+    for text in ("{", "[1]", '"lr"'):
+        recipe.write_text(text)
+        assert '{"epochs": 5}' in inside.error("--recipe", "mine.json")
+    recipe.write_text('{"epochs": "many"}')
+    assert "--epochs" in inside.error("--recipe", "mine.json", status=2)
+    assert "nowhere.json: there is no such file" in inside.error("--recipe", "nowhere.json")
+
+
 def test_recipe_from_python():
     config = ic.configure(recipe="accuracy94", epochs=3)
     assert (config.width, config.epochs, config.val_fraction) == (2.0, 3, 0.0)

@@ -236,6 +236,42 @@ def test_every_optimizer_learns(quick, optimizer):
     assert quick(optimizer=optimizer, epochs=5, batch_size=50).results["test_accuracy"] > 0.6
 
 
+def test_confidence_is_calibrated_on_validation_images(quick):
+    report = quick(epochs=1, batch_size=50, subset=800, val_fraction=0.3)
+    model, content = ic.load_checkpoint(report.checkpoint)
+    data = ic.load_data(ic.Config(dataset="digits", subset=800, val_fraction=0.3))
+    temperature = content["metrics"]["temperature"]
+    assert temperature == report.results["temperature"]
+
+    def loss(temperature):
+        logits = ic.evaluate(model, *data.valid).logits / temperature
+        return torch.nn.functional.cross_entropy(logits, data.valid.labels).item()
+
+    assert 0.1 < temperature < 0.9  # trained with smoothed labels: too unsure
+    assert loss(temperature) < min(loss(1.1 * temperature), loss(temperature / 1.1), loss(1.0))
+
+    def error(temperature):
+        sure, guess = (ic.evaluate(model, *data.test).logits / temperature).softmax(1).max(1)
+        gaps = []
+        for low in range(15):
+            inside = [i for i, each in enumerate(sure.tolist()) if low <= 15 * each < low + 1]
+            right = sum(int(guess[i] == data.test.labels[i]) for i in inside)
+            gaps.append(abs(sum(sure[i].item() for i in inside) - right))
+        return sum(gaps) / len(sure)
+
+    assert report.results["calibration_error_before"] == pytest.approx(error(1.0), abs=1e-5)
+    assert report.results["calibration_error"] == pytest.approx(error(temperature), abs=1e-5)
+    assert error(temperature) < error(1.0)
+
+
+def test_model_of_every_epoch_is_kept_when_asked_for(quick):
+    run = quick(epochs=3, subset=200, keep_epochs=True).run
+    first, _, last = sorted(run.glob("epoch-*.pth"))
+    assert [first.name, last.name] == ["epoch-0000.pth", "epoch-0002.pth"]
+    assert same(weights(last), weights(run / "last.pth")) and not same(weights(first), weights(last))
+    assert not list(quick(epochs=1, subset=200).run.glob("epoch-*"))
+
+
 def test_fp16_with_scaler_and_clipping_learns(quick):
     assert quick(precision="fp16", grad_clip=10.0, batch_size=50, subset=600).results["test_accuracy"] > 0.5
 
