@@ -551,6 +551,8 @@ class Data:
     std: list[float]
     substitution: str = ""  # why this is not the data set that was wanted
     report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
+    files: list[str] | None = None  # of the training images, where each has a file of its own
+    kept: torch.Tensor | None = None  # which of the data set's training images `train` holds: int64 (N,)
 
     @functools.cached_property
     def test(self) -> Split:
@@ -596,7 +598,7 @@ def make_data(
     values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
     mean = counts @ values.double()
     std = (counts @ values.double() ** 2 - mean**2).clamp(min=1e-6).sqrt()
-    return Data(name, classes, train, valid, mean=mean.tolist(), std=std.tolist(), **rest)
+    return Data(name, classes, train, valid, mean=mean.tolist(), std=std.tolist(), kept=kept, **rest)
 
 
 def load_cifar10(folder: Path, config: Config) -> Data:
@@ -659,7 +661,7 @@ def load_other(config: Config) -> Data:
     )
     return make_data(
         config, found.name, found.classes, train, valid, load_test=lambda: test, test_images=len(test.labels),
-        mirrored=found.mirrored, report=found.report,
+        mirrored=found.mirrored, report=found.report, files=found.files,
     )  # fmt: skip
 
 
@@ -1762,6 +1764,10 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
         figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
+    table = csv.writer(text := io.StringIO(newline=""))
+    table.writerow(["label", "prediction", "confidence"])
+    table.writerows(zip([classes[i] for i in test.labels], [classes[i] for i in guess], sure.tolist(), strict=True))
+    write_atomically(run / "test_predictions.csv", text.getvalue().encode())
     log.report(config, len(history) - 1, {"test accuracy": hits / count, "test loss": result.loss}, figures)
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss, "temperature": temperature}
     save_checkpoint(run / "best.pth", content)

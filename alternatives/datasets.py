@@ -31,6 +31,7 @@ class Found(NamedTuple):
     test: Pair
     mirrored: bool  # may an image be flipped left to right and keep its label?
     report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
+    files: list[str] | None = None  # of a folder: the file of each training image
 
 
 def load(dataset: str, data_dir: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
@@ -254,13 +255,13 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
 
     held = {part: pair(part) for part in dict.fromkeys(part for part, *_ in kept)}
     train, test = held["all" if "all" in held else "train"], held.get("test")
+    split = [str(path) for part, _, path, _ in kept if part in ("all", "train")]
     if not test:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
         tested = np.zeros(len(train[1]), dtype=bool)
         tested[split_off(train[1], TEST_FRACTION)[1]] = True
-        split = [str(path) for part, _, path, _ in kept if part in ("all", "train")]
         places = {path: place for place, path in enumerate(split)}
         alike = [(places[a], places[b]) for a, b, _ in report["twins"] if a in places and b in places]
         links = coo_array((np.ones(len(alike)), np.array(alike, dtype=np.int32).reshape(-1, 2).T), (len(split),) * 2)
@@ -270,11 +271,12 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
         for label in range(len(classes)):  # unless a class were all test
             tested[train[1] == label] &= not tested[train[1] == label].all()
         test, train = ((train[0][part], train[1][part]) for part in (tested, ~tested))
+        split = [file for file, is_tested in zip(split, tested, strict=True) if not is_tested]
     if not len(test[1]):
         raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
-    return Found(name, classes, train, held.get("valid"), test, True, report)
+    return Found(name, classes, train, held.get("valid"), test, True, report, split)
 
 
 def suitable_size(paths: list[Path]) -> int:

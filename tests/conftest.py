@@ -109,13 +109,59 @@ def program(folder):
     return Program(folder)
 
 
-@pytest.fixture(scope="session")
-def cifar10():
-    """The folder to give as --data-dir for real CIFAR-10."""
+def find_cifar10():
+    """The folder to give as --data-dir for real CIFAR-10, if there is one."""
     for place in (os.environ.get("CIFAR10_DIR", ""), REPOSITORY / "data"):
         if place and (Path(place) / "cifar-10-batches-py" / "test_batch").exists():
             return Path(place)
-    pytest.skip("no CIFAR-10 in data/ or in the folder that CIFAR10_DIR names")
+    return None
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The same, for tests that need it."""
+    return find_cifar10() or pytest.skip("no CIFAR-10 in data/ or in the folder that CIFAR10_DIR names")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a model_*.pth and its run, whose epochs are kept."""
+    folder = tmp_path_factory.mktemp("trained")
+    program = Program(folder)
+    place = find_cifar10()
+    data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "8000"] if place else ["--dataset", "digits"]
+    program(*data, "--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(trained):
+    """That model, as inference.py loads it."""
+    (path,) = trained.glob("model_*.pth")
+    import inference
+
+    return inference.load_model(path, "cpu")
+
+
+@pytest.fixture(scope="session")
+def data(model):
+    """Its data set."""
+    import inference
+
+    return inference.load_its_data(model)
+
+
+def tool(name, folder):
+    """One of the tools, to be run in that folder."""
+    return Program(folder, REPOSITORY / f"{name}.py")
+
+
+def save(image, path, **options):
+    """Write an image, uint8 (3, H, W), to a file; returns its path."""
+    from PIL import Image
+
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
+    return path
 
 
 @pytest.fixture

@@ -1,0 +1,161 @@
+"""A web page that says what a picture shows, and where it sees that.
+
+    python app.py                                  then open http://127.0.0.1:7860
+    python app.py --checkpoint model_cnn.pth --examples holiday/
+    python app.py --host 0.0.0.0                   for other machines in the network, too
+
+Nothing leaves this machine: no telemetry, and the page loads nothing from the internet.
+"""
+
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from inference import (
+    Classifier,
+    InferenceError,
+    find,
+    load_its_data,
+    load_model,
+    newest_checkpoint,
+    parser,
+    probabilities,
+    read,
+    run,
+)
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_OFFLINE"] = "1"
+try:
+    import gradio as gr
+    import torch
+    from PIL import Image
+
+    import image_classification as ic
+    from alternatives.datasets import decode
+    from explain import grad_cam, overlay
+except ImportError as problem:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+
+LARGEST_FILE = "30mb"
+SIDE = 384  # pixels, of the picture that is shown with its heat map
+STYLE = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # small images, too, fill their frame
+
+
+def classify(model: Classifier, path: str | None) -> tuple[dict[str, float] | None, np.ndarray | None]:
+    """The probability of each class, and the picture with what speaks for the likeliest one: uint8 (S, S, 3).
+
+    Raises gr.Error, which the page shows, for a file that is no image.
+    """
+    if path is None:
+        return None, None
+    pixels = next(read(model, [path]))[1]
+    if isinstance(pixels, str):
+        why = pixels.replace(f" {path!r}", "")[:200]
+        raise gr.Error(f"This is no picture that can be read: {why}", print_exception=False)
+    shares = probabilities(model, pixels[None])[0]
+    large = torch.from_numpy(decode(Path(path), SIDE).pixels.copy()).permute(2, 0, 1)[None]
+    try:
+        heat = grad_cam(model.network, torch.from_numpy(pixels.copy())[None], torch.tensor([int(shares.argmax())]))
+        heat = torch.nn.functional.interpolate(heat[None], (SIDE, SIDE), mode="bilinear")[0]
+        large = overlay(large, heat)
+    except InferenceError:  # a network without feature maps: the picture alone
+        pass
+    return dict(zip(model.classes, shares.tolist(), strict=True)), large[0].permute(1, 2, 0).numpy()
+
+
+def examples(model: Classifier, folder: str | None, scratch: Path) -> list[str]:
+    """Pictures to click on: those in `folder`, or a test image of each of 10 classes if the data set is at hand."""
+    if folder:
+        paths, problems = find([folder])
+        if problems:
+            raise InferenceError(problems[0])
+        return [str(path.resolve()) for path in paths[:20]]
+    places = [Path(model.settings.get("data_dir", "")), Path(model.settings.get("data_dir", "")) / ic.BATCHES]
+    if model.settings.get("dataset") == "cifar10" and not any((place / "test_batch").exists() for place in places):
+        return []  # examples are not worth a download
+    try:
+        test = load_its_data(model).test
+    except (ic.UserError, InferenceError):
+        return []
+    pictures = []
+    for label, name in list(enumerate(model.classes))[:10]:
+        for image in test.images[test.labels == label][:1]:
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.save(path := scratch / f"{name}.png")
+            pictures.append(str(path))
+    return pictures
+
+
+def build(model: Classifier, pictures: list[str]) -> gr.Blocks:
+    """The page."""
+    right = f", and recognises {100 * model.test_accuracy:.1f} % of its test images" if model.test_accuracy else ""
+    with gr.Blocks(title="Image classification", analytics_enabled=False) as page:
+        gr.Markdown(
+            f"# What does this picture show?\n`{model.path.name}` was trained on {model.dataset}{right}. It knows "
+            f"**{', '.join(model.classes)}**: whatever else a picture shows, it gets one of these."
+        )
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(
+                    label="Drop, paste or take a picture", sources=["upload", "clipboard", "webcam"], type="filepath",
+                    height=SIDE, elem_id="picture",
+                )  # fmt: skip
+                # it is handed on as it was uploaded: reading it, with all that can be wrong, is left to classify
+                picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+                if pictures:
+                    gr.Examples([[path] for path in pictures], picture, label="Or click on one of these")
+            with gr.Column():
+                answer = gr.Label(label="It shows", num_top_classes=min(5, len(model.classes)), elem_id="answer")
+                seen = gr.Image(
+                    label="Grad-CAM: red is where the network found what speaks for it", interactive=False, height=SIDE,
+                    buttons=["download", "fullscreen"], elem_id="seen",
+                )  # fmt: skip
+        picture.change(lambda path: classify(model, path), picture, [answer, seen], api_name="classify")
+    return page
+
+
+def main() -> int:
+    """Run as from the command line; serves until it is stopped."""
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    arguments.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    arguments.add_argument("--examples", metavar="FOLDER", help="pictures to click on (default: test images)")
+    options = arguments.parse_args()
+    model = load_model(options.checkpoint or newest_checkpoint(), options.device, options.model)
+    if not model.network:
+        raise InferenceError(f"{model.path}: the page needs the .pth")
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = examples(model, options.examples, Path(scratch))
+        page = build(model, pictures)
+        folders = sorted({str(Path(path).parent) for path in pictures})
+        try:
+            page.launch(
+                server_name=options.host, server_port=options.port, share=False, quiet=True, show_error=True,
+                prevent_thread_lock=True, max_file_size=LARGEST_FILE, allowed_paths=folders, footer_links=[],
+                inbrowser=False, ssr_mode=False, css=STYLE,
+            )  # fmt: skip
+        except OSError as error:
+            raise InferenceError(
+                f"port {options.port} is taken or not allowed: --port N for another ({error})"
+            ) from None
+        print(f"Open http://{options.host}:{options.port} in a browser. Ctrl-C ends it.")
+        if options.host != "127.0.0.1":
+            print("note: whoever reaches this machine can use the page")
+        try:
+            threading.Event().wait()
+        finally:
+            page.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,346 @@
+"""Classify images with a trained model.
+
+    python inference.py cat.jpg holiday/                      the likeliest classes of each image
+    python inference.py holiday/ --format csv > holiday.csv
+    python inference.py cat.jpg --save predictions.png        a picture of the images and their classes
+    python inference.py --checkpoint model.onnx cat.jpg       where torch is not installed
+
+From Python, too: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
+"""
+
+import argparse
+import csv
+import glob
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+try:
+    import numpy as np
+    from tqdm import tqdm
+
+    from alternatives import datasets
+except ImportError as problem:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {problem}: pip install -r requirements.txt, or for ONNX: pip install onnxruntime pillow tqdm")
+
+AT_ONCE = 250  # images in memory
+SHOWN = 60  # images in one picture
+
+
+class InferenceError(Exception):
+    """Something that the user can mend; the message says how."""
+
+
+@dataclass
+class Classifier:
+    """A trained network, ready to use, and what is known of it."""
+
+    path: Path
+    classes: list[str]
+    image_size: int  # S, width and height in pixels
+    temperature: float  # logits are divided by it: confidences are then about as often right as they say
+    dataset: str
+    test_accuracy: float | None  # [0, 1]
+    logits: Callable[[np.ndarray], np.ndarray]  # of uint8 images (N, 3, S, S): float32 (N, classes), computed in fp32
+    network: Any = None  # the nn.Module, on its device and in eval mode; an ONNX file has none,
+    settings: dict[str, Any] = field(default_factory=dict)  # nor the Config of its training
+
+
+def newest_checkpoint() -> Path:
+    """The model file that was written last, here or in runs/; InferenceError where there is none."""
+    found = [path for pattern in ("model_*.pth", "runs/*/*/model_*.pth") for path in Path().glob(pattern)]
+    if not found:
+        raise InferenceError(
+            "no model_*.pth here: train one with image_classification.py, or name it: --checkpoint FILE"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Classifier:
+    """A model file (.pth or .onnx), loaded without executing anything in it.
+
+    device: auto, cpu, cuda, cuda:N or mps; model: FILE.py:FACTORY, for a network of your own. Raises InferenceError.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return load_onnx(path, str(device))
+    try:
+        import torch
+
+        import image_classification as ic
+    except ImportError as error:
+        raise InferenceError(f"{path} needs PyTorch ({error}): pip install -r requirements.txt") from None
+    try:
+        network, content = ic.load_checkpoint(path, model)
+        network.to(ic.choose_device(str(device)))
+    except ic.UserError as error:
+        raise InferenceError(str(error)) from None
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        labels = torch.zeros(len(images), dtype=torch.int64)  # not known, and not used
+        return ic.evaluate(network, torch.tensor(images), labels).logits.numpy()
+
+    metrics, size = content.get("metrics", {}), content["image_size"]
+    temperature, accuracy = metrics.get("temperature", 1.0), metrics.get("test_accuracy")
+    dataset = content.get("dataset", "unknown data")
+    settings = {name: value for name, value in content["config"].items() if name in ic.KINDS}
+    return Classifier(path, content["classes"], size, temperature, dataset, accuracy, logits, network, settings)
+
+
+def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
+    """The data set that a .pth was trained on: image_classification.Data. Raises InferenceError, ic.UserError."""
+    import image_classification as ic
+
+    data = ic.load_data(ic.Config(**model.settings | ({"data_dir": data_dir} if data_dir else {})))
+    if data.classes != model.classes:
+        raise InferenceError(f"{model.path} is for other classes than {data.name} has now")
+    return data
+
+
+def load_onnx(path: Path, device: str) -> Classifier:
+    """A file of export.py: all that is needed is in its metadata."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InferenceError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    providers = ["CPUExecutionProvider"] if device == "cpu" else onnxruntime.get_available_providers()
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=providers)
+        metadata = session.get_modelmeta().custom_metadata_map
+        names = ["classes", "image_size", "temperature", "dataset", "test_accuracy"]
+        about = {name: json.loads(metadata[name]) for name in names}
+    except Exception as error:  # whatever a damaged file makes of ONNX Runtime
+        raise InferenceError(f"{path} is damaged or was not written by export.py ({type(error).__name__})") from None
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        parts = np.split(images, range(50, len(images), 50))
+        return np.concatenate([session.run(["logits"], {"images": part.astype(np.float32) / 255})[0] for part in parts])
+
+    return Classifier(path, logits=logits, **about)
+
+
+def probabilities(model: Classifier, images: np.ndarray) -> np.ndarray:
+    """Calibrated: of uint8 images (N, 3, S, S), float64 (N, classes), each row adding up to 1."""
+    logits = model.logits(images).astype(np.float64) / model.temperature
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def ranked(model: Classifier, images: np.ndarray, top_k: int) -> list[list[tuple[str, float]]]:
+    """Of each of the uint8 images (N, 3, S, S) the top_k likeliest classes with their probabilities, best first."""
+    shares = probabilities(model, images)
+    orders = (-shares).argsort(1, kind="stable")[:, :top_k]
+    return [[(model.classes[i], float(share[i])) for i in order] for order, share in zip(orders, shares, strict=True)]
+
+
+def read(model: Classifier, paths: Sequence[Path | str]) -> Iterator[tuple[Any, np.ndarray | str]]:
+    """Each path with its image as the network wants it, uint8 (3, S, S), or with what is wrong with it."""
+
+    def attempt(path: Path | str) -> np.ndarray | str:
+        try:
+            return datasets.decode(Path(path), model.image_size).pixels.transpose(2, 0, 1)
+        except Exception as error:  # whatever a damaged file makes of Pillow
+            known: dict[type, str] = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder"}
+            return known.get(type(error), str(error) or type(error).__name__)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
+        for start in range(0, len(paths), AT_ONCE):
+            some = paths[start : start + AT_ONCE]
+            yield from zip(some, pool.map(attempt, some), strict=True)
+
+
+def predict(model: Classifier, images: Any, top_k: int = 3) -> list[list[tuple[str, float]]]:
+    """Of each image the likeliest classes with their probabilities in [0, 1], best first.
+
+    images: paths of image files, or uint8 (N, 3, S, S), S being model.image_size. Raises InferenceError for a file that
+    is no image.
+    """
+    if not len(images):
+        return []
+    if isinstance(images[0], (str, Path)):
+        found = list(read(model, images))
+        if wrong := [f"{path}: {pixels}" for path, pixels in found if isinstance(pixels, str)]:
+            raise InferenceError("; ".join(wrong))
+        images = np.stack([pixels for _, pixels in found])
+    return ranked(model, np.asarray(images), top_k)
+
+
+def visualize_predictions(model: Classifier, path: Path | str, device: Any = None, top_k: int = 3) -> Any:
+    """A matplotlib figure of an image as the network sees it and its likeliest classes; moves to `device` if given."""
+    if device is not None and model.network:
+        model.network.to(device)
+    found = next(read(model, [path]))[1]
+    if isinstance(found, str):
+        raise InferenceError(f"{path}: {found}")
+    return draw([(str(path), found, ranked(model, found[None], top_k)[0])])
+
+
+def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
+    """A figure of images, uint8 (3, S, S), under their names, each beside bars of its classes' probabilities."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.6 * columns, 1.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
+    for each in axes:
+        each.axis("off")
+    for place, (name, pixels, classes) in enumerate(shown):
+        image, bars = axes[2 * place : 2 * place + 2]
+        image.imshow(pixels.transpose(1, 2, 0))
+        image.set_title(Path(name).name[-24:], fontsize=8)
+        bars.barh(range(len(classes)), [share for _, share in classes], color=["C0"] + ["C7"] * len(classes))
+        for row, (label, share) in enumerate(classes):
+            bars.text(0.02, row, f"{label} {100 * share:.1f} %", va="center", fontsize=8)
+        bars.set(xlim=(0, 1), ylim=(max(2, len(classes)) - 0.4, -0.6))
+    return figure
+
+
+def find(names: list[str]) -> tuple[list[Path], list[str]]:
+    """All files that are meant, folders walked, and a line for each name that is none of both."""
+    found: list[Path] = []
+    problems, known = [], datasets.extensions()
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith(".")]
+            images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
+            problems += [] if images else [f"{name}: no image in this folder"]
+            found += images
+        elif not path.exists() and (several := sorted(glob.glob(str(path)))):  # Windows leaves *.jpg to the program
+            found += map(Path, several)
+        else:
+            found.append(path)
+    return found, problems
+
+
+def share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise ValueError
+    return value
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what all tools that use a trained model take."""
+    common = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_argument("--checkpoint", metavar="FILE", help="the model file (default: the newest model_*.pth)")
+    common.add_argument("--model", default="", metavar="FILE.py:FACTORY", help="the network, if it is one of your own")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    return common
+
+
+def run(tool: Callable[[], int]) -> int:
+    """Run a tool from the command line: its exit status, or one line about what the user can mend."""
+    for console in (sys.stdout, sys.stderr):
+        if isinstance(console, io.TextIOWrapper):
+            console.reconfigure(errors="replace", line_buffering=True)  # what it cannot show becomes a ?
+    try:
+        return tool()
+    except KeyboardInterrupt:
+        print("\nStopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        script = sys.modules.get("image_classification")
+        if isinstance(error, ModuleNotFoundError):
+            text = f"no module named {error.name!r}: pip install -r requirements-extras.txt"
+        elif isinstance(error, OSError):
+            text = ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
+        elif isinstance(error, (InferenceError, *([script.UserError] if script else []))):
+            text = str(error)
+        else:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 2 if script and isinstance(error, script.UsageError) else 1
+
+
+def main() -> int:
+    """Run as from the command line; returns the exit status: 1 if one of the images could not be classified."""
+    arguments = parser(__doc__)
+    arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    arguments.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to name (default: 3)")
+    arguments.add_argument("--threshold", type=share, default=0.0, metavar="F", help="below it say unsure, [0, 1]")
+    arguments.add_argument("--format", default="table", choices=["table", "csv", "json"], help="(default: table)")
+    arguments.add_argument(
+        "--save", metavar="FILE.png", help=f"a picture of the first {SHOWN} images and their classes"
+    )
+    options = arguments.parse_args()
+    if options.top_k < 1:
+        arguments.error("--top-k must be at least 1")
+    return classify(load_model(options.checkpoint or newest_checkpoint(), options.device, options.model), options)
+
+
+def classify(model: Classifier, options: argparse.Namespace) -> int:
+    """Classify what the options name and print it; returns the exit status."""
+    to = sys.stdout if options.format == "table" else sys.stderr  # what is piped on is to be data only
+    right = f", of whose test images it recognises {100 * model.test_accuracy:.1f} %" if model.test_accuracy else ""
+    print(f"{model.path}: trained on {model.dataset}{right}", file=to)
+    print(f"It knows {', '.join(model.classes)}; whatever else an image shows, it gets one of these", file=to)
+    paths, problems = find(options.images)
+    rows: list[tuple[str, list[tuple[str, float]]]] = []
+    shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]] = []
+    status = 0
+    try:
+        waiting: list[tuple[Path, np.ndarray]] = []
+        for path, pixels in tqdm(read(model, paths), "Classifying", len(paths), unit="img", leave=False, disable=None):
+            if isinstance(pixels, str):
+                problems.append(f"{path}: {pixels}")
+            else:
+                waiting.append((path, pixels))
+            if len(waiting) == AT_ONCE or path is paths[-1] and waiting:
+                images = np.stack([each for _, each in waiting])
+                for (name, image), classes in zip(waiting, ranked(model, images, options.top_k), strict=True):
+                    rows.append((str(name), classes))
+                    shown += [(str(name), image, classes)] if options.save and len(shown) < SHOWN else []
+                waiting.clear()
+    except KeyboardInterrupt:
+        status = 130
+    answers = [classes[0][0] if classes[0][1] >= options.threshold else "unsure" for _, classes in rows]
+    write(options.format, rows, answers)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if options.save and shown:
+        draw(shown).savefig(buffer := io.BytesIO(), format="png", dpi=110)
+        temporary = Path(f"{options.save}.{os.getpid()}.tmp")
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(options.save)
+        print(f"Picture of {len(shown)} of {len(rows)} images: {options.save}", file=to)
+    return status or int(bool(problems))
+
+
+def write(kind: str, rows: list[tuple[str, list[tuple[str, float]]]], answers: list[str]) -> None:
+    """Print the classes of each image as a table, CSV or JSON."""
+    found = [(name, answer, classes) for (name, classes), answer in zip(rows, answers, strict=True)]
+    if kind == "json":
+        keys = ("class", "confidence")
+        listed = [
+            {"file": a, "answer": b, "classes": [dict(zip(keys, each, strict=True)) for each in c]} for a, b, c in found
+        ]
+        print(json.dumps(listed, indent=1))
+    elif kind == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        numbers = range(1, 1 + max([len(classes) for _, classes in rows], default=0))
+        writer.writerow(["file", "answer", *(f"{key}_{i}" for i in numbers for key in ("class", "confidence"))])
+        for name, answer, classes in found:
+            writer.writerow([name, answer, *(value for label, sure in classes for value in (label, f"{sure:.6f}"))])
+    else:
+        width = max([len(name) for name, _ in rows], default=0)
+        for name, answer, classes in found:
+            cells = ", ".join(f"{label} {100 * sure:.1f} %" for label, sure in classes)
+            print(f"{name:{width}}  {'unsure: ' if answer == 'unsure' else ''}{cells}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,134 @@
+"""The web page, in a real browser."""
+
+import io
+import os
+import re
+import shutil
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import REPOSITORY, Program, save
+from PIL import Image
+
+import inference
+
+playwright = pytest.importorskip("playwright.sync_api")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address(trained, model, tmp_path_factory):
+    """The page of the trained model, served by app.py in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Program(tmp_path_factory.mktemp("app"), REPOSITORY / "app.py")
+    process = program.start("--checkpoint", model.path, "--port", port)
+    try:
+        for line in process.stdout:
+            if line.startswith("Open "):
+                break
+        else:
+            pytest.fail(process.stderr.read())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@pytest.fixture
+def page(address):
+    """A browser on the page; what it asks other machines for is refused and counted."""
+    if not BROWSER:
+        pytest.skip("no Chromium: apt-get install chromium")
+    elsewhere = []
+
+    def route(request):
+        if request.request.url.startswith((address, "data:", "blob:")):
+            return request.continue_()
+        elsewhere.append(request.request.url)
+        return request.abort()
+
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page.set_default_timeout(20_000)
+        page.route("**/*", route)
+        page.goto(address)
+        page.wait_for_selector("#picture")
+        yield page
+        browser.close()
+    assert not elsewhere
+
+
+def top(page, text=""):
+    """What the page says that a picture shows, once it says so."""
+    heading = page.locator("#answer [data-testid='label-output-value']")
+    playwright.expect(heading).to_have_text(re.compile(text or r"\S"), timeout=20_000)
+    return heading.inner_text().strip()
+
+
+def upload(page, path):
+    remove = page.locator("#picture button[aria-label='Remove Image'], #picture button[title='Remove Image']")
+    if remove.count():
+        remove.first.click()
+    page.set_input_files("#picture input[type=file]", str(path))
+
+
+def test_picture_rubbish_and_picture_again(page, folder, model, data):
+    answers = [classes[0][0] for classes in inference.predict(model, data.test.images[:30].numpy())]
+    first = 0
+    second = next(i for i, answer in enumerate(answers) if answer != answers[first])
+    upload(page, save(data.test.images[first], folder / "first.png"))
+    assert top(page, answers[first]) == answers[first]
+    playwright.expect(page.locator("#seen img").first).to_be_visible()
+    (folder / "rubbish.jpg").write_text("no image at all")
+    upload(page, folder / "rubbish.jpg")
+    playwright.expect(page.get_by_text("no picture that can be read").first).to_be_visible()
+    upload(page, save(data.test.images[second], folder / "second.png"))
+    assert top(page, answers[second]) == answers[second]
+    page.screenshot(path=os.environ.get("SCREENSHOT") or folder / "page.png")
+
+
+def test_too_large_a_file_is_refused_and_the_page_goes_on(page, folder, model, data):
+    (folder / "large.png").write_bytes(os.urandom(31 * 2**20))
+    upload(page, folder / "large.png")
+    playwright.expect(page.get_by_text(re.compile("size|large", re.IGNORECASE)).first).to_be_visible()
+    page.reload()
+    page.wait_for_selector("#picture")
+    upload(page, save(data.test.images[0], folder / "first.png"))
+    assert top(page) in model.classes
+
+
+def test_examples_are_there_to_click_on(page, model):
+    page.locator(".gallery button, .gallery-item").first.click()
+    assert top(page) in model.classes
+
+
+def test_only_this_machine_is_served(address):
+    port = int(address.rpartition(":")[2])
+    others = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)]
+    for host in others:
+        if not host.startswith("127."):
+            with pytest.raises(OSError):
+                socket.create_connection((host, port), timeout=2)
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(f"{address}/gradio_api/file=/etc/passwd")
+
+
+def test_port_that_is_taken_is_named(address, model, folder):
+    run = Program(folder, REPOSITORY / "app.py")
+    line = run.error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
+    assert "--port" in line
+
+
+def test_page_without_a_browser(model, folder):
+    app = pytest.importorskip("app")
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 200), "green").save(buffer, "PNG")
+    (folder / "green.png").write_bytes(buffer.getvalue())
+    shares, picture = app.classify(model, str(folder / "green.png"))
+    assert sum(shares.values()) == pytest.approx(1) and picture.shape == (app.SIDE, app.SIDE, 3)
+    assert app.classify(model, None) == (None, None)

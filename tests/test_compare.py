@@ -1,0 +1,419 @@
+"""compare.py: on runs of the program, and on made-up ones whose statistics are known from elsewhere."""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, Program
+from scipy.stats import t
+
+import compare
+import inference
+
+QUICK = ["--dataset", "digits", "--subset", "300", "--epochs", "1", "--width", "0.25"]
+HEAD = ["training images", "accuracy %", "95 % low", "95 % high"]
+
+
+@pytest.fixture
+def compared(capsys, folder, monkeypatch):
+    """compare.py on the command line, in this process: a function that returns (standard output, standard error)."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+        capsys.readouterr()
+        got = inference.run(compare.main)
+        out, err = capsys.readouterr()
+        assert got == status, f"status {got}\n{out}\n{err}"
+        return out, err
+
+    return call
+
+
+def write_run(path, report, **settings):
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"dataset": "digits", "data_dir": "data", "lr": 0.12, "seed": 0, "repeat": 1, "out": ""} | settings
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    return path
+
+
+def a_report(accuracy, tested, **others):
+    return {
+        "test_accuracy": accuracy,
+        "test_accuracy_interval": [max(0.0, accuracy - 0.015), min(1.0, accuracy + 0.015)],
+        "confusion_matrix": [[round(accuracy * tested), 0], [tested - round(accuracy * tested), 0]],
+        "seconds": 2.5,
+        "dataset": "digits",
+        "train_images": 1295,
+        "hardware": "A CPU, 2 threads",
+    } | others
+
+
+def make_run(path, right, labels="0123456789", dataset="digits", **settings):
+    """A run of one seed that recognises the test images for which `right` holds."""
+    write_run(path, a_report(sum(right) / len(right), len(right), dataset=dataset), dataset=dataset, **settings)
+    with (path / "test_predictions.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["label", "prediction", "confidence"])
+        for i, good in enumerate(right):
+            label = labels[i % len(labels)]
+            table.writerow([label, label if good else "other", 0.9])
+    return path
+
+
+def make_repeats(path, accuracies, tested=1000, dataset="digits", **settings):
+    """A run of several seeds with these accuracies."""
+    parts = [a_report(each, tested, dataset=dataset) for each in accuracies]
+    report = parts[0] | {"test_accuracy": sum(accuracies) / len(parts), "seconds": 2.5 * len(parts), "repeats": parts}
+    return write_run(path, report, dataset=dataset, repeat=len(parts), **settings)
+
+
+def images(both, only_a, only_b, neither):
+    """For each image whether a, and whether b recognises it."""
+    kinds = [(True, True)] * both + [(True, False)] * only_a + [(False, True)] * only_b + [(False, False)] * neither
+    return [a for a, _ in kinds], [b for _, b in kinds]
+
+
+def pair(folder, both=80, only_a=2, only_b=10, neither=8, **settings):
+    right_a, right_b = images(both, only_a, only_b, neither)
+    return make_run(folder / "a", right_a), make_run(folder / "b", right_b, **settings)
+
+
+def numbers(line):
+    """By how many points, and from where to where."""
+    return [float(each) for each in re.search(r"(-?[\d.]+) points \(95 % interval (\S+) to ([^\s,]+),", line).groups()]
+
+
+# ---- runs of the program ----
+
+
+def test_real_runs_as_a_user_compares_them(inside, folder):
+    other = ["--lr", "0.001", "--seed", "5"]
+    inside(*QUICK, "--run-dir", "runs/one/first")
+    inside(*QUICK, *other, "--run-dir", "runs/one/second")
+    inside(*QUICK, "--repeat", "2", "--run-dir", "runs/more/first")
+    inside(*QUICK, *other, "--repeat", "2", "--run-dir", "runs/more/second")
+    (folder / "runs" / "one" / "notes").mkdir()
+    tool = Program(folder, REPOSITORY / "compare.py")
+
+    out, err = tool("runs/one/first", "runs/one/second", "runs/one/notes")
+    assert len(err.splitlines()) == 1 and "notes" in err
+    head, first, second, empty, line, remark = out.splitlines()
+    reports = [json.loads((folder / "runs" / "one" / name / "report.json").read_text()) for name in ("first", "second")]
+    assert head.split()[:3] == ["run", "lr", "seed"] and first.split()[:3] == ["first", "0.12", "0"]
+    assert f" {100 * reports[0]['test_accuracy']:.2f} " in first and reports[0]["hardware"] in first
+    gain = reports[0]["test_accuracy"] - reports[1]["test_accuracy"]
+    assert numbers(line)[0] == pytest.approx(100 * abs(gain), abs=0.006)
+    assert "paired over 359 test images" in line and "--repeat" in remark and not empty
+
+    out, err = tool("runs/more/*", "--format", "csv")  # as where no shell expands it
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["run"] for row in rows] == ["first", "second"]
+    assert [row["seeds"] for row in rows] == ["2", "2"] and [row["seed"] for row in rows] == ["0", "5"]
+    report = json.loads((folder / "runs" / "more" / "first" / "report.json").read_text())
+    assert float(rows[0]["accuracy %"]) == pytest.approx(100 * report["test_accuracy"], abs=0.006)
+    assert float(rows[0]["std"]) == pytest.approx(100 * report["test_accuracy_std"], abs=0.006)
+    assert float(rows[0]["seconds"]) == pytest.approx(report["seconds"] / 2, abs=0.06)
+    assert "2 and 2 seeds, not the same ones" in err or "with every seed" in err
+
+    out, _ = tool("runs/more/first/seed-0", "runs/one/first")  # trained alike
+    assert "paired over 359 test images" in out and "lr" not in out.split()
+    out, _ = tool("runs/more/first", "runs/one/first")
+    assert "one/first with --repeat 2" in out
+
+
+def test_it_is_quick_because_it_needs_no_torch():
+    code = "import sys, compare; sys.exit('torch' in sys.modules or 'image_classification' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+# ---- is it real? ----
+
+
+def test_paired_difference_by_hand():
+    got = compare.paired_difference(*images(80, 2, 10, 8))
+    assert got.value == pytest.approx(0.08)
+    assert got.p == pytest.approx(2 * (1 + 12 + 66) / 2**12)  # at most 2 of 12 tosses
+    half = 1.959964 * math.sqrt(2.5 + 10.5 - 8**2 / 102) / 102  # Agresti and Min, 2005
+    assert [got.low, got.high] == pytest.approx([8 / 102 - half, 8 / 102 + half])
+    back = compare.paired_difference(*reversed(images(80, 2, 10, 8)))
+    assert list(back) == pytest.approx([-got.value, -got.high, -got.low, got.p])
+
+
+def test_paired_difference_where_networks_agree_or_never_do():
+    for right in ([True] * 50, [False] * 50, [True, False] * 25):
+        value, low, high, p = compare.paired_difference(right, right)
+        assert (value, p) == (0, 1) and -0.05 < low < 0 < high < 0.05
+    value, low, high, p = compare.paired_difference([False] * 50, [True] * 50)
+    assert value == 1 and 0.85 < low < high <= 1 and p < 1e-9
+    with pytest.raises(ValueError):
+        compare.paired_difference([True], [True, False])
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0.05, 0.05), (0.02, 0.08)])
+def test_paired_difference_is_right_as_often_as_it_says(only_a, only_b):
+    draws = np.random.default_rng(0).multinomial(300, [0.8, only_a, only_b, 0.2 - only_a - only_b], size=400)
+    found = [compare.paired_difference(*images(*draw)) for draw in draws.tolist()]
+    assert 0.925 < np.mean([each.low <= only_b - only_a <= each.high for each in found]) < 0.985
+    if only_a == only_b:
+        assert np.mean([each.p < 0.05 for each in found]) < 0.06
+
+
+def test_seed_difference_by_hand():
+    a, b = {0: 0.90, 1: 0.92, 2: 0.91}, {2: 0.94, 0: 0.91, 1: 0.94}  # paired: 0.01, 0.02, 0.03
+    got, steps = compare.seed_difference(a, b), math.sqrt(12)  # 0.02 / (0.01 / sqrt(3))
+    assert got.value == pytest.approx(0.02)
+    assert [got.low, got.high] == pytest.approx([0.02 - 4.302653 * 0.02 / steps, 0.02 + 4.302653 * 0.02 / steps])
+    assert got.p == pytest.approx(1 - steps / math.sqrt(12 + 2))  # Student's t with 2 degrees of freedom
+    assert list(compare.seed_difference(b, a)) == pytest.approx([-got.value, -got.high, -got.low, got.p])
+
+
+def test_other_seeds_are_not_paired():
+    a, b = [0.90, 0.92, 0.91, 0.93], [0.95, 0.94, 0.97]
+    got = compare.seed_difference(dict(enumerate(a)), dict(enumerate(b, 7)))
+    parts = [np.var(each, ddof=1) / len(each) for each in (a, b)]
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(each) - 1) for part, each in zip(parts, (a, b), strict=True)
+    )  # Welch
+    gain, error = np.mean(b) - np.mean(a), math.sqrt(sum(parts))
+    half = t.ppf(0.975, freedom) * error
+    assert list(got) == pytest.approx([gain, gain - half, gain + half, 2 * t.sf(gain / error, freedom)])
+
+
+def test_seeds_that_do_not_vary():
+    for other in ({0: 0.75, 1: 0.75}, {0: 0.77, 1: 0.77}, {3: 0.77, 4: 0.77, 5: 0.77}):
+        got = compare.seed_difference({0: 0.75, 1: 0.75}, other)
+        assert math.isnan(got.p) and math.isnan(got.low) and got.value == pytest.approx(max(other.values()) - 0.75)
+    assert math.isnan(compare.seed_difference({0: 0.1, 1: 0.2, 2: 0.3}, {0: 0.3, 1: 0.4, 2: 0.5}).p)  # but for rounding
+    got = compare.seed_difference({0: 0.75, 1: 0.75}, {3: 0.77, 4: 0.79})  # one of two varies
+    assert got.low < 0.03 < got.high and 0 < got.p < 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_verdict_names_the_better_one_in_either_order(compared, folder):
+    pair(folder)
+    for order in (["a", "b"], ["b", "a"]):
+        out, err = compared(*order)
+        line, remark = out.splitlines()[-2:]
+        assert line.startswith("b is better than a by 8.00 points (95 % interval 1.08 to 14.60, p = 0.0386; ")
+        assert "paired over 100 test images: " in line and "2 only a" in line and "10 only b" in line
+        assert "these two networks" in remark and "--repeat" in remark and not err
+
+
+def test_verdict_of_no_difference(compared, folder):
+    pair(folder, only_a=9, only_b=8)
+    line = compared("a", "b")[0].splitlines()[-2]
+    assert line.startswith("No difference that these runs can show: a is ahead of b by 0.95 points (95 % interval -")
+    assert numbers(line)[1] < 0 < numbers(line)[2]
+
+
+@pytest.mark.filterwarnings("error")
+def test_verdict_of_the_same_predictions(compared, folder):
+    a, _ = pair(folder)
+    shutil.copytree(a, folder / "copy")
+    line = compared("a", "copy")[0].splitlines()[-2]
+    assert line.startswith("No difference that these runs can show: 0.00 points (95 % interval -")
+    assert "p = 1; " in line and "0 only a recognises, 0 only copy" in line
+
+
+def test_test_and_interval_may_disagree(compared, folder):
+    pair(folder, only_a=0, only_b=5)
+    assert compared("a", "b")[0].splitlines()[-2].startswith("Too close to call: b is ahead of a by ")
+
+
+@pytest.mark.filterwarnings("error")
+def test_verdict_over_seeds(compared, folder):
+    a = [0.900, 0.920, 0.940, 0.910]
+    make_repeats(folder / "a", a)
+    make_repeats(
+        folder / "b", [each + gain for each, gain in zip(a, [0.003, 0.004, 0.003, 0.004], strict=True)], lr=0.2
+    )
+    make_repeats(folder / "later", [each + 0.003 for each in a], seed=4)
+    make_repeats(folder / "shifted", [each + 0.002 for each in a])
+    make_repeats(folder / "two", [0.95, 0.96])
+    make_repeats(folder / "other two", [0.93, 0.95])
+    out, err = compared("a", "b")
+    line = out.splitlines()[-1]
+    assert line.startswith("b is better than a by 0.35 points (95 % interval 0.26 to 0.44, p = 0.001")
+    assert "paired over 4 seeds" in line and not err and "test images" not in line
+    line = compared("a", "later")[0].splitlines()[-1]
+    assert line.startswith("No difference that these runs can show: later is ahead of a by 0.30 points")
+    assert "Welch's test over 4 and 4 seeds, not the same ones" in line
+    line = compared("a", "shifted")[0].splitlines()[-1]
+    assert "cannot be said: shifted minus a is 0.20 points with every seed" in line and "--repeat" in line
+    line = compared("two", "other two")[0].splitlines()[-1]
+    assert line.startswith("No difference that these runs can show: two is ahead of other two by 1.50 points")
+
+
+def test_one_seed_against_several(compared, folder):
+    pair(folder)
+    make_repeats(folder / "many", [0.8, 0.9, 0.85], tested=100)
+    out, err = compared("many", "a")
+    assert out.splitlines()[-1].endswith("many is of 3 seeds, a of one: train a with --repeat 3 too")
+    assert "over the seeds where there are several" in err
+
+
+def test_no_verdict_without_the_same_test_images(compared, folder):
+    a, b = pair(folder)
+    make_run(folder / "others", images(80, 2, 10, 8)[0], labels="012345678")
+    make_run(folder / "fewer", [True] * 50)
+    make_run(folder / "photos", [True] * 100, dataset="photos")
+    for name in ("others", "fewer", "photos"):
+        out, err = compared("a", name)
+        assert "cannot be said: they were tested on different images" in out.splitlines()[-1]
+        assert ("note: accuracies on different test images cannot be compared" in err) == (name != "others")
+    (b / "test_predictions.csv").unlink()
+    out, err = compared("a", "b")
+    assert "cannot be said: b has no test_predictions.csv" in out.splitlines()[-1] and not err
+
+
+def test_a_third_run_and_there_is_no_verdict(compared, folder):
+    pair(folder)
+    make_run(folder / "c", [True] * 100)
+    out, err = compared("a", "b", "c")
+    assert len(out.splitlines()) == 4 and not err
+
+
+# ---- the table ----
+
+
+def test_table_has_the_settings_that_differ(folder):
+    right = [True] * 9 + [False]
+    paths = [
+        make_run(folder / "a", right, seed=1, data_dir="x", out="x.pth", device="cpu", augment="flip,crop=2"),
+        make_run(folder / "b", right, seed=1, data_dir="y", lr=0.2, device="cuda", augment=None, recipe="", new=0.0),
+        make_run(folder / "c", right, seed=1, keep_epochs=True, augment="flip", newer=0.5),
+    ]
+    runs, others = compare.read_runs(paths)
+    head, *rows = compare.table(runs)
+    assert not others and compare.notes(runs) == []
+    assert head == ["run", "lr", "augment", "newer", *HEAD, "seconds", "hardware"]  # what is off by default may lack
+    rest = ["1295", "90.00", "88.50", "91.50", "2.5", "A CPU, 2 threads"]
+    assert rows[0] == ["a", "0.12", "flip,crop=2", "", *rest]
+    assert rows[1] == ["b", "0.2", "", "", *rest]
+    assert rows[2] == ["c", "0.12", "flip", "0.5", *rest]
+
+
+def test_table_of_repeats_and_data_sets(compared, folder):
+    make_repeats(folder / "a", [0.90, 0.92, 0.94])
+    make_run(folder / "b", [True] * 10, dataset="photos")
+    make_run(folder / "c", [True] * 10, dataset="photos")
+    out, err = compared("a", "b", "c", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert list(rows[0]) == ["run", "dataset", *HEAD, "seeds", "std", "seconds", "hardware"]
+    assert [rows[0][name] for name in ("dataset", "accuracy %", "seeds", "std", "seconds")] == [
+        "digits", "92.00", "3", "2.00", "2.5"
+    ]  # fmt: skip
+    assert [rows[1][name] for name in ("dataset", "seeds", "std")] == ["photos", "1", ""]
+    assert "digits: 1,000, photos: 10" in err and len(err.splitlines()) == 2
+
+
+def test_formats_hold_the_same(compared, folder):
+    pair(folder, model="my|net.py:make, a")
+    cells = list(csv.reader(io.StringIO(compared("a", "b", "--format", "csv")[0])))
+    assert len(cells) == 3 and cells[2][1] == "my|net.py:make, a"
+    out, err = compared("a", "b", "--format", "markdown")
+    lines = [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in out.splitlines()]
+    assert set(lines.pop(1)) == {"---"}
+    assert [[cell.replace(r"\|", "|") for cell in line] for line in lines] == cells
+    assert err.startswith("b is better than a by 8.00 points") and "better" not in out  # a file gets the table only
+    text = compared("a", "b")[0].splitlines()
+    for cell in ("training images", "accuracy %"):
+        end = text[0].index(cell) + len(cell)
+        assert all(line[end - 1].isdigit() for line in text[1:3]) and all(line[end] == " " for line in text[:3])
+
+
+def test_order(compared, folder):
+    for name, right in {"a": 5, "b": 9, "c": 7}.items():
+        make_run(folder / name, [True] * right + [False] * (10 - right))
+
+    def order(*arguments):
+        return [row["run"] for row in csv.DictReader(io.StringIO(compared(*arguments, "--format", "csv")[0]))]
+
+    assert order("c", "a", "b") == ["c", "a", "b"]
+    assert order("c", "a", "b", "--sort", "accuracy") == ["b", "c", "a"]
+
+
+def test_which_runs_are_meant(compared, folder):
+    for name in ("runs/x/first", "runs/x/second", "runs/y/first"):
+        make_run(folder / name, [True] * 10)
+    (folder / "runs" / "x" / "unfinished").mkdir()
+    (folder / "runs" / "x" / "README.md").write_text("mine")
+    out, err = compared("runs/*/*", "runs/x/first", folder / "runs" / "x" / "second", "--format", "csv")
+    assert [row["run"] for row in csv.DictReader(io.StringIO(out))] == ["x/first", "second", "y/first"]
+    assert len(err.splitlines()) == 1 and "unfinished" in err and "README.md" in err
+    out, err = compared("runs/x", "runs/x/unfinished", status=1)
+    assert not out and len(err.splitlines()) == 2 and err.splitlines()[1].startswith("error: no finished run")
+    for name in ("runs/none", "none/*"):
+        out, err = compared("runs/x/first", name, status=1)
+        assert not out and err == f"error: {name}: there is no such folder\n"
+
+
+def test_a_seed_of_repeats_is_a_run(compared, folder):
+    outer = make_repeats(folder / "many", [0.9, 0.8], tested=10, seed=3)
+    for k, right in ((3, 9), (4, 8)):
+        make_run(outer / f"seed-{k}", [True] * right + [False] * (10 - right))
+        (outer / f"seed-{k}" / "config.json").unlink()
+    out, _ = compared("many/seed-3", "many/seed-4")
+    head, first, second, *_ = out.splitlines()
+    assert head.split()[:2] == ["run", "seed"] and second.split()[:2] == ["seed-4", "4"]
+    assert "1 only seed-3 recognises, 0 only seed-4" in out
+
+
+# ---- damage ----
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed"', b"[1]", b"7", b"{}", b"\xff\xfe\x00", b'{"seed": "x"}'])
+@pytest.mark.parametrize("name", ["report.json", "config.json"])
+def test_damaged_file(compared, folder, name, content):
+    pair(folder)
+    (folder / "b" / name).write_bytes(content)
+    out, err = compared("a", "b", status=1)
+    assert not out and len(err.splitlines()) == 1
+    assert err.startswith("error: b") and name in err and "leave this run out" in err
+
+
+@pytest.mark.parametrize(
+    "change", [{"test_accuracy": None}, {"test_accuracy_interval": [0.5]}, {"confusion_matrix": 5}, {"repeats": [3]}]
+)
+def test_report_of_another_kind(compared, folder, change):
+    _, b = pair(folder)
+    report = json.loads((b / "report.json").read_text())
+    (b / "report.json").write_text(json.dumps(report | change))
+    _, err = compared("a", "b", status=1)
+    assert err.startswith("error: b") and "report.json" in err and len(err.splitlines()) == 1
+
+
+def test_missing_config(compared, folder):
+    _, b = pair(folder)
+    (b / "config.json").unlink()
+    _, err = compared("a", "b", status=1)
+    assert err.startswith("error: ") and "config.json" in err and len(err.splitlines()) == 1
+
+
+def test_damaged_predictions(compared, folder):
+    _, b = pair(folder)
+    path = b / "test_predictions.csv"
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole.replace(b"label", b"l"), b"\xff" + whole, whole + whole[-9:]):
+        path.write_bytes(content)
+        out, err = compared("a", "b", status=1)
+        assert "test_predictions.csv" in err and "leave this run out" in err and len(err.splitlines()) == 1, content[
+            :99
+        ]
+        assert len(out.splitlines()) == 3  # the table does not need it
+
+
+def test_wrong_usage(compared):
+    for arguments in ([], ["a", "--format", "pdf"], ["a", "--sort", "size"]):
+        with pytest.raises(SystemExit) as exit:
+            compared(*arguments)
+        assert exit.value.code == 2

@@ -1,0 +1,337 @@
+"""The tools around the program, each as a user runs it, on a model of real CIFAR-10 where there is some."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, save, tool
+from PIL import Image
+
+import image_classification as ic
+import inference
+
+# ---- inference.py ----
+
+
+@pytest.fixture
+def pictures(folder, trained, data):
+    """A folder with the newest model in it, and test images in the folder images/."""
+    for path in trained.glob("model_*.pth"):
+        shutil.copy(path, folder)
+    (folder / "images" / "deeper").mkdir(parents=True)
+    for i in range(6):
+        save(data.test.images[i], folder / "images" / ("deeper" if i % 2 else "") / f"{i}.png")
+    return folder
+
+
+def test_same_pixels_same_probabilities_in_any_batch_and_orientation(model, data, folder):
+    """As in the test-set evaluation: within 1e-5."""
+    count = 120
+    expected = (ic.evaluate(model.network, *data.test).logits / model.temperature).softmax(1)[:count].numpy()
+    images = data.test.images[:count].numpy()
+    assert np.abs(inference.probabilities(model, images) - expected).max() < 1e-5
+    alone = np.concatenate([inference.probabilities(model, image[None]) for image in images[:7]])
+    assert np.abs(alone - expected[:7]).max() < 1e-5
+    turned = []
+    for orientation in range(1, 9):  # the file is turned, and says so
+        exif = Image.Exif()
+        exif[274] = orientation
+        image = Image.fromarray(images[3].transpose(1, 2, 0))
+        undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)
+        image = image if undo is None else image.transpose(Image.Transpose(undo))
+        image.save(path := folder / f"{orientation}.png", exif=exif)
+        turned.append(path)
+    for classes in inference.predict(model, turned, top_k=len(model.classes)):
+        found = dict(classes)
+        assert max(abs(found[name] - expected[3][i]) for i, name in enumerate(model.classes)) < 1e-5
+
+
+def test_images_and_folders_are_classified(pictures, model, data):
+    out, err = tool("inference", pictures)("images", "images/0.png", "--top-k", "2")
+    lines = out.splitlines()
+    assert "trained on" in lines[0] and f"{100 * model.test_accuracy:.1f} %" in lines[0]
+    assert all(name in lines[1] for name in model.classes) and "one of these" in lines[1]
+    assert len(lines) == 2 + 7 and not err
+    expected = inference.predict(model, data.test.images[:1].numpy(), 2)[0]
+    assert lines[-1].split("  ")[-1].strip() == ", ".join(f"{name} {100 * sure:.1f} %" for name, sure in expected)
+
+
+def test_formats_are_data_only(pictures, model):
+    out, err = tool("inference", pictures)("images", "--format", "csv", "--top-k", "10")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 6 and "trained on" in err
+    for row in rows:
+        assert row["answer"] == row["class_1"] in model.classes
+        assert sum(float(row[f"confidence_{i}"]) for i in range(1, 11)) == pytest.approx(1, abs=1e-4)
+    out, _ = tool("inference", pictures)("images", "--format", "json", "--threshold", "1.0", "--save", "look.png")
+    found = json.loads(out)
+    assert [each["file"] for each in found] == [row["file"] for row in rows]
+    assert {each["answer"] for each in found} <= {"unsure"} | {
+        each["answer"] for each in found if each["classes"][0]["confidence"] == 1
+    }
+    with Image.open(pictures / "look.png") as picture:
+        assert picture.width > 500 and len(picture.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_what_cannot_be_read_costs_a_line_and_the_others_are_predicted(pictures):
+    bad = pictures / "bad"
+    bad.mkdir()
+    good = (pictures / "images" / "0.png").read_bytes()
+    (bad / "cut.png").write_bytes(good[: len(good) // 2])
+    (bad / "text.jpg").write_text("no image")
+    (bad / "empty.png").write_bytes(b"")
+    (bad / "notes.txt").write_text("not meant")
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    (bad / "bomb.png").write_bytes(bomb.getvalue())
+    (bad / "none").mkdir()
+    names = ["images/0.png", "bad", "bad/none", "missing.jpg", "images/2.png"]
+    out, err = tool("inference", pictures)(*names, "--format", "csv", status=1)
+    assert [row["file"] for row in csv.DictReader(io.StringIO(out))] == ["images/0.png", "images/2.png"]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 6
+    for name in ("cut.png", "text.jpg", "empty.png", "bomb.png", "none", "missing.jpg"):
+        assert sum(name in line for line in errors) == 1, name
+    assert "notes.txt" not in err and str(pictures / "bad" / "text.jpg") not in out
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F"])
+def test_modes_of_images(model, data, folder, mode):
+    image = Image.fromarray(data.test.images[0].permute(1, 2, 0).numpy()).resize((70, 40))
+    if mode in ("I;16", "I", "F"):
+        values = np.asarray(image.convert("L"))
+        image = Image.fromarray((values.astype(np.uint16) * 257) if mode != "F" else values.astype(np.float32))
+        image = image if mode != "I" else image.convert("I")
+    else:
+        image = image.convert(mode)
+    image.save(path := folder / "image.tiff")
+    assert len(inference.predict(model, [path])[0]) == 3
+
+
+def test_usage_of_inference(pictures, folder):
+    run = tool("inference", folder)
+    assert "required" in run.error(status=2)
+    assert "--top-k" in run.error("images", "--top-k", "0", status=2)
+    assert "--threshold" in run.error("images", "--threshold", "2", status=2)
+    assert "nowhere.pth" in run.error("images", "--checkpoint", "nowhere.pth")
+    (folder / "rubbish.pth").write_bytes(b"rubbish")
+    assert "rubbish.pth is damaged" in run.error("images", "--checkpoint", "rubbish.pth")
+    (folder / "rubbish.onnx").write_bytes(b"rubbish")
+    assert "rubbish.onnx is damaged" in run.error("images", "--checkpoint", "rubbish.onnx")
+    for path in folder.glob("model_*.pth"):
+        path.unlink()
+    assert "--checkpoint" in run.error("images")
+
+
+def test_functions_of_the_reference(model, data, folder):
+    path = save(data.test.images[0], folder / "a.png")
+    figure = inference.visualize_predictions(model, path, torch.device("cpu"))
+    figure.savefig(folder / "seen.png")
+    assert (folder / "seen.png").stat().st_size > 3000
+    (folder / "b.png").write_text("no")
+    with pytest.raises(inference.InferenceError, match="b.png"):
+        inference.predict(model, [path, folder / "b.png"])
+    assert inference.predict(model, []) == []
+
+
+def test_thousands_of_images_in_bounded_memory(pictures, data):
+    many = pictures / "many"
+    many.mkdir()
+    for i in range(1100):
+        save(data.test.images[i % 300], many / f"{i:04}.png", compress_level=0)
+    out, err = tool("inference", pictures)("many", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["file"][-8:-4] for row in rows] == [f"{i:04}" for i in range(1100)]
+    assert rows[0]["class_1"] == rows[300]["class_1"]
+
+
+# ---- export.py ----
+
+
+@pytest.fixture(scope="session")
+def exported(trained):
+    out, _ = tool("export", trained)("--int8", "--checkpoint", *[path.name for path in trained.glob("model_*.pth")])
+    return trained, out
+
+
+def test_onnx_computes_the_same(exported, model, data):
+    import onnxruntime
+
+    folder, out = exported
+    assert f"on {min(1000, len(data.valid.labels))} images: logits differ by" in out
+    (path,) = (path for path in folder.glob("model_*.onnx") if "int8" not in path.name)
+    session = onnxruntime.InferenceSession(str(path))
+    (entry,), (result,) = session.get_inputs(), session.get_outputs()
+    assert (entry.name, entry.type, entry.shape[1:]) == ("images", "tensor(float)", [3, 32, 32])
+    assert result.name == "logits" and isinstance(entry.shape[0], str)
+    images = data.valid.images[:137]
+    for count in (1, 137):
+        (logits,) = session.run(["logits"], {"images": images[:count].numpy().astype(np.float32) / 255})
+        assert np.abs(logits - model.logits(images[:count].numpy())).max() < 1e-3
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == model.classes and json.loads(metadata["image_size"]) == 32
+    assert "bicubic" in metadata["resize"] and json.loads(metadata["temperature"]) == model.temperature
+
+
+def test_int8_is_smaller_and_as_good(exported):
+    folder, out = exported
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| model")]
+    (_, whole, size, _), (name, small, less, _) = rows
+    assert "int8" in name and float(less) < 0.5 * float(size)
+    assert float(whole.split()[0]) - float(small.split()[0]) <= 1.0
+
+
+def test_inference_without_torch(exported, pictures, model, data):
+    """Where torch cannot be imported, the ONNX file gives the same answers."""
+    folder, _ = exported
+    (path,) = (path for path in folder.glob("model_*.onnx") if "int8" not in path.name)
+    hidden = pictures / "hidden"
+    hidden.mkdir()
+    for name in ("torch", "torchvision", "sklearn", "scipy", "matplotlib"):
+        (hidden / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here', name={name!r})")
+    run = tool("inference", pictures)
+    environment = {"PYTHONPATH": str(hidden)}
+    out, _ = run("images", "--checkpoint", path, "--format", "csv", env=environment)
+    assert {row["file"]: row["class_1"] for row in csv.DictReader(io.StringIO(out))} == {
+        str(file): inference.predict(model, [pictures / file])[0][0][0]
+        for file in (p.relative_to(pictures) for p in (pictures / "images").rglob("*.png"))
+    }
+    process = run.start("images", env=environment)
+    assert "pip install -r requirements.txt" in process.communicate()[1] and process.returncode == 1
+
+
+def test_pt2_computes_the_same(trained, model, data, folder):
+    out, _ = tool("export", folder)("--checkpoint", model.path, "--format", "pt2", "--out", "m.pt2")
+    assert "logits differ by" in out
+    extra = {"classification.json": ""}
+    program = torch.export.load(folder / "m.pt2", extra_files=extra).module()
+    assert json.loads(json.loads(extra["classification.json"])["classes"]) == model.classes
+    images = data.valid.images[:5]
+    assert np.abs(program(images / 255).detach().numpy() - model.logits(images.numpy())).max() < 1e-3
+
+
+def test_export_that_computes_something_else_is_not_kept():
+    import export
+
+    logits = np.random.default_rng(0).normal(size=(10, 4))
+    assert export.check(logits, logits + 1e-4) == pytest.approx(1e-4)
+    with pytest.raises(inference.InferenceError):
+        export.check(logits, logits + 2e-3)
+    with pytest.raises(inference.InferenceError):
+        export.check(logits, logits * np.nan)
+
+
+# ---- explain.py ----
+
+
+def test_pictures_of_what_it_sees(trained, model, data, folder):
+    out, _ = tool("explain", folder)("--checkpoint", model.path)
+    found = folder / "explained"
+    names = ["gallery_correct", "gallery_correct_cam", "gallery_incorrect", "gallery_incorrect_cam", "filters"]
+    for name in [*names, "feature_maps"]:
+        with Image.open(found / f"{name}.png") as picture:
+            assert picture.width > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50, name
+    rows = list(csv.DictReader((found / "confused.csv").open()))
+    guess = ic.evaluate(model.network, *data.test).logits.argmax(1)
+    wrong = int((guess != data.test.labels).sum())
+    assert sum(int(row["confused"]) for row in rows) == wrong
+    counts = [int(row["confused"]) for row in rows]
+    assert counts == sorted(counts, reverse=True) and f"{rows[0]['class']} and {rows[0]['other']}" in out
+
+
+def test_heat_lies_on_what_is_there(model, data):
+    """An image in a corner of an otherwise blank canvas has most of the heat: the maps mean something."""
+    import explain
+
+    size = data.test.images.shape[-1]
+    guess = ic.evaluate(model.network, *data.test).logits.argmax(1)
+    chosen = (guess == data.test.labels).nonzero()[:40, 0]
+    inside = []
+    for place, i in enumerate(chosen):
+        top, left = (place % 2) * size, (place // 2 % 2) * size
+        canvas = torch.full((1, 3, 2 * size, 2 * size), 128, dtype=torch.uint8)
+        canvas[0, :, top : top + size, left : left + size] = data.test.images[i]
+        heat = explain.grad_cam(model.network, canvas, guess[i][None])[0]
+        inside.append(float(heat[top : top + size, left : left + size].sum() / heat.sum().clamp(min=1e-9)))
+    assert np.mean(inside) > 0.5  # of a quarter of the canvas
+    assert np.mean(np.array(inside) > 0.5) > 0.7
+
+
+def test_epochs_become_an_animation(trained, model, folder):
+    run = trained / "run"
+    tool("explain", folder)("--animate", run)
+    paths = list((folder / "explained").glob("cam_*.gif"))
+    assert len(paths) == len(model.classes)
+    with Image.open(paths[0]) as picture:
+        assert picture.n_frames == 4 and picture.info["loop"] == 0
+    assert "--keep-epochs" in tool("explain", folder).error("--animate", folder)
+
+
+def test_wrong_labels_are_found(folder, monkeypatch):
+    import explain
+
+    monkeypatch.chdir(folder)
+    config = ic.Config(dataset="digits", epochs=4, width=0.5)
+    data = ic.load_data(config)
+    report = ic.train(config, data)
+    model = inference.load_model(report.checkpoint, "cpu")
+    wrong = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(1))[:30]
+    data.train.labels[wrong] = (data.train.labels[wrong] + 3) % 10
+    explain.label_issues(model, data, torch.device("cpu"), folder)
+    rows = list(csv.DictReader((folder / "label_issues.csv").open()))
+    found = {int(row["index_in_training_set"]) for row in rows}
+    assert len(found & set(data.kept[wrong].tolist())) >= 24 and len(found) <= 45
+    assert (folder / "label_issues.png").exists() and not (folder / "last.pth").exists()
+
+
+# ---- every network ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cnn", "beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "fftnet", "convnet", "resnet18", "resnet50",
+     "resnet18-dropout", "airbench94", "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small"],
+)  # fmt: skip
+def test_every_network_is_exported_and_explained(name, folder, monkeypatch):
+    import explain
+    import export
+
+    monkeypatch.chdir(folder)
+    size = 64 if name.startswith("torchvision") else 32
+    config = ic.Config(dataset="digits", model=name, image_size=size, width=None)
+    data = ic.load_data(config)
+    network = ic.build_model(config, data)
+    with torch.no_grad():  # batch norm gets statistics of its own
+        network.train()(ic.normalise(data.train.images[:64], network))
+    network.eval()
+    content = {"model": network.state_dict(), "config": {"model": name, "dataset": "digits", "image_size": size},
+               "classes": data.classes, "mean": data.mean, "std": data.std, "image_size": size}  # fmt: skip
+    ic.save_checkpoint("m.pth", content)
+    model = inference.load_model("m.pth", "cpu")
+    ic.write_atomically(
+        folder / "m.onnx", export.to_onnx(export.deployable(model.network), size, export.described(model))
+    )
+    images = data.test.images[:53].numpy()
+    export.check(model.logits(images), inference.load_model("m.onnx").logits(images))
+    targets = torch.zeros(2, dtype=torch.int64)
+    if name == "fcn":
+        with pytest.raises(inference.InferenceError):
+            explain.grad_cam(model.network, data.test.images[:2], targets)
+    else:
+        heat = explain.grad_cam(model.network, data.test.images[:2], targets)
+        assert heat.shape == (2, size, size) and heat.min() >= 0 and heat.max() <= 1
+    explain.feature_maps(model, data.test.images[:1], folder)
+    explain.filters(model.network, folder)
+
+
+@pytest.mark.parametrize("name", ["inference", "export", "explain", "app"])
+def test_help_of_the_tools(name):
+    command = [sys.executable, REPOSITORY / f"{name}.py", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"python {name}.py" in text and "--checkpoint" in text

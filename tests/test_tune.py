@@ -1,0 +1,296 @@
+"""tune.py: as a user runs it, in processes of its own; what only fails or is quick also in this one."""
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+
+import optuna
+import pytest
+from conftest import QUICK, Program, only_run, tool
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import TrialState
+from test_data import wait_for
+
+import image_classification as ic
+import tune
+
+FAST = [
+    *QUICK,
+    "--batch-size",
+    "100",
+    "--device",
+    "cpu",
+]  # optimiser, rate, decay, dropout and augmentation remain to be searched
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
+
+
+def trials_of(folder):
+    """What the study's journal holds at this moment."""
+    path = folder / "runs" / "tune" / "digits-cnn" / "journal.log"
+    if not path.exists() or not path.stat().st_size:
+        return []
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    return optuna.load_study(study_name="digits-cnn", storage=storage).trials
+
+
+def numbers(out):
+    return [int(number) for number in re.findall(r"^Trial (\d+): ", out, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A folder with a study of four trials, and what the search printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    return folder, tool("tune", folder)(*FAST, "--trials", "4")[0]
+
+
+@pytest.fixture
+def here(folder, monkeypatch, capsys):
+    """tune.py in this process: a function that takes its options and returns (standard output, standard error)."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["tune.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            got = tune.run(tune.main)
+        except SystemExit as exit:
+            got = exit.code
+        out, err = capsys.readouterr()
+        assert got == status, f"status {got}\n{out}\n{err}"
+        return out, err
+
+    return call
+
+
+def test_best_is_named_and_is_what_the_program_then_trains(searched):
+    folder, out = searched
+    assert numbers(out) == [0, 1, 2, 3]
+    assert re.search(r"^Trial 0: \d+\.\d % \(best \d+\.\d %, trial 0\)  the defaults$", out, re.MULTILINE)
+    path = folder / "runs" / "tune" / "digits-cnn" / "best.json"
+    recipe = json.loads(path.read_text())
+    fixed = {"dataset": "digits", "subset": 400, "epochs": 2, "width": 0.25, "batch_size": 100}
+    assert recipe.items() >= fixed.items() and "minutes" not in recipe
+    trials = trials_of(folder)
+    best = max((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.value)
+    assert trials[0].user_attrs["defaults"] and not trials[0].params
+    assert f"Best: trial {best.number}, {ic.percent(best.value)} of the " in out
+    assert "the defaults" in out.partition("Best: ")[2]
+    assert f"python image_classification.py --recipe {path.relative_to(folder)}" in out
+    options = out.partition("The same: python image_classification.py ")[2].split("\n")[0].split()
+    assert ic.configure(**ic.parse(options)[1]) == ic.configure(**recipe)
+    Program(folder)("--recipe", path)
+    assert json.loads((only_run(folder) / "config.json").read_text()).items() >= recipe.items()
+    with (only_run(folder) / "metrics.csv").open() as file:
+        kept = min(csv.DictReader(file), key=lambda row: float(row["valid_loss"]))
+    assert float(kept["valid_accuracy"]) == pytest.approx(best.value)
+
+
+def test_trials_are_in_the_hparams_tab(searched):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    folder, _ = searched
+    for trial in [trial for trial in trials_of(folder) if trial.state == TrialState.COMPLETE]:
+        path = folder / "runs" / "tune" / "digits-cnn" / f"trial-{trial.number:04d}"
+        events = EventAccumulator(str(path)).Reload()
+        start = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+        values = metadata.parse_session_start_info_plugin_data(start).hparams
+        for name, value in trial.user_attrs["settings"].items():
+            kind = "string_value" if isinstance(value, str) else "number_value"
+            assert getattr(values[name], kind) == value
+        assert values["batch_size"].number_value == 100
+        assert events.Scalars("validation accuracy")[-1].value == pytest.approx(trial.value)
+        assert len(events.Scalars("accuracy")) == len(trial.intermediate_values) == 2
+
+
+def test_more_trials_go_on_and_other_settings_are_refused(searched, folder):
+    folder = shutil.copytree(searched[0], folder / "copy")
+    program = tool("tune", folder)
+    out, _ = program(*FAST, "--trials", "6")
+    assert numbers(out) == [4, 5]
+    assert "4 trials are there already" in out
+    params = [tuple(trial.user_attrs["settings"].items()) for trial in trials_of(folder)]
+    assert len(set(params)) == 6  # nothing is drawn twice
+    line = program.error(*FAST, "--epochs", "3", status=2)
+    assert "--epochs 2" in line and "--study" in line
+
+
+@POSIX
+def test_stopped_search_goes_on(folder):
+    program = tool("tune", folder)
+    settings = [*FAST, "--epochs", "15"]
+    process = program.start(*settings, "--trials", "1000")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Trial 1: "):
+            time.sleep(0.2)  # into the next trial
+            process.send_signal(signal.SIGINT)
+            break
+    out = "".join(lines) + process.stdout.read()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 130, err
+    assert "Traceback" not in err
+    assert "Best: trial " in out and "Go on with: python " in out
+    assert (folder / "runs" / "tune" / "digits-cnn" / "best.json").exists()
+    states = [trial.state for trial in trials_of(folder)]
+    assert TrialState.RUNNING not in states
+    done = numbers(out)
+    again, _ = program(*settings, "--trials", len(done) + 2)
+    assert len(numbers(again)) == 2 and min(numbers(again)) >= len(states)
+    assert f"{len(done)} trials are there already" in again
+
+
+@POSIX
+def test_workers_share_a_study_and_stop_together(folder):
+    program = tool("tune", folder)
+    process = program.start(*FAST, "--trials", "1000", "--workers", "2")
+    wait_for(lambda: {trial.user_attrs.get("worker") for trial in trials_of(folder)} >= {0, 1}, 120)
+    wait_for(lambda: any(trial.state == TrialState.COMPLETE for trial in trials_of(folder)))
+    process.send_signal(signal.SIGTERM)  # to the first process alone, as `kill` would
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err and "Go on with: " in out
+    states = [trial.state for trial in trials_of(folder)]
+    assert TrialState.RUNNING not in states and TrialState.WAITING not in states
+    done = len([state for state in states if state != TrialState.FAIL])
+    assert numbers(out)
+    program(*FAST, "--trials", done + 5, "--workers", "2")
+    trials = [trial for trial in trials_of(folder) if trial.state != TrialState.FAIL]
+    assert len(trials) == done + 5  # not one more
+    assert sum("defaults" in trial.user_attrs for trial in trials) == 1
+
+
+@POSIX
+def test_trial_of_a_killed_process_is_given_up(folder):
+    program = tool("tune", folder)
+    settings = [*FAST, "--epochs", "60", "--trials", "1"]
+    process = program.start(*settings)
+    wait_for(lambda: any(trial.intermediate_values for trial in trials_of(folder)), 120)
+    process.kill()
+    process.communicate()
+    assert [trial.state for trial in trials_of(folder)] == [TrialState.RUNNING]
+    out, _ = program(*settings)
+    assert numbers(out) == [1]
+    first, second = trials_of(folder)
+    assert first.state == TrialState.FAIL and second.state == TrialState.COMPLETE
+    assert "defaults" in second.user_attrs
+
+
+def test_test_images_are_never_read(here, monkeypatch):
+    load = ic.load_digits
+
+    def guarded(*given):
+        def refuse():
+            raise AssertionError("the test images were read")
+
+        data = load(*given)
+        data.load_test = refuse
+        return data
+
+    monkeypatch.setattr(ic, "load_digits", guarded)
+    with pytest.raises(AssertionError):
+        _ = ic.load_data(ic.Config(dataset="digits")).test
+    here(*FAST, "--trials", "2")
+    here(*FAST, "--find-lr")
+
+
+def test_diverging_trials_do_not_end_the_search(here, folder):
+    out, _ = here(*FAST, "--optimizer", "sgd", "--learning-rates", "1e30", "1e31", "--trials", "3")
+    assert len(re.findall(r"^Trial [12]: diverged \(best .*, trial 0\)  lr \d[.\d]*e\+3", out, re.MULTILINE)) == 2
+    assert "1 trials complete, 2 stopped early or diverged" in out
+    assert "Best: trial 0, " in out and "No trial was better than the defaults" in out
+    assert [trial.state for trial in trials_of(folder)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+
+
+def test_bad_trials_end_early(here, folder, monkeypatch):
+    drawn = iter([*[{"lr": 0.1}] * 5, *[{"lr": 1e-9}] * 2])  # six good ones with that of the defaults, two bad ones
+    monkeypatch.setattr(tune, "suggest", lambda *rest: next(drawn))
+    out, _ = here(*QUICK, "--epochs", "4", "--optimizer", "muon", "--trials", "8")
+    states = [trial.state for trial in trials_of(folder)]
+    assert states[0] == TrialState.COMPLETE and states[6:] == [TrialState.PRUNED] * 2
+    assert all(len(trial.intermediate_values) < 4 for trial in trials_of(folder)[6:])
+    assert "Trial 7: stopped early (best " in out
+
+
+def test_ranges_and_what_is_searched():
+    data = ic.load_data(ic.Config(dataset="digits", subset=300))
+    config = ic.settle(ic.Config(dataset="digits", subset=300), data)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    options = argparse.Namespace(learning_rates=None, batch_sizes=None)
+    found = [tune.suggest(study.ask(), {}, config, data, options) for _ in range(60)]
+    assert all(list(each) == tune.SEARCHED for each in found)
+    assert {each["batch_size"] for each in found} == {8, 16, 32, 64, 128}
+    assert {each["augment"] for each in found} == {"none", "crop=2", "crop=4"}  # no flip: these are digits
+    rates = {name: [each["lr"] for each in found if each["optimizer"] == name] for name in tune.OPTIMIZERS}
+    assert all(0.0001 <= rate <= 0.01 for rate in rates["adamw"])  # reference 002
+    assert all(0.02 <= rate <= 0.5 for rate in rates["muon"]) and all(0.01 <= rate <= 1 for rate in rates["sgd"])
+    assert all(each["width"] % 0.25 == 0 and 0 <= each["dropout"] <= 0.5 for each in found)
+    for each in found:
+        ic.configure(dataset="digits", **each)  # takes plain Python numbers only
+    own = argparse.Namespace(learning_rates=[0.3, 0.4], batch_sizes=[100, 1000])
+    given = dict.fromkeys(["optimizer", "augment", "width", "weight_decay"])
+    for _ in range(20):
+        each = tune.suggest(study.ask(), given, config, data, own)
+        assert each.keys() == {"lr", "batch_size", "dropout"}
+        assert 0.3 <= each["lr"] <= 0.4 and 100 <= each["batch_size"] <= 300  # there are no more images
+    networks = {"beginner-cnn": {"lr", "batch_size", "dropout"}, "resnet18": {"lr", "batch_size"}}
+    for model, names in networks.items():
+        settled = ic.settle(ic.Config(dataset="digits", subset=300, model=model), data)
+        given = dict.fromkeys(["optimizer", "augment", "weight_decay"])
+        study = optuna.create_study()
+        assert tune.suggest(study.ask(), given, settled, data, options).keys() == names
+
+
+@pytest.mark.parametrize("ends", [[], ["--learning-rates", "0.001", "0.5"]])
+def test_sweep_draws_and_names_a_rate(here, folder, ends):
+    out, err = here(*QUICK, "--find-lr", *ends)
+    rate = re.search(r"^Learning rate: (\S+), where the loss falls fastest", out, re.MULTILINE).group(1)
+    low, high = map(float, ends[1:]) if ends else (0.12 / 1000, 0.12 * 10)
+    assert low < float(rate) < high
+    picture = folder / "runs" / "tune" / "digits-cnn" / "find-lr.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"--lr {float(rate)}" in out and "Train with it: python image_classification.py --dataset digits" in out
+    assert not err and not list(folder.glob("runs/tune/*/journal.log"))
+
+
+def test_sweep_without_descent_says_so(here):
+    _, err = here(*FAST, "--find-lr", "--optimizer", "sgd", "--learning-rates", "1e30", "1e31", status=1)
+    assert err.startswith("error: the loss does not fall at any rate from 1e+30 to 1e+31")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nonsense"], ["--trials", "0"], ["--workers", "0"], ["--minutes", "-1"], ["--minutes", "nan"],
+        ["--batch-sizes", "64", "8"], ["--learning-rates", "0", "1"], ["--learning-rates", "nan", "1"],
+        ["--study", "../mine"], ["--study", ".."], ["--resume", "last"], ["--val-fraction", "0"],
+        ["--optimizer", "mine"], ["--model", "cnm"], ["--augment", "flop"],
+    ],
+)  # fmt: skip
+def test_wrong_options_end_with_status_2(here, folder, arguments):
+    _, err = here(*FAST, *arguments, status=2)
+    assert err.count("error: ") == 1
+    assert not list(folder.iterdir())
+
+
+def test_options_of_both_programs_are_explained(here):
+    out, _ = here("--help")
+    assert all(option in out for option in ("--trials", "--find-lr", "--label-smoothing", "--optimizer"))
+    assert out.count("--minutes F") == 1 and "--worker " not in out
+
+
+def test_too_little_time_is_said(folder):
+    assert "no trial is complete" in tool("tune", folder).error(*FAST, "--minutes", "0.001")
+
+
+def test_missing_optuna_is_said(folder):
+    (folder / "optuna.py").write_text("raise ModuleNotFoundError(\"No module named 'optuna'\", name='optuna')")
+    line = tool("tune", folder).error(*FAST, env={"PYTHONPATH": str(folder)})
+    assert "optuna" in line and "requirements-extras.txt" in line
