@@ -202,7 +202,7 @@ def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
         image, bars = axes[2 * place : 2 * place + 2]
         image.imshow(pixels.transpose(1, 2, 0))
         image.set_title(Path(name).name[-24:], fontsize=8)
-        bars.barh(range(len(classes)), [share for _, share in classes], color=["C0"] + ["C7"] * len(classes))
+        bars.barh(range(len(classes)), [share for _, share in classes], color=["#8fc1ea"] + ["#d5d5d5"] * len(classes))
         for row, (label, share) in enumerate(classes):
             bars.text(0.02, row, f"{label} {100 * share:.1f} %", va="center", fontsize=8)
         bars.set(xlim=(0, 1), ylim=(max(2, len(classes)) - 0.4, -0.6))

@@ -1,15 +1,16 @@
 """What each idea in the training program gives: the program with one thing changed, several seeds, alternating.
 
     python benchmarks/ablations.py --runs 2
-    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3 --epochs 10
+    python benchmarks/ablations.py --only ReLU "no whitening" --runs 3 --epochs 10 --name relu
 
 Judged on validation images, never on the test set. A change is a replacement in the script's text or an option, so
 this file shows what was compared. Five epochs, not the default recipe's ten: small differences show as well, and
-all of it takes an hour. Prints a Markdown table; writes results/ablations.json with every run.
+all of it takes two hours. Prints a Markdown table; writes NAME.json with every run and NAME.png into results/.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 import time_to_accuracy
+from matplotlib.figure import Figure
 from time_to_accuracy import SCRIPT, spread
 from tqdm import tqdm
 
@@ -77,6 +79,10 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "images taken as they are, nothing gathered": (
         [], [("gather(self.images, chosen, flips, shifts)", "self.images[chosen]")],
     ),
+    "images prepared one by one": (
+        [], [("gather(self.images, chosen, flips, shifts)", "torch.cat([gather(self.images, *each) for each in "
+              "zip(chosen.split(1), flips.split(1), shifts.split(1), strict=True)])")],
+    ),
     "fp32": (["--precision", "fp32"], []),
     "colours one after the other in memory": ([], [(".to(memory_format=torch.channels_last)", "")]),
     "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
@@ -109,9 +115,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2, help="runs of each variant, with seeds 0, 1, … (default: 2)")
     parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
     parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
+    parser.add_argument("--name", default="ablations", help="of the result files (default: ablations)")
     options = parser.parse_args()
 
-    path = Path(__file__).resolve().parent / "results" / "ablations.json"
+    path = Path(__file__).resolve().parent / "results" / f"{options.name}.json"
     names = list(dict.fromkeys([BASE, *options.only]))
     order = [(name, seed) for seed in range(options.runs) for name in names]
     data_dir = str(Path(options.data_dir).resolve())
@@ -129,6 +136,20 @@ def main() -> None:
         better = 100 * (statistics.mean(accuracy) - base["valid_accuracy"])
         cells = [spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", str(len(found))]
         print("| " + " | ".join([name, *cells]) + " |")
+    figure = Figure(figsize=(9, 1 + 0.3 * len(own)), layout="constrained")
+    for axes, key, unit in zip(figure.subplots(1, 2, sharey=True), base, (1, 100), strict=True):
+        for row, found in enumerate(own.values()):
+            values = [unit * result[key] for result in found]
+            axes.barh(row, statistics.mean(values), color="C0" if row else "C7")
+            axes.plot(values, [row] * len(values), "k.", markersize=4)  # each run
+        axes.grid(axis="x", alpha=0.3)
+        axes.axvline(unit * base[key], color="C7", linewidth=1)
+    seconds_axes, accuracy_axes = figure.axes
+    seconds_axes.set(xlabel="seconds of training", yticks=range(len(own)), yticklabels=list(own))
+    low = min(100 * result["valid_accuracy"] for found in own.values() for result in found)
+    accuracy_axes.set(xlabel="validation accuracy, %", xlim=(math.floor(low - 1), None))
+    seconds_axes.invert_yaxis()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
