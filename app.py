@@ -7,43 +7,46 @@
 Nothing leaves this machine: no telemetry, and the page loads nothing from the internet.
 """
 
+import contextlib
+import html
 import os
 import sys
 import tempfile
-import threading
+import time
 from pathlib import Path
 
-import numpy as np
-
-from inference import (
-    Classifier,
-    InferenceError,
-    find,
-    load_its_data,
-    load_model,
-    newest_checkpoint,
-    parser,
-    probabilities,
-    read,
-    run,
-)
-
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_OFFLINE"] = "1"
 try:
     import gradio as gr
+    import numpy as np
+    import safehttpx
     import torch
     from PIL import Image
 
     import image_classification as ic
     from alternatives.datasets import decode
     from explain import grad_cam, overlay
+    from inference import (
+        Classifier,
+        InferenceError,
+        at_hand,
+        find,
+        load_its_data,
+        load_model,
+        newest_checkpoint,
+        parser,
+        probabilities,
+        read_one,
+        run,
+    )
 except ImportError as problem:
     if __name__ != "__main__":
         raise
     sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+except KeyboardInterrupt:
+    sys.exit(130)
 
-LARGEST_FILE = "30mb"
+LARGEST_FILE, LARGEST_IMAGE = "30mb", 80_000_000  # pixels
 SIDE = 384  # pixels, of the picture that is shown with its heat map
 STYLE = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # small images, too, fill their frame
 
@@ -55,52 +58,49 @@ def classify(model: Classifier, path: str | None) -> tuple[dict[str, float] | No
     """
     if path is None:
         return None, None
-    pixels = next(read(model, [path]))[1]
-    if isinstance(pixels, str):
-        why = pixels.replace(f" {path!r}", "")[:200]
-        raise gr.Error(f"This is no picture that can be read: {why}", print_exception=False)
+    try:
+        pixels = read_one(model, path)
+    except InferenceError as error:
+        why = str(error).replace(f"{path}: ", "").replace(f" {path!r}", "")[:200]
+        raise gr.Error(f"This is no picture that can be read: {why}", print_exception=False) from None
     shares = probabilities(model, pixels[None])[0]
     large = torch.from_numpy(decode(Path(path), SIDE).pixels.copy()).permute(2, 0, 1)[None]
-    try:
-        heat = grad_cam(model.network, torch.from_numpy(pixels.copy())[None], torch.tensor([int(shares.argmax())]))
-        heat = torch.nn.functional.interpolate(heat[None], (SIDE, SIDE), mode="bilinear")[0]
-        large = overlay(large, heat)
-    except InferenceError:  # a network without feature maps: the picture alone
-        pass
+    with contextlib.suppress(InferenceError):  # a network without feature maps: the picture alone
+        heat = grad_cam(model.network, torch.from_numpy(pixels)[None], torch.tensor([int(shares.argmax())]))
+        large = overlay(large, torch.nn.functional.interpolate(heat[None], (SIDE, SIDE), mode="bilinear")[0])
     return dict(zip(model.classes, shares.tolist(), strict=True)), large[0].permute(1, 2, 0).numpy()
 
 
-def examples(model: Classifier, folder: str | None, scratch: Path) -> list[str]:
+def examples(model: Classifier, folder: str | None, data_dir: str | None, scratch: Path) -> list[str]:
     """Pictures to click on: those in `folder`, or a test image of each of 10 classes if the data set is at hand."""
     if folder:
         paths, problems = find([folder])
         if problems:
             raise InferenceError(problems[0])
         return [str(path.resolve()) for path in paths[:20]]
-    places = [Path(model.settings.get("data_dir", "")), Path(model.settings.get("data_dir", "")) / ic.BATCHES]
-    if model.settings.get("dataset") == "cifar10" and not any((place / "test_batch").exists() for place in places):
-        return []  # examples are not worth a download
+    if not at_hand(model, data_dir):
+        return []
     try:
-        test = load_its_data(model).test
+        test = load_its_data(model, data_dir).test
     except (ic.UserError, InferenceError):
         return []
     pictures = []
-    for label, name in list(enumerate(model.classes))[:10]:
+    for label in range(min(10, len(model.classes))):
         for image in test.images[test.labels == label][:1]:
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            picture.save(path := scratch / f"{name}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path := scratch / f"{label}.png")
             pictures.append(str(path))
     return pictures
 
 
+async def refuse(hostname: str) -> str:
+    """In place of what looks up the address of a file that Gradio is asked to fetch from elsewhere."""
+    raise ValueError(f"this page fetches nothing, not from {hostname} either")
+
+
 def build(model: Classifier, pictures: list[str]) -> gr.Blocks:
     """The page."""
-    right = f", and recognises {100 * model.test_accuracy:.1f} % of its test images" if model.test_accuracy else ""
-    with gr.Blocks(title="Image classification", analytics_enabled=False) as page:
-        gr.Markdown(
-            f"# What does this picture show?\n`{model.path.name}` was trained on {model.dataset}{right}. It knows "
-            f"**{', '.join(model.classes)}**: whatever else a picture shows, it gets one of these."
-        )
+    with gr.Blocks(title="Image classification", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(f"<h1>What does this picture show?</h1><p>{html.escape(model.about())}</p>", padding=False)
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
@@ -129,32 +129,31 @@ def main() -> int:
     )
     arguments.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     arguments.add_argument("--examples", metavar="FOLDER", help="pictures to click on (default: test images)")
+    arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is, for these (default: as trained)")
     options = arguments.parse_args()
     model = load_model(options.checkpoint or newest_checkpoint(), options.device, options.model)
     if not model.network:
         raise InferenceError(f"{model.path}: the page needs the .pth")
+    Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow refuses twice as much
+    safehttpx.async_validate_url = refuse
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = examples(model, options.examples, Path(scratch))
-        page = build(model, pictures)
-        folders = sorted({str(Path(path).parent) for path in pictures})
+        page = build(model, examples(model, options.examples, options.data_dir, Path(scratch)))
         try:
             page.launch(
                 server_name=options.host, server_port=options.port, share=False, quiet=True, show_error=True,
-                prevent_thread_lock=True, max_file_size=LARGEST_FILE, allowed_paths=folders, footer_links=[],
-                inbrowser=False, ssr_mode=False, css=STYLE,
+                prevent_thread_lock=True, max_file_size=LARGEST_FILE, footer_links=[], inbrowser=False, ssr_mode=False,
+                css=STYLE,
             )  # fmt: skip
         except OSError as error:
-            raise InferenceError(
-                f"port {options.port} is taken or not allowed: --port N for another ({error})"
-            ) from None
+            raise InferenceError(f"port {options.port} cannot be had ({error}): --port N for another") from None
         print(f"Open http://{options.host}:{options.port} in a browser. Ctrl-C ends it.")
         if options.host != "127.0.0.1":
             print("note: whoever reaches this machine can use the page")
         try:
-            threading.Event().wait()
+            while True:
+                time.sleep(0.5)  # in pieces: Windows hears no Ctrl-C in a long one
         finally:
             page.close()
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import csv
 import glob
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -24,7 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference import InferenceError, run
+try:
+    from inference import InferenceError, run
+except ImportError as problem:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements.txt")
 
 # Settings that change nothing about the network; `repeat` has a column of its own.
 WITHOUT_EFFECT = {"data_dir", "mirror", "device", "run_dir", "out", "resume", "debug", "keep_epochs", "substitution",
@@ -69,7 +75,7 @@ def read_runs(names: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     """
     found: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         several = [path] if path.exists() else list(map(Path, sorted(glob.glob(str(path)))))  # Windows leaves * to us
         if not several:
             raise InferenceError(f"{name}: there is no such folder")

@@ -12,35 +12,36 @@ for a class: the gradient of the class's logit weighs the last feature maps. By 
 import csv
 import io
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from inference import (
-    Classifier,
-    InferenceError,
-    load_its_data,
-    load_model,
-    newest_checkpoint,
-    parser,
-    ranked,
-    read,
-    run,
-)
-
 try:
+    import numpy as np
     import torch
     from captum.attr import LayerAttribution, LayerGradCam
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
 
     import image_classification as ic
+    from inference import (
+        Classifier,
+        InferenceError,
+        load_its_data,
+        load_model,
+        newest_checkpoint,
+        parser,
+        ranked,
+        read_one,
+        run,
+    )
 except ImportError as problem:
     if __name__ != "__main__":
         raise
     sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 SHOWN = 40  # images in a gallery
 FOLDS = 3  # networks that --label-issues trains, each without a third of the images
@@ -119,7 +120,7 @@ def galleries(model: Classifier, data: Any, out: Path) -> torch.Tensor:
     Returns the predictions, int64 (N,).
     """
     images, labels = data.test
-    sure, guess = (ic.evaluate(model.network, images, labels).logits / model.temperature).softmax(1).max(1)
+    sure, guess = (ic.evaluate(model.network, images, labels).logits / (model.temperature or 1)).softmax(1).max(1)
     for kind, chosen in (("correct", guess == labels), ("incorrect", guess != labels)):
         order = (sure * chosen).argsort(descending=True)[: min(SHOWN, int(chosen.sum()))]
         if not len(order):
@@ -140,10 +141,11 @@ def galleries(model: Classifier, data: Any, out: Path) -> torch.Tensor:
 
 def confused(classes: list[str], labels: torch.Tensor, guess: torch.Tensor, out: Path) -> None:
     """Print and write the pairs of classes that are taken for each other, the most often confused first."""
+    count = len(classes)
+    matrix = torch.bincount(labels * count + guess, minlength=count**2).view(count, count).tolist()
     rows = []
-    for one, other in torch.combinations(torch.arange(len(classes))).tolist():
-        there, back = (int(((labels == a) & (guess == b)).sum()) for a, b in ((one, other), (other, one)))
-        both = int(((labels == one) | (labels == other)).sum())
+    for one, other in torch.combinations(torch.arange(count)).tolist():
+        there, back, both = matrix[one][other], matrix[other][one], sum(matrix[one]) + sum(matrix[other])
         rows.append([classes[one], classes[other], there + back, there, back, round((there + back) / max(1, both), 4)])
     rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
     for a, b, count, there, back, share in rows[:10]:
@@ -195,7 +197,8 @@ def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | 
     """cam_<class>.gif: Grad-CAM of a test image of each class, an epoch a frame, from a run made with --keep-epochs."""
     paths = sorted(run_folder.glob("epoch-*.pth"))
     if not paths:
-        raise InferenceError(f"{run_folder} has no epoch-*.pth: train with --keep-epochs")
+        mend = "name one of its seeds" if list(run_folder.glob("seed-*/epoch-*.pth")) else "train with --keep-epochs"
+        raise InferenceError(f"{run_folder} has no epoch-*.pth: {mend}")
     last = load_model(paths[-1], device, model)
     data = load_its_data(last, data_dir)
     labels = data.test.labels
@@ -218,25 +221,28 @@ def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | 
     for frame, target in zip(frames, targets.tolist(), strict=True):
         durations = [200] * (len(frame) - 1) + [1500]  # ms
         frame[0].save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=frame[1:], duration=durations, loop=0)
-        ic.write_atomically(out / f"cam_{data.classes[target]}.gif", buffer.getvalue())
+        ic.write_atomically(out / f"cam_{data.classes[target].replace('/', '-')}.gif", buffer.getvalue())
     print(f"{out}: cam_<class>.gif of {len(frames)} classes, {len(paths)} epochs")
 
 
-def held_out(config: ic.Config, data: Any, device: torch.device, scratch: Path) -> torch.Tensor:
+def held_out(config: ic.Config, data: Any, device: torch.device) -> torch.Tensor:
     """Probabilities of the training images by networks that did not train on them: float32 (N, classes)."""
     from sklearn.model_selection import StratifiedKFold
 
     images, labels = data.train
+    if labels.bincount().min() < FOLDS:
+        raise InferenceError(f"to find wrong labels, each class needs at least {FOLDS} training images")
     shares = torch.zeros(len(labels), len(data.classes))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(np.zeros(len(labels)), labels.numpy())
     for number, (learned, asked) in enumerate(folds, 1):
         train, valid = (ic.Split(images[part], labels[part]) for part in (learned, asked))
-        part = replace(data, train=train, valid=valid)
-        trainer = ic.Trainer(config, part, device)
-        print(f"Network {number} of {FOLDS}: trained on {len(learned)} images, to judge the other {len(asked)}")
-        while trainer.step < trainer.total_steps:
-            ic.train_one_epoch(trainer, scratch, [])
-        shares[asked] = ic.evaluate(trainer.model, *part.valid).logits.softmax(1)
+        trainer = ic.Trainer(config, replace(data, train=train, valid=valid), device)
+        trainer.settle_batch()
+        print(f"Network {number} of {FOLDS}: trains on {len(learned)} images, to judge the other {len(asked)}")
+        with tempfile.TemporaryDirectory() as scratch:
+            while trainer.step < trainer.total_steps:
+                ic.train_one_epoch(trainer, Path(scratch, "last.pth"), [])
+        shares[asked] = ic.evaluate(trainer.tested(), *valid).logits.softmax(1)
     return shares
 
 
@@ -247,11 +253,10 @@ def label_issues(model: Classifier, data: Any, device: torch.device, out: Path) 
     """
     from cleanlab.filter import find_label_issues
 
-    config = ic.Config(**model.settings | {"minutes": 0.0, "resume": ""})
+    fresh = {"minutes": 0.0, "resume": "", "init_from": ""}  # weights to start from may have seen the images
     if device.type == "cpu":
         ic.keep_freed_memory()
-    shares = held_out(config, data, device, out / "last.pth")
-    (out / "last.pth").unlink(missing_ok=True)
+    shares = held_out(ic.Config(**model.settings | fresh), data, device)
     images, labels = data.train
     order = find_label_issues(labels.numpy(), shares.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1)
     names, rows, titles = model.classes, [], []
@@ -287,10 +292,7 @@ def main() -> int:
         raise InferenceError(f"{model.path}: what a network sees is to be had from its .pth only")
     print(f"{model.path}, trained on {model.dataset}")
     if options.image:
-        pixels = next(read(model, [options.image]))[1]
-        if isinstance(pixels, str):
-            raise InferenceError(f"{options.image}: {pixels}")
-        feature_maps(model, torch.from_numpy(pixels.copy())[None], out)
+        feature_maps(model, torch.from_numpy(read_one(model, options.image))[None], out)
         return 0
     data = load_its_data(model, options.data_dir)
     if options.label_issues:

@@ -10,6 +10,7 @@ is inside. What else one has to know is in the file: classes, image size, how to
 
 import io
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -18,30 +19,36 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+try:
+    import numpy as np
+    import onnx
+    import torch
+    from onnxruntime import quantization
 
-from inference import Classifier, InferenceError, load_its_data, load_model, newest_checkpoint, parser, run
+    import image_classification as ic
+    from inference import Classifier, InferenceError, at_hand, load_its_data, load_model, newest_checkpoint, parser, run
+except ImportError as problem:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 CHECKED = 1000  # images on which an export is compared with PyTorch
 TOLERANCE = 1e-3  # of logits
+BATCH = {"images": {0: torch.export.Dim("batch")}}  # of any size
 RESIZE = "the middle square of the image, resized bicubically to image_size x image_size; RGB, divided by 255"
 
 
-def deployable(network: Any) -> Any:
-    """The network with its normalisation: an nn.Module from float32 (N, 3, H, W) in [0, 1] to logits (N, classes)."""
-    import torch
+class Deployable(torch.nn.Module):
+    """A network with its normalisation: from float32 (N, 3, H, W) in [0, 1] to logits (N, classes)."""
 
-    import image_classification as ic
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
 
-    class Deployable(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, images: Any) -> Any:
-            return self.network(ic.normalise(images * 255, self.network))
-
-    return Deployable().eval()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(ic.normalise(images * 255, self.network))
 
 
 def described(model: Classifier) -> dict[str, str]:
@@ -53,54 +60,40 @@ def described(model: Classifier) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in about.items()}
 
 
-def to_onnx(module: Any, size: int, about: dict[str, str]) -> bytes:
-    """An ONNX file of a deployable module for images of `size` pixels, with `about` as its metadata."""
-    import onnx
-    import torch
-
-    batch = {"images": {0: torch.export.Dim("batch")}}
+def to_onnx(model: Classifier) -> bytes:
+    """The model as an ONNX file, described in its metadata."""
+    example = torch.zeros(2, 3, model.image_size, model.image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module, (torch.zeros(2, 3, size, size),), input_names=["images"], output_names=["logits"],
-            dynamic_shapes=batch, dynamo=True, external_data=False, verbose=False,
+            Deployable(model.network).eval(), (example,), input_names=["images"], output_names=["logits"],
+            dynamic_shapes=BATCH, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     assert program is not None
-    onnx.helper.set_model_props(proto := program.model_proto, about)
+    onnx.helper.set_model_props(proto := program.model_proto, described(model))
     return proto.SerializeToString()
 
 
-def to_pt2(module: Any, size: int, about: dict[str, str]) -> bytes:
-    """A file for torch.export.load, with `about` as classification.json among its extra files."""
-    import torch
-
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(module, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch)
-    torch.export.save(program, buffer := io.BytesIO(), extra_files={"classification.json": json.dumps(about)})
+def to_pt2(model: Classifier) -> bytes:
+    """The model as a file for torch.export.load, described in classification.json among its extra files."""
+    example = torch.zeros(2, 3, model.image_size, model.image_size)
+    program = torch.export.export(Deployable(model.network).eval(), (example,), dynamic_shapes=BATCH)
+    extra_files = {"classification.json": json.dumps(described(model))}
+    torch.export.save(program, buffer := io.BytesIO(), extra_files=extra_files)
     return buffer.getvalue()
 
 
-def check(expected: np.ndarray, found: np.ndarray) -> float:
-    """The largest difference of two sets of logits (N, classes).
-
-    Raises InferenceError if it is above TOLERANCE, or if a class differs where the two best are further apart than
-    twice that.
-    """
-    difference = float(np.abs(expected - found).max())
-    second, best = np.sort(expected, 1)[:, -2:].T
-    other = (expected.argmax(1) != found.argmax(1)) & (best - second > 2 * difference)
-    if not difference <= TOLERANCE or other.any():
-        raise InferenceError(f"the export does not compute the same: logits differ by {difference:.2g}")
-    return difference
+def check(expected: np.ndarray, found: np.ndarray) -> str:
+    """How far two sets of logits (N, classes) are apart, in words; InferenceError if by more than TOLERANCE."""
+    difference, others = float(np.abs(expected - found).max()), int((expected.argmax(1) != found.argmax(1)).sum())
+    text = f"on {len(found)} images: logits differ by {difference:.1e} at most, the class of {others} images differs"
+    if not difference <= TOLERANCE:  # so the class is the same where the two best differ by more than twice that
+        raise InferenceError(f"the export does not compute the same as PyTorch {text}")
+    return text
 
 
-def quantised(path: Path, images: np.ndarray, about: dict[str, str]) -> bytes:
+def quantised(path: Path, images: np.ndarray) -> bytes:
     """The ONNX file with weights and activations of 8 bits, their ranges taken from uint8 images (N, 3, S, S)."""
-    import logging
-
-    import onnx
-    from onnxruntime import quantization
-
     logging.disable(logging.WARNING)  # that it quantises no batch norm
 
     class Batches(quantization.CalibrationDataReader):
@@ -111,6 +104,9 @@ def quantised(path: Path, images: np.ndarray, about: dict[str, str]) -> bytes:
             batch = next(self.left, None)
             return None if batch is None else {"images": batch.astype(np.float32) / 255}
 
+    about = {each.key: each.value for each in onnx.load(str(path)).metadata_props} | {
+        "test_accuracy": "null"
+    }  # unknown
     with tempfile.TemporaryDirectory() as folder:
         prepared, small = Path(folder, "prepared.onnx"), Path(folder, "small.onnx")
         quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
@@ -136,9 +132,24 @@ def measure(paths: list[Path], images: np.ndarray, labels: np.ndarray) -> list[t
     return list(zip(accuracies, map(statistics.median, times), strict=True))
 
 
+def quantise(whole: Path, small: Path, data: ic.Data) -> None:
+    """Write `small`, the ONNX file `whole` in 8 bits, and print what that changes; InferenceError if it costs a lot."""
+    calibration = data.train.images[torch.randperm(len(data.train.images))[:500]].numpy()
+    part, which = (data.valid, "validation") if len(data.valid.labels) else (data.test, "test")
+    new = whole.with_name("small.onnx")
+    new.write_bytes(quantised(whole, calibration))
+    results = measure([whole, new], part.images.numpy(), part.labels.numpy())
+    print(f"\n| | accuracy on {len(part.labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
+    for name, path, (accuracy, milliseconds) in zip(("float32", "int8"), (whole, new), results, strict=True):
+        print(f"| {name} | {100 * accuracy:.2f} % | {path.stat().st_size / 1e6:.2f} | {milliseconds:.2f} |")
+    if (lost := results[0][0] - results[1][0]) > 0.01:
+        raise InferenceError(f"8 bits cost this network {100 * lost:.1f} points of accuracy: {small} is not written")
+    ic.write_atomically(small, new.read_bytes())
+
+
 def main() -> int:
     """Run as from the command line; returns the exit status."""
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, device=False)
     arguments.add_argument("--format", default="onnx", choices=["onnx", "pt2"], help="(default: onnx)")
     arguments.add_argument("--int8", action="store_true", help="an ONNX file of 8-bit numbers as well")
     arguments.add_argument("--out", metavar="FILE", help="(default: beside the model, with .onnx or .pt2)")
@@ -146,52 +157,35 @@ def main() -> int:
     options = arguments.parse_args()
     if options.int8 and options.format != "onnx":
         arguments.error("--int8 is for --format onnx")
+    if options.out and not options.out.endswith(f".{options.format}"):
+        arguments.error(f"--out {options.out}: the name has to end in .{options.format}")
     model = load_model(options.checkpoint or newest_checkpoint(), "cpu", options.model)
     if not model.network:
         raise InferenceError(f"{model.path} is exported already")
-
-    import torch
-
-    import image_classification as ic
-
-    size, module, about = model.image_size, deployable(model.network), described(model)
     out = Path(options.out or model.path.with_suffix(f".{options.format}"))
-    images = labels = np.random.default_rng(0).integers(0, 256, (CHECKED, 3, size, size), dtype=np.uint8)
-    try:
-        data = load_its_data(model, options.data_dir)
-        part, which = (data.valid, "validation") if len(data.valid.labels) else (data.test, "test")
-        images, labels = part.images.numpy(), part.labels.numpy()
-    except ic.UserError as error:
-        if options.int8:
-            raise
-        print(f"note: compared on random images, because its data set is not to be had: {error}")
+    data = load_its_data(model, options.data_dir) if options.int8 or at_hand(model, options.data_dir) else None
+    if data:
+        images = torch.cat([data.valid.images, data.train.images])[:CHECKED].numpy()
+    else:
+        print("note: compared on random images, because its data set is not here: --data-dir DIR names its folder")
+        shape = (CHECKED, 3, model.image_size, model.image_size)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
     print(f"Exporting {model.path} to {out}")
-    ic.write_atomically(out, (to_onnx if options.format == "onnx" else to_pt2)(module, size, about))
-    expected = model.logits(images[:CHECKED])
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, f"new.{options.format}")
+        new.write_bytes(to_onnx(model) if options.format == "onnx" else to_pt2(model))
         if options.format == "onnx":
-            found = load_model(out, "cpu").logits(images[:CHECKED])
+            found = load_model(new).logits(images)
         else:
             with torch.no_grad():
-                found = torch.export.load(out).module()(torch.from_numpy(images[:CHECKED]) / 255).numpy()
-        difference = check(expected, found)
-    except InferenceError:
-        out.unlink()
-        raise
-    print(f"Compared with PyTorch on {len(found)} images: logits differ by {difference:.1e} at most, no class does")
-    if options.int8:
-        small = out.with_name(f"{out.stem}-int8.onnx")
-        calibration = data.train.images[torch.randperm(len(data.train.images))[:500]].numpy()
-        ic.write_atomically(small, quantised(out, calibration, about | {"test_accuracy": "null"}))  # not tested
-        results = measure([out, small], images, labels)
-        print(f"\n| file | accuracy on {len(labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
-        for path, (accuracy, milliseconds) in zip([out, small], results, strict=True):
-            print(f"| {path.name} | {100 * accuracy:.2f} % | {path.stat().st_size / 1e6:.2f} | {milliseconds:.2f} |")
-        if (lost := results[0][0] - results[1][0]) > 0.01:
-            small.unlink()
-            raise InferenceError(f"8 bits cost this network {100 * lost:.1f} points of accuracy: {small} is not kept")
-    print(f"\nUse it: python inference.py --checkpoint {out} IMAGE")
+                found = torch.export.load(new).module()(torch.from_numpy(images) / 255).numpy()
+        print(f"Compared with PyTorch {check(model.logits(images), found)}")
+        ic.write_atomically(out, new.read_bytes())
+        if options.int8 and data:
+            quantise(new, out.with_name(f"{out.stem}-int8.onnx"), data)
+    if options.format == "onnx":
+        print(f'\nUse it: python inference.py --checkpoint "{out}" IMAGE')
     return 0
 
 

@@ -257,12 +257,12 @@ def configure(**given: Any) -> Config:
 def read_recipe(path: str) -> dict[str, Any]:
     """The settings in a JSON file, such as tune.py writes."""
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = settings.keys() - KINDS.keys()
+        settings = dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
     except (ValueError, AttributeError):
         raise UserError(f'--recipe {path}: it has to hold settings and values, like {{"epochs": 5}}') from None
-    if unknown:
-        raise UserError(f"--recipe {path}: unknown setting {min(unknown)}: {suggest(min(unknown), KINDS)}")
+    known = KINDS.keys() - {"recipe", "resume", "run_dir", "out", "fast_dev_run", "debug"}  # these are of one run
+    if unknown := settings.keys() - known:
+        raise UserError(f"--recipe {path}: no setting {min(unknown)}: {suggest(min(unknown), sorted(known))}")
     return settings
 
 
@@ -576,7 +576,7 @@ def resized(split: Split, size: int) -> Split:
     """The same with images of `size` × `size` pixels."""
     if split.images.shape[2:] == (size, size):
         return split
-    return Split(F.interpolate(split.images, (size, size), mode="bilinear", antialias=True), split.labels)
+    return Split(F.interpolate(split.images, (size, size), mode="bicubic", antialias=True), split.labels)
 
 
 def make_data(
@@ -892,7 +892,7 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     content = read_checkpoint(path)
     config = Config(**{name: value for name, value in content["config"].items() if name in KINDS})
     if is_own(config.model) and not model:
-        raise UserError(f"{path} holds a network of its own: name {config.model} again as the model")
+        raise UserError(f"{path} holds a network of its own: give --model {config.model}")
     config = replace(config, model=model or config.model)
     network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
     load_weights(network, content["model"], path)
@@ -1200,6 +1200,8 @@ class Trainer:
 
     def settle_batch(self) -> None:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
+        if self.device.type == "cpu" and self.config.model == "cnn":
+            return  # it fits any machine that torch fits
         size = self.places[0].stop
         while True:
             try:
@@ -1260,7 +1262,8 @@ class Trainer:
         # forward only: half of a step in fp32, measured; a third in bf16, and 0.3 s for files, until an epoch has ended
         test = per_step * self.data.test_images / self.places[0].stop / 2
         pause = self.pause or 0.3 + per_step * len(self.valid.labels) / self.places[0].stop / 3
-        left = self.deadline - time.perf_counter() - REPORT_SECONDS - test * (1 + views * (views > 1))
+        test *= 1 + views * (views > 1) + len(self.valid.labels) / self.data.test_images  # these calibrate confidence
+        left = self.deadline - time.perf_counter() - REPORT_SECONDS - test
         ended = (self.step - 1) // len(self.places)  # epochs
 
         def seconds(total: int) -> float:
@@ -1428,8 +1431,7 @@ def train_once(
     trainer = Trainer(config, data, device, deadline, model)
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
-        trainer.settle_batch()
+    trainer.settle_batch()
     if last.exists():
         trainer.load(last)
     steps, validation = len(trainer.places), len(trainer.valid.labels)
@@ -1586,7 +1588,7 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
     for place, (image, title) in enumerate(zip(images, titles, strict=False)):
         left, top = 1.25 * (place % columns), 1.6 * (place // columns)
         axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(left, left + 1.15, top + 1.55, top + 0.4))
-        axes.text(left + 0.575, top + 0.35, title, fontsize=7, ha="center")
+        axes.text(left + 0.575, top + 0.35, title, fontsize=7, ha="center", parse_math=False)
     axes.set(xlim=(0, 1.25 * columns), ylim=(1.6 * rows, 0))
     axes.axis("off")
     return axes.figure
@@ -1685,7 +1687,7 @@ class RunLog:
 
 
 def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """How far confidence is from accuracy: the mean over 15 classes of confidence, by their images (Guo et al., 2017).
+    """How far confidence is from accuracy: the mean over 15 bins of confidence, by their images (Guo et al., 2017).
 
     logits: float (N, classes); labels: int64 (N,); both on the CPU. In [0, 1].
     """
@@ -1706,14 +1708,16 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
 
     content = read_checkpoint(run / "best.pth")
     load_weights(trainer.model, content["model"], run / "best.pth")
-    result, temperature = evaluate(trainer.model, *test), 1.0
+    result, temperature = evaluate(trainer.model, *test), None
     if len(trainer.valid.labels):
         with trainer.autocast():
             logits, labels = evaluate(trainer.model, *trainer.valid).logits, trainer.valid.labels.cpu()
-        fit = minimize_scalar(lambda sharpness: F.cross_entropy(logits * sharpness, labels).item(), bounds=(0.1, 10))
+        # as if one more image had been of any class (Laplace): where all are right, confidence would grow beyond bounds
+        loss = nn.CrossEntropyLoss(label_smoothing=1 / (1 + len(labels)))
+        fit = minimize_scalar(lambda sharpness: loss(logits * sharpness, labels).item(), bounds=(0.01, 100))
         temperature = 1 / float(fit.x)  # Guo et al., 2017
-    sure, guess = (result.logits / temperature).softmax(1).max(1)
-    errors = [calibration_error(result.logits / each, test.labels) for each in (1.0, temperature)]
+    sure, guess = (result.logits / (temperature or 1)).softmax(1).max(1)
+    errors = [calibration_error(result.logits / each, test.labels) for each in (1, temperature or 1)]
     numbers, count = range(len(classes)), len(guess)
     matrix = confusion_matrix(test.labels, guess, labels=numbers)
     scores = precision_recall_fscore_support(test.labels, guess, labels=numbers, zero_division=0)
@@ -1741,7 +1745,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
     ranked = sorted((name for name in classes if tested[name]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
-    print(f"Confidence is off by {percent(errors[1])} on average ({percent(errors[0])} before its calibration)")
+    before = f"{percent(errors[0])} before its calibration" if temperature else "not calibrated: no validation images"
+    print(f"Confidence is off by {percent(errors[1])} on average ({before})")
     print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}")
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"]
     reached = training if reached is None else reached

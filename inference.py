@@ -47,22 +47,27 @@ class Classifier:
     path: Path
     classes: list[str]
     image_size: int  # S, width and height in pixels
-    temperature: float  # logits are divided by it: confidences are then about as often right as they say
+    temperature: float | None  # logits are divided by it: confidences are then about as often right as they say
     dataset: str
     test_accuracy: float | None  # [0, 1]
     logits: Callable[[np.ndarray], np.ndarray]  # of uint8 images (N, 3, S, S): float32 (N, classes), computed in fp32
     network: Any = None  # the nn.Module, on its device and in eval mode; an ONNX file has none,
     settings: dict[str, Any] = field(default_factory=dict)  # nor the Config of its training
 
+    def about(self) -> str:
+        """What one should know of its answers, in two sentences."""
+        right = f" and recognises {100 * self.test_accuracy:.1f} % of its test images" if self.test_accuracy else ""
+        sure = "" if self.temperature else " Its confidences are not calibrated."
+        known = f"It knows {', '.join(self.classes)}; whatever else an image shows, it gets one of these."
+        return f"{self.path.name} was trained on {self.dataset}{right}. {known}{sure}"
 
-def newest_checkpoint() -> Path:
-    """The model file that was written last, here or in runs/; InferenceError where there is none."""
-    found = [path for pattern in ("model_*.pth", "runs/*/*/model_*.pth") for path in Path().glob(pattern)]
-    if not found:
-        raise InferenceError(
-            "no model_*.pth here: train one with image_classification.py, or name it: --checkpoint FILE"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+
+def newest_checkpoint(folder: Path | str = ".") -> Path:
+    """The model file that was written last in the folder, else in runs/ there; InferenceError where there is none."""
+    for pattern in ("model_*.pth", "runs/*/*/model_*.pth"):
+        if found := list(Path(folder).glob(pattern)):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise InferenceError(f"no model_*.pth in {Path(folder).resolve()}: train one, or name it with --checkpoint FILE")
 
 
 def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Classifier:
@@ -70,8 +75,8 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
 
     device: auto, cpu, cuda, cuda:N or mps; model: FILE.py:FACTORY, for a network of your own. Raises InferenceError.
     """
-    path = Path(path)
-    if path.suffix == ".onnx":
+    path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
+    if path.suffix.lower() == ".onnx":
         return load_onnx(path, str(device))
     try:
         import torch
@@ -90,20 +95,56 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         labels = torch.zeros(len(images), dtype=torch.int64)  # not known, and not used
         return ic.evaluate(network, torch.tensor(images), labels).logits.numpy()
 
-    metrics, size = content.get("metrics", {}), content["image_size"]
-    temperature, accuracy = metrics.get("temperature", 1.0), metrics.get("test_accuracy")
-    dataset = content.get("dataset", "unknown data")
+    metrics = content.get("metrics", {})
     settings = {name: value for name, value in content["config"].items() if name in ic.KINDS}
-    return Classifier(path, content["classes"], size, temperature, dataset, accuracy, logits, network, settings)
+    return Classifier(
+        path, content["classes"], content["image_size"], metrics.get("temperature"),
+        content.get("dataset", "some data"), metrics.get("test_accuracy"), logits, network,
+        settings | ({"model": model} if model else {}),
+    )  # fmt: skip
+
+
+def its_data_settings(model: Classifier, data_dir: str | None) -> dict[str, Any]:
+    """What defines its data set, of the settings of its training, with the folder that it is in now."""
+    names = ["dataset", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides on nothing else
+    found = {name: model.settings[name] for name in names if name in model.settings} | {"image_size": model.image_size}
+    is_folder = found.get("dataset") not in ("cifar10", "digits", *datasets.NAMES)
+    folder = data_dir or model.settings.get("data_dir", "data")
+    return found | {"dataset" if is_folder and data_dir else "data_dir": folder}
+
+
+def at_hand(model: Classifier, data_dir: str | None = None) -> bool:
+    """Is its data set on this machine, so that nothing has to be downloaded?"""
+    settings = its_data_settings(model, data_dir)
+    dataset, folder = settings.get("dataset", ""), Path(settings.get("data_dir", "data"))
+    names = {
+        "cifar10": ["test_batch", "cifar-10-batches-py/test_batch"], "cifar100": ["cifar-100-python"],
+        "mnist": ["MNIST"], "fashion-mnist": ["FashionMNIST"], "svhn": ["test_32x32.mat"], "stl10": ["stl10_binary"],
+    }  # fmt: skip
+    if dataset in names:
+        return any((folder / name).exists() for name in names[dataset])
+    return dataset == "digits" or Path(dataset).is_dir()
 
 
 def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
-    """The data set that a .pth was trained on: image_classification.Data. Raises InferenceError, ic.UserError."""
+    """The data set that a .pth was trained on: image_classification.Data. Raises InferenceError, ic.UserError.
+
+    data_dir: where it is now, for a folder of images that folder itself.
+    """
     import image_classification as ic
 
-    data = ic.load_data(ic.Config(**model.settings | ({"data_dir": data_dir} if data_dir else {})))
+    settings = its_data_settings(model, data_dir)
+    if settings["dataset"] not in ("cifar10", "digits", *datasets.NAMES) and not Path(settings["dataset"]).is_dir():
+        raise InferenceError(
+            f"its images are no longer in {settings['dataset']}: name their folder with --data-dir DIR"
+        )
+    data = ic.load_data(ic.Config(**settings))
     if data.classes != model.classes:
         raise InferenceError(f"{model.path} is for other classes than {data.name} has now")
+    mean = model.network.get_buffer("pixel_mean").flatten().cpu() / 255
+    changed = (mean - mean.new_tensor(data.mean)).abs().max() > 1e-6 and not model.settings.get("pretrained")
+    if data.report and changed:
+        print(f"note: the images in {settings['dataset']} are others than in training: some may have been trained on")
     return data
 
 
@@ -115,7 +156,14 @@ def load_onnx(path: Path, device: str) -> Classifier:
         raise InferenceError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
-    providers = ["CPUExecutionProvider"] if device == "cpu" else onnxruntime.get_available_providers()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device not in ("auto", "cpu"):
+        if device.partition(":")[0] != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise InferenceError(
+                f"--device {device} cannot be had for ONNX: choose auto, cpu or, with onnxruntime-gpu, cuda"
+            )
+        exact = {"use_tf32": 0, "device_id": int(device.partition(":")[2] or 0)}  # fp32 is to mean fp32
+        providers = [("CUDAExecutionProvider", exact)]
     try:
         session = onnxruntime.InferenceSession(str(path), providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map
@@ -133,7 +181,7 @@ def load_onnx(path: Path, device: str) -> Classifier:
 
 def probabilities(model: Classifier, images: np.ndarray) -> np.ndarray:
     """Calibrated: of uint8 images (N, 3, S, S), float64 (N, classes), each row adding up to 1."""
-    logits = model.logits(images).astype(np.float64) / model.temperature
+    logits = model.logits(images).astype(np.float64) / (model.temperature or 1)
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
 
@@ -155,11 +203,19 @@ def read(model: Classifier, paths: Sequence[Path | str]) -> Iterator[tuple[Any, 
             known: dict[type, str] = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder"}
             return known.get(type(error), str(error) or type(error).__name__)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each may be large
         warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
         for start in range(0, len(paths), AT_ONCE):
             some = paths[start : start + AT_ONCE]
             yield from zip(some, pool.map(attempt, some), strict=True)
+
+
+def read_one(model: Classifier, path: Path | str) -> np.ndarray:
+    """The image in a file as the network wants it, uint8 (3, S, S); InferenceError for a file that is none."""
+    ((_, found),) = read(model, [path])
+    if isinstance(found, str):
+        raise InferenceError(f"{path}: {found}")
+    return found.copy()
 
 
 def predict(model: Classifier, images: Any, top_k: int = 3) -> list[list[tuple[str, float]]]:
@@ -168,13 +224,12 @@ def predict(model: Classifier, images: Any, top_k: int = 3) -> list[list[tuple[s
     images: paths of image files, or uint8 (N, 3, S, S), S being model.image_size. Raises InferenceError for a file that
     is no image.
     """
+    if isinstance(images, (str, Path)):
+        images = [images]
     if not len(images):
         return []
     if isinstance(images[0], (str, Path)):
-        found = list(read(model, images))
-        if wrong := [f"{path}: {pixels}" for path, pixels in found if isinstance(pixels, str)]:
-            raise InferenceError("; ".join(wrong))
-        images = np.stack([pixels for _, pixels in found])
+        images = np.stack([read_one(model, path) for path in images])
     return ranked(model, np.asarray(images), top_k)
 
 
@@ -182,10 +237,8 @@ def visualize_predictions(model: Classifier, path: Path | str, device: Any = Non
     """A matplotlib figure of an image as the network sees it and its likeliest classes; moves to `device` if given."""
     if device is not None and model.network:
         model.network.to(device)
-    found = next(read(model, [path]))[1]
-    if isinstance(found, str):
-        raise InferenceError(f"{path}: {found}")
-    return draw([(str(path), found, ranked(model, found[None], top_k)[0])])
+    pixels = read_one(model, path)
+    return draw([(str(path), pixels, ranked(model, pixels[None], top_k)[0])])
 
 
 def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
@@ -201,22 +254,23 @@ def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
     for place, (name, pixels, classes) in enumerate(shown):
         image, bars = axes[2 * place : 2 * place + 2]
         image.imshow(pixels.transpose(1, 2, 0))
-        image.set_title(Path(name).name[-24:], fontsize=8)
+        image.set_title(Path(name).name[-24:], fontsize=8, parse_math=False)
         bars.barh(range(len(classes)), [share for _, share in classes], color=["#8fc1ea"] + ["#d5d5d5"] * len(classes))
         for row, (label, share) in enumerate(classes):
-            bars.text(0.02, row, f"{label} {100 * share:.1f} %", va="center", fontsize=8)
+            bars.text(0.02, row, f"{label} {100 * share:.1f} %", va="center", fontsize=8, parse_math=False)
         bars.set(xlim=(0, 1), ylim=(max(2, len(classes)) - 0.4, -0.6))
     return figure
 
 
 def find(names: list[str]) -> tuple[list[Path], list[str]]:
-    """All files that are meant, folders walked, and a line for each name that is none of both."""
+    """All files that are meant, folders walked, and a line for each name that is neither."""
     found: list[Path] = []
     problems, known = [], datasets.extensions()
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_dir():
-            inside = [each for each in sorted(path.rglob("*")) if each.is_file() and not each.name.startswith(".")]
+            inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
+            inside = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
             images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
             problems += [] if images else [f"{name}: no image in this folder"]
             found += images
@@ -227,23 +281,20 @@ def find(names: list[str]) -> tuple[list[Path], list[str]]:
     return found, problems
 
 
-def share(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise ValueError
-    return value
-
-
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:
     """A parser with what all tools that use a trained model take."""
     common = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_argument("--checkpoint", metavar="FILE", help="the model file (default: the newest model_*.pth)")
+    newest = "the model file, or a folder with it (default: the newest model_*.pth)"
+    common.add_argument("--checkpoint", metavar="FILE", help=newest)
     common.add_argument("--model", default="", metavar="FILE.py:FACTORY", help="the network, if it is one of your own")
-    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if device:
+        common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     return common
 
 
 def run(tool: Callable[[], int]) -> int:
-    """Run a tool from the command line: its exit status, or one line about what the user can mend."""
+    """Run a tool from the command line: its exit status, or one line about what is wrong."""
     for console in (sys.stdout, sys.stderr):
         if isinstance(console, io.TextIOWrapper):
             console.reconfigure(errors="replace", line_buffering=True)  # what it cannot show becomes a ?
@@ -253,15 +304,16 @@ def run(tool: Callable[[], int]) -> int:
         print("\nStopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if "--debug" in sys.argv:
+            raise
         script = sys.modules.get("image_classification")
+        text = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
             text = f"no module named {error.name!r}: pip install -r requirements-extras.txt"
         elif isinstance(error, OSError):
-            text = ": ".join(filter(None, [error.filename, error.strerror or str(error)]))
-        elif isinstance(error, (InferenceError, *([script.UserError] if script else []))):
-            text = str(error)
-        else:
-            raise
+            text = ": ".join(filter(None, [error.filename, error.strerror or text]))
+        elif not isinstance(error, (InferenceError, *([script.UserError] if script else []))):
+            text = f"{text[:500] or error!r} ({type(error).__name__}; --debug shows where)"
         print(f"error: {text}", file=sys.stderr)
         return 2 if script and isinstance(error, script.UsageError) else 1
 
@@ -271,23 +323,23 @@ def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     arguments.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to name (default: 3)")
-    arguments.add_argument("--threshold", type=share, default=0.0, metavar="F", help="below it say unsure, [0, 1]")
+    arguments.add_argument("--threshold", type=float, default=0.0, metavar="F", help="below it say unsure, [0, 1]")
     arguments.add_argument("--format", default="table", choices=["table", "csv", "json"], help="(default: table)")
     arguments.add_argument(
         "--save", metavar="FILE.png", help=f"a picture of the first {SHOWN} images and their classes"
     )
     options = arguments.parse_args()
-    if options.top_k < 1:
-        arguments.error("--top-k must be at least 1")
+    if options.top_k < 1 or not 0 <= options.threshold <= 1:
+        arguments.error("--top-k must be at least 1, --threshold between 0 and 1")
     return classify(load_model(options.checkpoint or newest_checkpoint(), options.device, options.model), options)
 
 
 def classify(model: Classifier, options: argparse.Namespace) -> int:
     """Classify what the options name and print it; returns the exit status."""
     to = sys.stdout if options.format == "table" else sys.stderr  # what is piped on is to be data only
-    right = f", of whose test images it recognises {100 * model.test_accuracy:.1f} %" if model.test_accuracy else ""
-    print(f"{model.path}: trained on {model.dataset}{right}", file=to)
-    print(f"It knows {', '.join(model.classes)}; whatever else an image shows, it gets one of these", file=to)
+    if options.format != "table" and isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # Windows would write what its console can show
+    print(model.about(), file=to)
     paths, problems = find(options.images)
     rows: list[tuple[str, list[tuple[str, float]]]] = []
     shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]] = []

@@ -19,6 +19,7 @@ import io
 import itertools
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def changed(config: ic.Config) -> dict[str, Any]:
 def command(settings: dict[str, Any]) -> str:
     """The line that trains with these settings."""
     words = [[ic.option(name)] if value is True else [ic.option(name), str(value)] for name, value in settings.items()]
-    return subprocess.list2cmdline(["python", "image_classification.py", *itertools.chain(*words)])
+    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return quote(["python", "image_classification.py", *itertools.chain(*words)])
 
 
 def describe(settings: dict[str, Any]) -> str:
@@ -74,8 +76,7 @@ def describe(settings: dict[str, Any]) -> str:
 def new_trainer(config: ic.Config, data: ic.Data, device: torch.device) -> ic.Trainer:
     """All that a step changes, in batches that fit into memory."""
     trainer = ic.Trainer(config, data, device)
-    if device.type != "cpu" or config.model != "cnn":  # cnn fits any machine that torch fits
-        trainer.settle_batch()
+    trainer.settle_batch()
     return trainer
 
 

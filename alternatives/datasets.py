@@ -3,6 +3,7 @@
 Arrays of NumPy, so that `decode` is there for `inference.py` where torch is not installed.
 """
 
+import functools
 import hashlib
 import re
 import statistics
@@ -118,7 +119,7 @@ class Decoded(NamedTuple):
 
 def decode(path: Path, size: int) -> Decoded:
     """Any image that Pillow opens: turned as its EXIF data say, transparent parts white, the middle square, resized."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=formats()) as file:
         width_height = file.size
         file.draft(None, (2 * size, 2 * size))  # a JPEG is read at a fraction of its size: several times as fast
         image = ImageOps.exif_transpose(file)
@@ -141,17 +142,23 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
 
 
+@functools.cache
+def formats() -> list[str]:
+    """That Pillow reads by itself, without starting another program."""
+    Image.init()  # fills Image.OPEN
+    return [kind for kind in Image.OPEN if kind not in NEED_MORE]
+
+
 def extensions() -> set[str]:
-    """Of the files that Pillow reads by itself."""
-    kinds = Image.registered_extensions()  # this also fills Image.OPEN
-    return {extension for extension, kind in kinds.items() if kind in Image.OPEN and kind not in NEED_MORE}
+    """Of such files."""
+    return {extension for extension, kind in Image.registered_extensions().items() if kind in formats()}
 
 
 def is_image(path: Path) -> bool:
     """Whatever its name: does Pillow open it?"""
     try:
-        with Image.open(path) as file:
-            return file.format not in NEED_MORE
+        with Image.open(path, formats=formats()):
+            return True
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
 
@@ -284,7 +291,7 @@ def suitable_size(paths: list[Path]) -> int:
     sides = []
     for path in paths[:: max(1, len(paths) // 200)]:
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=formats()) as file:
                 sides.append(min(file.size))
         except (OSError, ValueError, Image.DecompressionBombError):
             continue

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once
 import torch
@@ -125,12 +126,17 @@ def cifar10():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with a model_*.pth and its run, whose epochs are kept."""
-    folder = tmp_path_factory.mktemp("trained")
-    program = Program(folder)
+    """A folder with a model_*.pth and its run, whose epochs are kept; of all processes that test, one trains it."""
+    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = (
+        tmp_path_factory.getbasetemp().parent / f"trained-{shared}" if shared else tmp_path_factory.mktemp("trained")
+    )
+    folder.mkdir(exist_ok=True)
     place = find_cifar10()
     data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "8000"] if place else ["--dataset", "digits"]
-    program(*data, "--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run")
+    with FileLock(folder / ".lock"):
+        if not list(folder.glob("model_*.pth")):
+            Program(folder)(*data, "--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run")
     return folder
 
 

@@ -3,18 +3,21 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, save, tool
+from conftest import REPOSITORY, Program, save, tool
 from PIL import Image
 
 import image_classification as ic
 import inference
+from alternatives import datasets
 
 # ---- inference.py ----
 
@@ -56,8 +59,8 @@ def test_images_and_folders_are_classified(pictures, model, data):
     out, err = tool("inference", pictures)("images", "images/0.png", "--top-k", "2")
     lines = out.splitlines()
     assert "trained on" in lines[0] and f"{100 * model.test_accuracy:.1f} %" in lines[0]
-    assert all(name in lines[1] for name in model.classes) and "one of these" in lines[1]
-    assert len(lines) == 2 + 7 and not err
+    assert all(name in lines[0] for name in model.classes) and "one of these" in lines[0]
+    assert len(lines) == 1 + 7 and not err
     expected = inference.predict(model, data.test.images[:1].numpy(), 2)[0]
     assert lines[-1].split("  ")[-1].strip() == ", ".join(f"{name} {100 * sure:.1f} %" for name, sure in expected)
 
@@ -141,14 +144,57 @@ def test_functions_of_the_reference(model, data, folder):
 
 
 def test_thousands_of_images_in_bounded_memory(pictures, data):
-    many = pictures / "many"
-    many.mkdir()
-    for i in range(1100):
-        save(data.test.images[i % 300], many / f"{i:04}.png", compress_level=0)
-    out, err = tool("inference", pictures)("many", "--format", "csv")
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert [row["file"][-8:-4] for row in rows] == [f"{i:04}" for i in range(1100)]
-    assert rows[0]["class_1"] == rows[300]["class_1"]
+    peaks = []
+    for count in (250, 2500):
+        many = pictures / f"many-{count}"
+        many.mkdir()
+        for i in range(count):
+            save(data.test.images[i % 300], many / f"{i:04}.png", compress_level=0)
+        process = tool("inference", pictures).start(many.name, "--format", "csv")
+        out = process.stdout.read()
+        peaks.append(os.wait4(process.pid, 0)[2].ru_maxrss / 2**10)  # MiB
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert [row["file"][-8:-4] for row in rows] == [f"{i:04}" for i in range(count)]
+    assert rows[0]["class_1"] == rows[300]["class_1"] == rows[2400]["class_1"]
+    assert peaks[1] < peaks[0] + 40
+
+
+def test_checkpoint_of_a_folder_and_what_is_newest(pictures, trained):
+    out, _ = tool("inference", pictures)("images/0.png", "--checkpoint", trained)
+    assert out.startswith("model_cnn")
+    run = pictures / "runs" / "CIFAR10" / "now"
+    run.mkdir(parents=True)
+    shutil.copy(*trained.glob("model_*.pth"), run / "model_other.pth")
+    assert "model_cnn" in tool("inference", pictures)("images/0.png")[0].splitlines()[0]
+    for path in pictures.glob("model_*.pth"):
+        path.unlink()
+    assert "model_other" in tool("inference", pictures)("images/0.png")[0].splitlines()[0]
+
+
+def test_confidence_that_is_not_calibrated_is_said(pictures):
+    (path,) = pictures.glob("model_*.pth")
+    content = torch.load(path, weights_only=True)
+    assert "not calibrated" not in tool("inference", pictures)("images/0.png")[0]
+    del content["metrics"]["temperature"]
+    torch.save(content, path)
+    assert "not calibrated" in tool("inference", pictures)("images/0.png")[0]
+
+
+def test_postscript_is_no_image(folder):
+    """Pillow would start another program, Ghostscript, on it."""
+    (folder / "cat.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n")
+    with Image.open(folder / "cat.png") as picture:
+        assert picture.format == "EPS"  # by its content
+    with pytest.raises(OSError, match="cannot identify"):
+        datasets.decode(folder / "cat.png", 32)
+    assert not datasets.is_image(folder / "cat.png")
+
+
+def test_names_that_matplotlib_and_the_shell_would_read(pictures):
+    for name in ("$a_b$.png", "~tmp.png"):
+        shutil.copy(pictures / "images" / "0.png", pictures / name)
+    out, _ = tool("inference", pictures)("$a_b$.png", "~tmp.png", "--save", "seen.png")
+    assert "$a_b$.png" in out and "~tmp.png" in out and (pictures / "seen.png").exists()
 
 
 # ---- export.py ----
@@ -164,7 +210,7 @@ def test_onnx_computes_the_same(exported, model, data):
     import onnxruntime
 
     folder, out = exported
-    assert f"on {min(1000, len(data.valid.labels))} images: logits differ by" in out
+    assert "on 1000 images: logits differ by" in out and "class of 0 images differs" in out
     (path,) = (path for path in folder.glob("model_*.onnx") if "int8" not in path.name)
     session = onnxruntime.InferenceSession(str(path))
     (entry,), (result,) = session.get_inputs(), session.get_outputs()
@@ -181,9 +227,11 @@ def test_onnx_computes_the_same(exported, model, data):
 
 def test_int8_is_smaller_and_as_good(exported):
     folder, out = exported
-    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| model")]
-    (_, whole, size, _), (name, small, less, _) = rows
-    assert "int8" in name and float(less) < 0.5 * float(size)
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith(("| float32", "| int8"))]
+    (_, whole, size, _), (_, small, less, _) = rows
+    assert float(less) < 0.5 * float(size)
+    (path,) = folder.glob("model_*-int8.onnx")
+    assert inference.load_model(path).test_accuracy is None  # it was not tested
     assert float(whole.split()[0]) - float(small.split()[0]) <= 1.0
 
 
@@ -216,15 +264,35 @@ def test_pt2_computes_the_same(trained, model, data, folder):
     assert np.abs(program(images / 255).detach().numpy() - model.logits(images.numpy())).max() < 1e-3
 
 
-def test_export_that_computes_something_else_is_not_kept():
+def test_export_that_computes_something_else_is_refused(model, folder, monkeypatch):
     import export
 
     logits = np.random.default_rng(0).normal(size=(10, 4))
-    assert export.check(logits, logits + 1e-4) == pytest.approx(1e-4)
-    with pytest.raises(inference.InferenceError):
-        export.check(logits, logits + 2e-3)
-    with pytest.raises(inference.InferenceError):
-        export.check(logits, logits * np.nan)
+    assert "differ by 1.0e-04" in export.check(logits, logits + 1e-4)
+    for wrong in (logits + 2e-3, logits * np.nan):
+        with pytest.raises(inference.InferenceError):
+            export.check(logits, wrong)
+    (folder / "m.onnx").write_text("an earlier one")
+    monkeypatch.setattr(export.Deployable, "forward", lambda self, images: self.network(images))  # not normalised
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(model.path), "--out", str(folder / "m.onnx")])
+    with pytest.raises(inference.InferenceError, match="not compute the same"):
+        export.main()
+    assert (folder / "m.onnx").read_text() == "an earlier one"
+
+
+def test_usage_of_export(pictures):
+    (path,) = pictures.glob("model_*.pth")
+    before = path.read_bytes()
+    assert "end in .onnx" in tool("export", pictures).error("--out", path.name, status=2)
+    assert "--int8" in tool("export", pictures).error("--format", "pt2", "--int8", status=2)
+    assert path.read_bytes() == before
+
+
+def test_export_where_the_data_are_not(pictures, model):
+    out, _ = tool("export", pictures)("--data-dir", "nowhere")
+    if model.dataset == "CIFAR10":
+        assert "random images" in out and "Downloading" not in out
+    assert "on 1000 images" in out
 
 
 # ---- explain.py ----
@@ -290,6 +358,27 @@ def test_wrong_labels_are_found(folder, monkeypatch):
     assert (folder / "label_issues.png").exists() and not (folder / "last.pth").exists()
 
 
+def test_label_issues_and_data_that_moved(folder):
+    """A folder of digits, some in the wrong class, moved after the training."""
+    digits = ic.load_data(ic.Config(dataset="digits"))
+    for i, (image, label) in enumerate(zip(*digits.train, strict=True)):
+        place = folder / "here" / f"number {label if i % 60 else (label + 1) % 10}"
+        place.mkdir(parents=True, exist_ok=True)
+        save(image, place / f"{i}.png")
+    Program(folder)("--dataset", "here", "--epochs", "5", "--width", "0.5", "--augment", "none")
+    (folder / "here").rename(folder / "there")
+    explain = tool("explain", folder)
+    assert "--data-dir" in explain.error("--label-issues")
+    out, _ = explain("--label-issues", "--data-dir", "there")
+    rows = list(csv.DictReader((folder / "explained" / "label_issues.csv").open()))
+    assert all((folder / row["file"]).exists() for row in rows)
+    numbers = [int(Path(row["file"]).stem) for row in rows]
+    assert sum(number % 60 == 0 for number in numbers[:16]) >= 7  # by chance none
+    assert "are others than in training" not in out
+    explain("--image", next((folder / "there").rglob("*.png")))
+    assert (folder / "explained" / "feature_maps.png").exists()
+
+
 # ---- every network ----
 
 
@@ -314,9 +403,7 @@ def test_every_network_is_exported_and_explained(name, folder, monkeypatch):
                "classes": data.classes, "mean": data.mean, "std": data.std, "image_size": size}  # fmt: skip
     ic.save_checkpoint("m.pth", content)
     model = inference.load_model("m.pth", "cpu")
-    ic.write_atomically(
-        folder / "m.onnx", export.to_onnx(export.deployable(model.network), size, export.described(model))
-    )
+    ic.write_atomically(folder / "m.onnx", export.to_onnx(model))
     images = data.test.images[:53].numpy()
     export.check(model.logits(images), inference.load_model("m.onnx").logits(images))
     targets = torch.zeros(2, dtype=torch.int64)
@@ -335,3 +422,37 @@ def test_help_of_the_tools(name):
     command = [sys.executable, REPOSITORY / f"{name}.py", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"python {name}.py" in text and "--checkpoint" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("inference", "PIL"), ("export", "onnx"), ("explain", "captum"), ("app", "gradio"), ("compare", "tqdm")],
+)
+def test_missing_package_is_named(name, package, folder):
+    (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package} here', name='{package}')")
+    line = tool(name, folder).error("x", env={"PYTHONPATH": str(folder)})
+    assert package in line and "pip install" in line
+
+
+def test_own_network_is_named_again(folder, monkeypatch):
+    """A model file never makes a tool run the file that it names."""
+    monkeypatch.chdir(folder)
+    (folder / "net.py").write_text(
+        "from torch import nn\n"
+        "def net(classes=10, channels=3, image_size=32):\n"
+        "    return nn.Sequential(nn.Conv2d(channels, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes))\n"
+    )
+    report = ic.train(ic.Config(dataset="digits", model="net.py:net", epochs=1, subset=300))
+    (folder / "net.py").rename(folder / "moved.py")
+    save(ic.load_data(ic.Config(dataset="digits")).test.images[0], folder / "a.png")
+    assert "--model" in tool("inference", folder).error("a.png", "--checkpoint", report.checkpoint)
+    tool("inference", folder)("a.png", "--checkpoint", report.checkpoint, "--model", "moved.py:net")
+    tool("explain", folder)("--label-issues", "--checkpoint", report.checkpoint, "--model", "moved.py:net")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_tools_on_cuda(model, data, folder):
+    there = inference.load_model(model.path, "cuda")
+    images = data.test.images[:100].numpy()
+    assert np.abs(inference.probabilities(there, images) - inference.probabilities(model, images)).max() < 1e-4
+    tool("explain", folder)("--checkpoint", model.path, "--device", "cuda")
