@@ -341,23 +341,6 @@ def test_epochs_become_an_animation(trained, model, folder):
     assert "--keep-epochs" in tool("explain", folder).error("--animate", folder)
 
 
-def test_wrong_labels_are_found(folder, monkeypatch):
-    import explain
-
-    monkeypatch.chdir(folder)
-    config = ic.Config(dataset="digits", epochs=4, width=0.5)
-    data = ic.load_data(config)
-    report = ic.train(config, data)
-    model = inference.load_model(report.checkpoint, "cpu")
-    wrong = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(1))[:30]
-    data.train.labels[wrong] = (data.train.labels[wrong] + 3) % 10
-    explain.label_issues(model, data, torch.device("cpu"), folder)
-    rows = list(csv.DictReader((folder / "label_issues.csv").open()))
-    found = {int(row["index_in_training_set"]) for row in rows}
-    assert len(found & set(data.kept[wrong].tolist())) >= 24 and len(found) <= 45
-    assert (folder / "label_issues.png").exists() and not (folder / "last.pth").exists()
-
-
 def test_label_issues_and_data_that_moved(folder):
     """A folder of digits, some in the wrong class, moved after the training."""
     digits = ic.load_data(ic.Config(dataset="digits"))
@@ -365,7 +348,7 @@ def test_label_issues_and_data_that_moved(folder):
         place = folder / "here" / f"number {label if i % 60 else (label + 1) % 10}"
         place.mkdir(parents=True, exist_ok=True)
         save(image, place / f"{i}.png")
-    Program(folder)("--dataset", "here", "--epochs", "5", "--width", "0.5", "--augment", "none")
+    Program(folder)("--dataset", "here", "--epochs", "4", "--width", "0.5", "--augment", "none")
     (folder / "here").rename(folder / "there")
     explain = tool("explain", folder)
     assert "--data-dir" in explain.error("--label-issues")
