@@ -551,7 +551,7 @@ class Data:
     std: list[float]
     substitution: str = ""  # why this is not the data set that was wanted
     report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
-    files: list[str] | None = None  # of the training images, where each has a file of its own
+    files: list[str] | None = None  # of the data set's training images, where each has one of its own
     kept: torch.Tensor | None = None  # which of the data set's training images `train` holds: int64 (N,)
 
     @functools.cached_property

@@ -258,7 +258,7 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
     def pair(part: str) -> Pair:
         own = [(label, each.pixels) for kind, label, _, each in kept if kind == part]
         images = np.stack([pixels for _, pixels in own]).transpose(0, 3, 1, 2)
-        return images, np.array([label for label, _ in own])
+        return images, np.array([label for label, _ in own], dtype=np.int64)
 
     held = {part: pair(part) for part in dict.fromkeys(part for part, *_ in kept)}
     train, test = held["all" if "all" in held else "train"], held.get("test")

@@ -489,3 +489,13 @@ def test_other_networks_train_small_folders_as_long_as_ours(folder, photos):
     for model in ("cnn", "resnet18"):
         config = ic.Config(dataset=str(photos), model=model)
         assert ic.settle(config, ic.load_data(config)).epochs == 60
+
+
+def test_images_of_every_data_set_are_resized_alike(cifar10, folder):
+    """As arrays in training and as files in inference.py: but for what rounding leaves."""
+    images = ic.load_data(ic.Config(dataset="cifar10", data_dir=str(cifar10), subset=20)).train.images
+    for size in (24, 48):
+        for image, there in zip(images, ic.resized(ic.Split(images, images), size).images, strict=True):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "image.png")
+            here = torch.from_numpy(datasets.decode(folder / "image.png", size).pixels.copy()).permute(2, 0, 1)
+            assert (here.int() - there.int()).abs().max() <= 1
