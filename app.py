@@ -19,7 +19,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
     import gradio as gr
     import numpy as np
-    import safehttpx
+    import safehttpx  # by which Gradio fetches files
     import torch
     from PIL import Image
 

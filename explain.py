@@ -176,7 +176,7 @@ def feature_maps(model: Classifier, image: torch.Tensor, out: Path) -> None:
     for axes in figure.axes:
         axes.axis("off")
     figure.axes[0].imshow(image[0].permute(1, 2, 0).numpy())
-    figure.axes[0].set_title(f"{label}\n{100 * share:.1f} %", fontsize=8)
+    figure.axes[0].set_title(f"{label}\n{100 * share:.1f} %", fontsize=8, parse_math=False)
     if found:
         heat = grad_cam(model.network, image, torch.tensor([model.classes.index(label)]))
         figure.axes[1].imshow(overlay(image, heat)[0].permute(1, 2, 0).numpy())
