@@ -56,6 +56,7 @@ import typing
 import urllib.request
 import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -65,6 +66,7 @@ INSTALL = "install what this program needs with: pip install -r requirements.txt
 PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
 try:
     import torch
+    import torch.distributed as dist
     import torch.nn.functional as F
     from filelock import FileLock, Timeout  # torch needs it
     from torch import nn
@@ -349,7 +351,12 @@ NETWORK_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever meets half of it; an OSError names the file and leaves the old one."""
+    """Write a file so that nobody ever meets half of it; an OSError names the file and leaves the old one.
+
+    Of several processes that train together, the first one writes.
+    """
+    if processes()[0]:
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -781,11 +788,14 @@ def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
     layer.weight.data.copy_(torch.cat([filters, -filters]))
 
 
-def build_network(config: Config, classes: int, mean: list[float], std: list[float], size: int) -> nn.Module:
+def build_network(
+    config: Config, classes: int, mean: list[float], std: list[float], size: int, tried: bool = False
+) -> nn.Module:
     """The network that `config.model` names, its weights drawn from `config.seed`, for images of `size` pixels.
 
-    It carries mean and std (per channel, in [0, 1]) to whatever device it moves, apart from its weights. Raises
-    UsageError for an option that the network has not, UserError for a network that does not work.
+    It carries mean and std (per channel, in [0, 1]) to whatever device it moves, apart from its weights. Unless it was
+    `tried` before, two empty images go through it. Raises UsageError for an option that the network has not, UserError
+    for a network that does not work.
     """
     torch.manual_seed(config.seed)
     factory: Callable[..., Any] = CNN
@@ -799,7 +809,9 @@ def build_network(config: Config, classes: int, mean: list[float], std: list[flo
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
         if not isinstance(network, nn.Module):
             raise ValueError(f"it is a {type(network).__name__}, not a torch.nn.Module")
-        for seen in (size, size // 2) if config.low_res else (size,):  # rather now than after the run has begun
+        for seen in (
+            () if tried else (size, size // 2) if config.low_res else (size,)
+        ):  # rather now than after the run has begun
             with torch.no_grad():  # lazy layers get their shapes
                 shape = tuple(network.eval()(torch.zeros(2, len(mean), seen, seen)).shape)
             if shape != (2, classes):
@@ -865,22 +877,36 @@ def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
 
 def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[str, Any]:
     """Read what save_checkpoint wrote, executing nothing in it; UserError if it is not that, or for other classes."""
-    content, needed = None, {"model", "config", "classes", "mean", "std", "image_size"}
+    content: Any = None
+    needed = {"model": dict, "config": dict, "classes": list, "mean": list, "std": list, "image_size": int}
     with open(path, "rb") as file, contextlib.suppress(Exception):
-        content = torch.load(file, weights_only=True, map_location="cpu")
-    if not isinstance(content, dict) or not needed <= content.keys():
+        sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
+        if sum(sizes) <= file.seek(0, os.SEEK_END):  # else it would grow: ours are not compressed
+            file.seek(0)
+            content = torch.load(file, weights_only=True, map_location="cpu")
+    known = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in needed.items())
+    if known:
+        numbers, weights = [*content["mean"], *content["std"]], content["model"].values()
+        parts = ((content["classes"], str), (numbers, float), (weights, torch.Tensor))
+        known = all(isinstance(value, kind) for values, kind in parts for value in values)
+    if not known:
         raise UserError(f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)")
     if classes and classes != content["classes"]:
         raise UserError(f"{path} is for other classes: {', '.join(content['classes'])}")
     return content
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Load weights whose names and shapes all fit; else UserError, and nothing has changed."""
+def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """UserError unless names and shapes of the weights are those of the model."""
     here, there = ({name: list(t.shape) for name, t in each.items()} for each in (model.state_dict(), weights))
     if wrong := [name for name in here | there if here.get(name) != there.get(name)]:
         first = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there, {here.get(wrong[0], 'missing')} here"
         raise UserError(f"{path} holds another network: {len(wrong)} tensors differ, {first}")
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Load weights whose names and shapes all fit; else UserError, and nothing has changed."""
+    check_weights(model, weights, path)
     model.load_state_dict(weights)
 
 
@@ -894,7 +920,11 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     if is_own(config.model) and not model:
         raise UserError(f"{path} holds a network of its own: give --model {config.model}")
     config = replace(config, model=model or config.model)
-    network = build_network(config, len(content["classes"]), content["mean"], content["std"], content["image_size"])
+    claims = config, len(content["classes"]), content["mean"], content["std"], content["image_size"]
+    if not is_own(config.model):
+        with torch.device("meta"):  # nothing is allocated before it is known to be needed
+            check_weights(build_network(*claims), content["model"], path)
+    network = build_network(*claims, tried=not is_own(config.model))
     load_weights(network, content["model"], path)
     return network.eval(), content
 
@@ -978,14 +1008,35 @@ COST = {0.5: 0.38, 0.75: 0.67, 1.0: 1.0}  # of a step on images of that scale; m
 PROBE_STEPS, PROBE_EVERY = 12, 5.0  # s: --minutes times so many steps at once, or fewer that take so long
 REPORT_SECONDS = 4.5  # but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "debug"}  # on resuming
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it started this process
 STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
 
 
+def processes() -> tuple[int, int]:
+    """This process's number, from 0, and how many train together: more than one if torchrun started them."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes, in all of them; the others wait for it."""
+    rank, count = processes()
+    content = [None if rank else make()]
+    if count > 1:
+        dist.broadcast_object_list(content)
+    return content[0]
+
+
 def choose_device(name: str) -> torch.device:
     """The device that --device names; auto: the accelerator that there is, else the CPU."""
     stranded = ""
+    if TORCHRUN:
+        try:
+            name = alternative("torchrun", "torchrun").device(name)
+        except ValueError as error:
+            raise UserError(f"--device {name}: {error}") from None
     if not (torch.version.cuda or torch.version.hip) and shutil.which("nvidia-smi"):
         mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
         stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
@@ -1042,7 +1093,7 @@ def stop_requests() -> Iterator[list[int]]:
     received: list[int] = []
 
     def receive(signum: int, frame: Any) -> None:
-        if received and signum == signal.SIGINT:
+        if received and signum == signal.SIGINT and not TORCHRUN:  # it may pass on what came here as well
             os._exit(130)
         received.append(signum)
 
@@ -1120,6 +1171,7 @@ class Trainer:
         own: Any = self.model  # with --pretrained it has a normalisation and a size
         statistics: list[list[float]] = own.normalisation if config.pretrained else [data.mean, data.std]
         self.mean, self.std = statistics
+        self.rank, self.world = processes()
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         self.count = count = len(self.plan(0)[0])  # of the images in an epoch
@@ -1134,13 +1186,16 @@ class Trainer:
                 avg_fn=lambda mean, new, n: mean + (new - mean) / torch.as_tensor(n + 1).clamp(max=steps),
             )  # fmt: skip
         self.optimizers = build_optimizers(self.model, config, self.dtype)
+        self.unused = False  # has the network weights that get no gradient?
+        self.parallel: Any = self.model  # what computes gradients, with several processes the mean over them
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         low = self.dtype if self.dtype != torch.float32 else None
         self.autocast = functools.partial(torch.autocast, device.type, low, enabled=bool(low))
-        size, side = self.places[0].stop, own.size if config.pretrained else self.images.shape[-1]
+        side = own.size if config.pretrained else self.images.shape[-1]
         at_once = max(16, CPU_IMAGES * 32**2 // side**2)
-        self.parts = math.ceil(size / at_once) if device.type == "cpu" else 1  # that a batch is computed in
+        self.share = math.ceil(self.places[0].stop / self.world)  # of the images in a batch, for this process
+        self.parts = math.ceil(self.share / at_once) if device.type == "cpu" else 1  # that it is computed in
         self.step, self.total_steps, self.seconds = 0, steps * (config.epochs or 1), 0.0
         self.cost = 0.0  # of the steps done, in steps on whole images
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
@@ -1154,25 +1209,30 @@ class Trainer:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice, scale: float) -> torch.Tensor:
-        """Gradients of one batch of images made smaller by `scale`.
+        """Gradients of one batch, or this process's share of it, of images made smaller by `scale`.
 
-        Returns its plain cross-entropy, summed, and its hits: float32 (2,).
+        Returns the plain cross-entropy, summed, and the hits of these images: float32 (2,).
         """
+        begin, length = place.start, place.stop - place.start
+        own = slice(begin + length * self.rank // self.world, begin + length * (self.rank + 1) // self.world)
         result = torch.zeros(2, device=self.device)
         everyone = self.labels[plan[0][place]]
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
         parts = math.ceil(self.parts * scale**2)  # memory grows with the pixels
-        for chosen, flips, shifts in zip(*(drawn[place].chunk(parts) for drawn in plan), strict=True):
+        pieces = zip(*(drawn[own].tensor_split(parts) for drawn in plan), strict=True)
+        for number, (chosen, flips, shifts) in enumerate(pieces, 1):
             labels = self.labels[chosen]
             images, targets = self.augment(gather(self.images, chosen, flips, shifts), labels)
             images = normalise(images, self.model)
             if scale < 1:
                 images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
-            with self.autocast():
-                logits = model(images).float()
-            smoothing = self.config.label_smoothing
-            loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=smoothing, reduction="sum")
-            self.scaler.scale(loss / size).backward()
+            parallel = isinstance(model, nn.parallel.DistributedDataParallel)  # it adds up with the last part
+            with cast(Any, model).no_sync() if parallel and number < parts else contextlib.nullcontext():
+                with self.autocast():
+                    logits = model(images).float()
+                smoothing = self.config.label_smoothing
+                loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=smoothing, reduction="sum")
+                self.scaler.scale(loss * self.world / size).backward()
             with torch.no_grad():
                 hits = (logits.argmax(1) == labels).sum()
                 result += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), hits])
@@ -1202,21 +1262,47 @@ class Trainer:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
         if self.device.type == "cpu" and self.config.model == "cnn":
             return  # it fits any machine that torch fits
-        size = self.places[0].stop
         while True:
             try:
-                self.backward(copy.deepcopy(self.model).train(), self.plan(0), self.places[0], 1.0)
+                trial = copy.deepcopy(self.model).train()
+                self.backward(trial, self.plan(0), self.places[0], 1.0)
+                self.unused = any(each.grad is None for each in trial.parameters() if each.requires_grad)
                 return
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain kind
                 if "out of memory" not in str(error) and "allocate memory" not in str(error):
                     raise
-                if self.parts >= size:
+                if self.parts >= self.share:
                     raise UserError("memory is too short for a single image: try --device cpu") from None
-            self.parts = min(2 * self.parts, size)
+            self.parts = min(2 * self.parts, self.share)
             print(
-                f"note: out of memory: a batch is now computed as {self.parts} parts of {math.ceil(size / self.parts)} "
-                "images whose gradients add up; batch norm sees the smaller batch"
+                f"note: out of memory: a batch is now computed as {self.parts} parts of "
+                f"{math.ceil(self.share / self.parts)} images whose gradients add up; batch norm sees the smaller batch"
             )
+
+    def join(self) -> None:
+        """Train with the other processes, if there are some. On CPUs each one's batch norm sees its own images only."""
+        if self.world == 1:
+            return
+        parts = torch.tensor([self.parts], device=self.device)
+        dist.all_reduce(parts, dist.ReduceOp.MAX)
+        self.parts = int(parts)
+        if self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=self.unused)
+        if self.rank:
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * self.world + self.rank) % 2**63)
+
+    def agree(self, result: torch.Tensor, asked: bool, look: bool = True) -> bool:
+        """Add up `result`, float32 (N,), over all processes, in place; was one of them asked to stop?
+
+        On accelerators only to `look` is to wait for the device.
+        """
+        if self.world == 1:
+            return asked
+        both = torch.cat([result, result.new_full((1,), float(asked))])
+        dist.all_reduce(both)
+        result.copy_(both[:-1])
+        return look and bool(both[-1] > 0)
 
     def optimise(self) -> None:
         """One step of the optimisers, with the gradients that are there."""
@@ -1260,7 +1346,7 @@ class Trainer:
         """
         views = self.config.test_views
         # forward only: half of a step in fp32, measured; a third in bf16, and 0.3 s for files, until an epoch has ended
-        test = per_step * self.data.test_images / self.places[0].stop / 2
+        test = per_step * self.data.test_images / self.places[0].stop / 2 * self.world  # the first process tests alone
         pause = self.pause or 0.3 + per_step * len(self.valid.labels) / self.places[0].stop / 3
         test *= 1 + views * (views > 1) + len(self.valid.labels) / self.data.test_images  # these calibrate confidence
         left = self.deadline - time.perf_counter() - REPORT_SECONDS - test
@@ -1270,7 +1356,8 @@ class Trainer:
             steps = total * (self.work(1.0) - self.work(self.step / total))
             return per_step * steps + pause * (math.ceil(total / len(self.places)) - ended)
 
-        self.total_steps = max(self.step, bisect.bisect(range(10**9), left, lo=self.step, key=seconds) - 1)
+        fitting = from_first(lambda: bisect.bisect(range(10**9), left, lo=self.step, key=seconds) - 1)
+        self.total_steps = max(self.step, fitting)
 
     def stalled(self) -> bool:
         patience = self.config.early_stopping
@@ -1352,16 +1439,24 @@ class Evaluation(NamedTuple):
     logits: torch.Tensor  # float32 (N, classes), on the CPU
 
 
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, views: int = 1) -> Evaluation:
+def evaluate(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, views: int = 1, together: bool = False
+) -> Evaluation:
     """Classify uint8 images (N, C, H, W) on the model's device, in fp32 or the autocast around it.
 
     views: 1: each image once; 2: the mean logits of it and its mirror image; 6: of those (weighing a half) and of
-    both shifted by a pixel up and left, down and right (airbench's test-time augmentation).
+    both shifted by a pixel up and left, down and right (airbench's test-time augmentation). together: each process
+    that trains classifies its share of them, as the first one's model would.
     """
     device, was_training, results = next(model.parameters()).device, model.training, []
+    rank, count = processes() if together else (0, 1)
+    for buffer in model.buffers() if count > 1 else []:
+        dist.broadcast(buffer, 0)
+    if len(images) < count:
+        rank, count = 0, 1
     model.eval()
     with torch.no_grad():
-        for batch in images.split(50):
+        for batch in images[rank::count].split(50):
             seen = [(1.0, normalise(batch.to(device), model))]
             if views == 6:
                 padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
@@ -1371,6 +1466,12 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, views
             results.append(torch.stack([weight * model(view).float() for weight, view in seen]).sum(0))
     model.train(was_training)
     logits = torch.cat(results).cpu()
+    if count > 1:
+        shares = [torch.empty(0)] * count
+        dist.all_gather_object(shares, logits)
+        logits = logits.new_empty(len(images), logits.shape[1])
+        for i, share in enumerate(shares):
+            logits[i::count] = share
     accuracy = (logits.argmax(1) == labels.cpu()).float().mean().item()
     return Evaluation(F.cross_entropy(logits, labels.cpu()).item(), accuracy, logits)
 
@@ -1387,18 +1488,21 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
     plan, passed = trainer.plan(epoch), trainer.places[first].start
     trainer.model.train(not config.freeze)  # what is frozen keeps its statistics too
     with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
-              disable=None) as bar:  # fmt: skip
+              disable=True if trainer.rank else None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
-            scale = trainer.scale()
-            trainer.sums[done - 1] = trainer.backward(trainer.model, plan, place, scale)
+            scale, on_cpu = trainer.scale(), trainer.device.type == "cpu"
+            result = trainer.backward(trainer.parallel, plan, place, scale)
+            stop = trainer.agree(result, bool(signals), on_cpu or done % PROBE_STEPS == 0)
+            trainer.sums[done - 1] = result
             trainer.optimise()
-            due = done % PROBE_STEPS == 0 or done == len(trainer.places) or time.perf_counter() - probed > PROBE_EVERY
+            due = done % PROBE_STEPS == 0 or done == len(trainer.places)
+            due = due or trainer.world == 1 and time.perf_counter() - probed > PROBE_EVERY
             if probing := config.minutes and due:
                 float(trainer.sums[done - 1, 0])  # wait for the device
             now = time.perf_counter()
             trainer.seconds = before + now - begun
             bar.update(place.stop - place.start)
-            if trainer.device.type == "cpu" or now - looked > 0.5:  # elsewhere to look at the loss is to wait for it
+            if on_cpu or now - looked > 0.5:  # elsewhere to look at the loss is to wait for it
                 trainer.check_finite(done)
                 loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
                 bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
@@ -1410,11 +1514,12 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 probed, cost = now, trainer.cost
             if done == len(trainer.places) or trainer.step == trainer.total_steps:
                 break  # what ends an epoch is saved with its validation
-            if signals or now - trainer.saved_at > SAVE_EVERY:
+            if stop or now - trainer.saved_at > SAVE_EVERY:
                 trainer.check_finite(done, saving=True)
                 trainer.save(last)
-            if signals:
-                raise Stopped(signals[0])
+            if stop:
+                from_first(lambda: None)  # it has saved: now all may go
+                raise Stopped(*signals[:1] or [signal.SIGTERM])
     trainer.check_finite(done, saving=True)
     return (place.stop - passed) / (time.perf_counter() - begun)
 
@@ -1434,11 +1539,13 @@ def train_once(
     trainer.settle_batch()
     if last.exists():
         trainer.load(last)
+    trainer.join()
     steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
     counts = f"{len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch"
     small = f"; the first {100 * config.low_res:.0f} % of the run on smaller images" if config.low_res else ""
-    print(f"{data.name}: {counts}{small}")
+    several = f"; {trainer.world} processes share each batch" if trainer.world > 1 else ""
+    print(f"{data.name}: {counts}{small}{several}")
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
             begun, before = time.perf_counter(), trainer.seconds
@@ -1451,7 +1558,7 @@ def train_once(
             valid_loss, valid_accuracy = "-", ""
             if validation:
                 with trainer.autocast():
-                    valid = evaluate(trainer.tested(), *trainer.valid)
+                    valid = evaluate(trainer.tested(), *trainer.valid, together=True)
                 trainer.check_finite(done, valid_loss=valid.loss)
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
@@ -1470,11 +1577,10 @@ def train_once(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}"
             )
-            if signals:
-                raise Stopped(signals[0])
+            if trainer.agree(torch.zeros(0, device=device), bool(signals)):
+                raise Stopped(*signals[:1] or [signal.SIGTERM])
         print("Finished Training")
-        log.open()
-        return write_report(trainer, run, log)
+        return from_first(lambda: write_report(trainer, run, log))
 
 
 def train(config: Config, data: Data | None = None, begun: float | None = None) -> "Report":
@@ -1491,14 +1597,22 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
-    data = data or load_data(config)
+    together = alternative("torchrun", "torchrun") if TORCHRUN else None
+    data = data or (together.after_first(lambda: load_data(config)) if together else load_data(config))
     config = settle(config, data)
+    if together:  # only now: getting the data may take longer than processes wait for each other
+        together.join(device)
+    rank, count = processes()
+    measured = [len(data.train.labels), *data.mean]
+    if any(abs(here - there) > 1e-9 for here, there in zip(measured, from_first(lambda: measured), strict=True)):
+        raise UserError("the processes have found other images each: give all machines the same data set")
+    if (config.batch_size or 0) < 4 * count > 4:
+        raise UsageError(f"--batch-size {config.batch_size} is too small for {count} processes: 4 images each")
     model = None
     if config.resume:
         run, saved = Path(config.resume), saved_states(Path(config.resume))
         if (run / "report.json").exists() and not saved:
             raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
-        measured = [len(data.train.labels), *data.mean]
         for path in saved:  # before anything is changed
             content = read_checkpoint(path, data.classes)
             load_weights(build_model(config, data, fresh=False), content["model"], path)
@@ -1509,15 +1623,20 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     else:
         model = build_model(config, data)
         print_summary(model, tuple(data.train.images.shape[1:]))
-        run = new_run_folder(config, data)  # only now: a network that fails leaves no run behind
+        run = from_first(lambda: new_run_folder(config, data))  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
     try:
-        held = FileLock(run / ".lock").acquire(timeout=0)
+        held = contextlib.nullcontext() if rank else FileLock(run / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training in {run}") from None
-    (run / "report.json").unlink(missing_ok=True)  # unfinished again
+    if not rank:
+        (run / "report.json").unlink(missing_ok=True)  # unfinished again
+        for path in run.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            path.unlink()
     settings = asdict(replace(config, resume="")) | {"substitution": data.substitution}
     write_json(run / "config.json", settings)
+    if together and not rank:
+        together.remember(run)
     if data.report:
         write_json(run / "data_report.json", data.report)
     reports: list[Report] = []
@@ -1525,7 +1644,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         for left in range(config.repeat, 0, -1):
             seed = config.seed + len(reports)
             folder = run / f"seed-{seed}" if config.repeat > 1 else run
-            folder.mkdir(exist_ok=True)
+            if not rank:
+                folder.mkdir(exist_ok=True)
             print(f"\nSeed {seed}, {left} to go\n" if config.repeat > 1 else "", end="")
             now = time.perf_counter()
             one, deadline = replace(config, seed=seed, repeat=1), now + (begun + 60 * config.minutes - now) / left
@@ -1539,11 +1659,14 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 if not isinstance(error, OSError) and not saved_states(run):
                     (run / "config.json").unlink(missing_ok=True)
                 raise
-            if signals and left > 1:
-                raise Stopped(signals[0], run)
+            if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
+                raise Stopped(*signals[:1] or [signal.SIGTERM], run)
         report = reports[0] if config.repeat == 1 else write_summary(reports, run)
-        report = keep_model(report, config, data)
+        report = from_first(lambda: keep_model(report, config, data))
         write_json(run / "report.json", report.results)  # the last: it says that the run is finished
+    if together:
+        dist.barrier()  # none goes while others may still need it
+        dist.destroy_process_group()
     print(f"Done in {tqdm.format_interval(time.perf_counter() - begun)}")
     return report
 
@@ -1618,7 +1741,7 @@ class RunLog:
 
     def open(self) -> None:
         """TensorBoard's writers for training and validation, after the first epoch: importing takes a second."""
-        if self.boards:
+        if self.boards or self.trainer.rank:
             return
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1671,7 +1794,7 @@ class RunLog:
             except PermissionError:  # Excel locks what it shows
                 time.sleep(pause) if pause else print("note: metrics.csv is locked: close it elsewhere")
         scalars = {"learning rate": row["learning_rate"], "images per second": rate}
-        for board, kind in zip(self.boards, ("train", "valid"), strict=True):
+        for board, kind in zip(self.boards, ("train", "valid"), strict=False):  # only the first process has them
             scalars |= {metric: row[f"{kind}_{metric}"] for metric in ("loss", "accuracy")}
             for tag, value in scalars.items() if row[f"{kind}_loss"] is not None else []:
                 board.add_scalar(tag, value, row["epoch"])
@@ -1698,6 +1821,7 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     """Test the best weights, or the last without validation images, once, in fp32; print, draw and write it."""
+    log.open()
     config, data, history, classes = trainer.config, trainer.data, trainer.history, trainer.data.classes
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
     if trainer.device.type == "cpu":
@@ -1856,8 +1980,12 @@ def main(arguments: list[str] | None = None) -> int:
     for console in (sys.stdout, sys.stderr):
         if isinstance(console, io.TextIOWrapper):
             console.reconfigure(errors="replace", line_buffering=True)  # what it cannot show becomes a ?
+    if not_first := TORCHRUN and os.environ["RANK"] != "0":
+        sys.stdout = io.StringIO()  # the first process speaks for all
     parser, given = parse(arguments)
     try:
+        if TORCHRUN:
+            given = alternative("torchrun", "torchrun").begin(given)
         config = configure(**given)
         for package in ("torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"):
             if not importlib.util.find_spec(package):  # rather now than after the training
@@ -1865,10 +1993,12 @@ def main(arguments: list[str] | None = None) -> int:
         train(config, begun=START)
         return 0
     except UsageError as error:
+        time.sleep(3 * not_first)  # where the first has failed as well, torchrun ends this one before it says so again
         parser.error(str(error))
     except Stopped as stop:
         known, own = (os.path.normcase(path or "") for path in (shutil.which("python"), sys.executable))
         command = ["python" if known == own else sys.executable, sys.argv[0], "--resume", str(stop.args[1])]
+        command = alternative("torchrun", "torchrun").command(command) if TORCHRUN else command
         command += ["--model", config.model] if is_own(config.model) else []
         print(f"\nStopped, and all is saved. Go on with: {subprocess.list2cmdline(command)}")
         return 128 + stop.args[0]
@@ -1891,6 +2021,7 @@ def main(arguments: list[str] | None = None) -> int:
             text += f": {PAIR}"
         elif not isinstance(error, UserError):
             text = f"{text}: {PAIR}" if "torchvision" in text else f"{error!r} (--debug shows where)"
+        time.sleep(3 * not_first)
         print(f"error: {text}", file=sys.stderr)
         return 1
 

@@ -104,13 +104,17 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
     )  # fmt: skip
 
 
+def is_folder(dataset: str) -> bool:
+    """Is this data set a folder of images, and not one with a name?"""
+    return dataset not in ("cifar10", "digits", *datasets.NAMES)
+
+
 def its_data_settings(model: Classifier, data_dir: str | None) -> dict[str, Any]:
     """What defines its data set, of the settings of its training, with the folder that it is in now."""
     names = ["dataset", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides on nothing else
     found = {name: model.settings[name] for name in names if name in model.settings} | {"image_size": model.image_size}
-    is_folder = found.get("dataset") not in ("cifar10", "digits", *datasets.NAMES)
     folder = data_dir or model.settings.get("data_dir", "data")
-    return found | {"dataset" if is_folder and data_dir else "data_dir": folder}
+    return found | {"dataset" if data_dir and is_folder(found.get("dataset", "")) else "data_dir": folder}
 
 
 def at_hand(model: Classifier, data_dir: str | None = None) -> bool:
@@ -134,17 +138,15 @@ def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
     import image_classification as ic
 
     settings = its_data_settings(model, data_dir)
-    if settings["dataset"] not in ("cifar10", "digits", *datasets.NAMES) and not Path(settings["dataset"]).is_dir():
-        raise InferenceError(
-            f"its images are no longer in {settings['dataset']}: name their folder with --data-dir DIR"
-        )
+    if is_folder(dataset := settings["dataset"]) and not Path(dataset).is_dir():
+        raise InferenceError(f"its images are no longer in {dataset}: name their folder with --data-dir DIR")
     data = ic.load_data(ic.Config(**settings))
     if data.classes != model.classes:
         raise InferenceError(f"{model.path} is for other classes than {data.name} has now")
     mean = model.network.get_buffer("pixel_mean").flatten().cpu() / 255
     changed = (mean - mean.new_tensor(data.mean)).abs().max() > 1e-6 and not model.settings.get("pretrained")
     if data.report and changed:
-        print(f"note: the images in {settings['dataset']} are others than in training: some may have been trained on")
+        print(f"note: the images in {dataset} are others than in training: some may have been trained on")
     return data
 
 
@@ -193,8 +195,8 @@ def ranked(model: Classifier, images: np.ndarray, top_k: int) -> list[list[tuple
     return [[(model.classes[i], float(share[i])) for i in order] for order, share in zip(orders, shares, strict=True)]
 
 
-def read(model: Classifier, paths: Sequence[Path | str]) -> Iterator[tuple[Any, np.ndarray | str]]:
-    """Each path with its image as the network wants it, uint8 (3, S, S), or with what is wrong with it."""
+def read(model: Classifier, paths: Sequence[Path | str]) -> Iterator[list[tuple[Path | str, np.ndarray | str]]]:
+    """In batches, each path with its image as the network wants it, uint8 (3, S, S), or with what is wrong with it."""
 
     def attempt(path: Path | str) -> np.ndarray | str:
         try:
@@ -207,12 +209,12 @@ def read(model: Classifier, paths: Sequence[Path | str]) -> Iterator[tuple[Any, 
         warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
         for start in range(0, len(paths), AT_ONCE):
             some = paths[start : start + AT_ONCE]
-            yield from zip(some, pool.map(attempt, some), strict=True)
+            yield list(zip(some, pool.map(attempt, some), strict=True))
 
 
 def read_one(model: Classifier, path: Path | str) -> np.ndarray:
     """The image in a file as the network wants it, uint8 (3, S, S); InferenceError for a file that is none."""
-    ((_, found),) = read(model, [path])
+    (((_, found),),) = read(model, [path])
     if isinstance(found, str):
         raise InferenceError(f"{path}: {found}")
     return found.copy()
@@ -345,18 +347,16 @@ def classify(model: Classifier, options: argparse.Namespace) -> int:
     shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]] = []
     status = 0
     try:
-        waiting: list[tuple[Path, np.ndarray]] = []
-        for path, pixels in tqdm(read(model, paths), "Classifying", len(paths), unit="img", leave=False, disable=None):
-            if isinstance(pixels, str):
-                problems.append(f"{path}: {pixels}")
-            else:
-                waiting.append((path, pixels))
-            if len(waiting) == AT_ONCE or path is paths[-1] and waiting:
-                images = np.stack([each for _, each in waiting])
-                for (name, image), classes in zip(waiting, ranked(model, images, options.top_k), strict=True):
-                    rows.append((str(name), classes))
-                    shown += [(str(name), image, classes)] if options.save and len(shown) < SHOWN else []
-                waiting.clear()
+        with tqdm(desc="Classifying", total=len(paths), unit="img", leave=False, disable=None) as bar:
+            for batch in read(model, paths):
+                problems += [f"{path}: {image}" for path, image in batch if isinstance(image, str)]
+                images = [(str(path), image) for path, image in batch if not isinstance(image, str)]
+                if images:
+                    found = ranked(model, np.stack([image for _, image in images]), options.top_k)
+                    rows += [(name, classes) for (name, _), classes in zip(images, found, strict=True)]
+                    some = zip(images[: SHOWN - len(shown)], found, strict=False)
+                    shown += [(name, image, classes) for (name, image), classes in some]
+                bar.update(len(batch))
     except KeyboardInterrupt:
         status = 130
     answers = [classes[0][0] if classes[0][1] >= options.threshold else "unsure" for _, classes in rows]

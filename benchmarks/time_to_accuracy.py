@@ -28,17 +28,27 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
 
 
-def run(variant: str, seed: int, data_dir: str, text: str = "") -> dict:
+def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int = 1) -> dict:
     """One run in a process and a folder of its own: seconds, MiB, accuracies and one row an epoch.
 
-    variant: a recipe and options; text: that of another image_classification.py to run.
+    variant: a recipe and options; text: that of another image_classification.py to run; processes: that share the work.
     """
     recipe, *options = shlex.split(variant)
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, SCRIPT.name) if text else SCRIPT
         if text:
             script.write_text(text, encoding="utf-8")
-        command = [sys.executable, str(script), "--recipe", recipe, "--seed", str(seed), *options]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [
+            sys.executable,
+            *several * (processes > 1),
+            str(script),
+            "--recipe",
+            recipe,
+            "--seed",
+            str(seed),
+            *options,
+        ]
         command += ["--data-dir", data_dir, "--run-dir", "run"]
         beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}  # for alternatives/
         began, start_up, lines = time.perf_counter(), 0.0, []

@@ -35,12 +35,12 @@ def weights(path):
 class Program:
     """image_classification.py in a folder of its own, run in a process of its own."""
 
-    def __init__(self, folder: Path, script: Path = SCRIPT):
-        self.folder, self.script = folder, script
+    def __init__(self, folder: Path, script: Path = SCRIPT, launcher: tuple[str, ...] = ()):
+        self.folder, self.script, self.launcher = folder, script, launcher
 
     def start(self, *arguments, patch="", env=None, **options):
         """Start the program; `patch` is Python that changes constants of the module `ic` first."""
-        command = [sys.executable, str(self.script), *map(str, arguments)]
+        command = [sys.executable, *self.launcher, str(self.script), *map(str, arguments)]
         if patch:
             code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
             command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -1,5 +1,6 @@
 """The web page, in a real browser."""
 
+import contextlib
 import http.server
 import io
 import json
@@ -7,9 +8,11 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
+from urllib.parse import quote
 
 import pytest
 from conftest import REPOSITORY, Program, save
@@ -21,24 +24,30 @@ import inference
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module")
-def address(trained, model, tmp_path_factory):
-    """The page of the trained model, served by app.py in a process of its own."""
+@contextlib.contextmanager
+def served(folder, model, host, *options):
+    """The page of a model, served by app.py in a process of its own."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    program = Program(tmp_path_factory.mktemp("app"), REPOSITORY / "app.py")
-    process = program.start("--checkpoint", model.path, "--port", port)
+    program = Program(folder, REPOSITORY / "app.py")
+    process = program.start("--checkpoint", model.path, "--port", port, *options)
     try:
         for line in process.stdout:
             if line.startswith("Open "):
                 break
         else:
             pytest.fail(process.stderr.read())
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{host}:{port}", process
     finally:
         process.terminate()
         process.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory):
+    with served(tmp_path_factory.mktemp("app"), model, "127.0.0.1") as (address, _):
+        yield address
 
 
 @pytest.fixture
@@ -118,6 +127,22 @@ def test_only_this_machine_and_only_what_is_meant_is_served(address):
     for path in ("/etc/passwd", str(REPOSITORY / "app.py"), f"http://127.0.0.1:{port}/", "https://example.com/"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
+
+
+def test_own_examples_and_another_address(folder, model, data):
+    if sys.platform == "darwin":
+        pytest.skip("macOS has no address 127.0.0.2 unless told")
+    (folder / "mine").mkdir()
+    pictures = {save(data.test.images[i], folder / "mine" / f"{i}.png").name for i in range(3)}
+    options = ["--host", "127.0.0.2", "--examples", folder / "mine"]
+    with served(folder, model, "127.0.0.2", *options) as (address, process):
+        assert "whoever reaches this machine" in process.stdout.readline()
+        components = json.load(urllib.request.urlopen(f"{address}/config", timeout=20))["components"]
+        (shown,) = (each["props"]["samples"] for each in components if each["type"] == "dataset")
+        paths = [sample[0]["path"] for sample in shown]
+        assert {os.path.basename(path) for path in paths} == pictures
+        served_picture = urllib.request.urlopen(f"{address}/gradio_api/file={quote(paths[0])}", timeout=20).read()
+        assert served_picture == (folder / "mine" / os.path.basename(paths[0])).read_bytes()
 
 
 def test_page_fetches_nothing(address, model):

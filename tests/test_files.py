@@ -1,12 +1,16 @@
 """Files: never half written, never trusted, and one clear line when the disk says no."""
 
 import os
+import random
+import shutil
 import subprocess
+import sys
 import threading
+import zipfile
 
 import pytest
 import torch
-from conftest import QUICK, only_run, weights
+from conftest import QUICK, REPOSITORY, only_run, weights
 
 import image_classification as ic
 
@@ -142,9 +146,87 @@ def test_writers_leave_old_or_new_but_never_half(folder):
 def test_run_folders_are_distinct(folder, monkeypatch):
     monkeypatch.chdir(folder)
     found, data = [], ic.load_data(config := ic.Config(dataset="digits"))
-    threads = [threading.Thread(target=lambda: found.append(ic.new_run_folder(config, data))) for _ in range(50)]
+    threads = [threading.Thread(target=lambda: found.append(ic.new_run_folder(config, data))) for _ in range(100)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 50
+    assert len(set(found)) == 100
+
+
+def test_run_folder_that_vanishes(program, folder):
+    process = program.start(*QUICK, "--epochs", "60")
+    for line in process.stdout:
+        if line.startswith("Epoch 0001"):
+            shutil.rmtree(only_run(folder))
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(err.strip().splitlines()) == 1
+    assert err.startswith("error: ") and "runs" in err and "no such file or folder" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows lets few make links")
+def test_links_to_nowhere(inside, folder):
+    for name in ("model.pth", "run", "data"):
+        (folder / name).symlink_to(folder / "nowhere" / name)
+    assert "run: File exists" in inside.error(*QUICK, "--run-dir", "run")
+    assert "data: File exists" in inside.error("--dataset", "cifar10", "--data-dir", "data")
+    inside(*QUICK, "--out", "model.pth")  # a link is replaced, not followed
+    assert weights(folder / "model.pth") and not (folder / "model.pth").is_symlink()
+
+
+def test_two_runs_started_together_both_finish(program, folder):
+    processes = [program.start(*QUICK) for _ in range(2)]
+    for process in processes:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    assert len(list(folder.glob("runs/*/*/report.json"))) == 2 and weights(folder / "model_cnn_digits.pth")
+
+
+# ---- what strangers send: benchmarks/survival.py counts more of them ----
+
+
+def test_mutated_files_work_or_are_refused(model_file, monkeypatch):
+    """In words, in 5 s and in 1 GB of memory."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    survival = pytest.importorskip("survival")  # Windows has no module resource
+    chance, content, done = random.Random(1), model_file.read_bytes(), []
+    files = [(change(content, chance), ".pth") for change in (survival.mutated, survival.altered) for _ in range(60)]
+    _, _, before = survival.load(content, ".pth", "")
+    for changed, suffix in [*files, *survival.pictures(120, chance)]:
+        result, seconds, peak = survival.load(changed, suffix, str(model_file))
+        assert seconds < 5 and peak - before < 1000, suffix
+        done.append(result)
+    assert {"worked", "refused"} == set(done)
+
+
+@pytest.mark.parametrize("change", ["width", "image size", "classes", "channels", "compressed"])
+def test_checkpoint_that_claims_to_be_huge_costs_nothing(model_file, folder, change):
+    content = torch.load(model_file, weights_only=True)
+    if change == "width":
+        content["config"]["width"] = 300.0
+    elif change == "image size":
+        content["image_size"] = 30_000
+    elif change == "classes":
+        content["classes"] = [str(i) for i in range(2_000_000)]
+    elif change == "channels":
+        content |= {"mean": [0.5] * 1000, "std": [0.5] * 1000}
+    else:
+        content["model"]["classifier.weight"] = torch.zeros(100_000_000)
+    path = folder / "huge.pth"
+    torch.save(content, path)
+    if change == "compressed":
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(folder / "s.pth", "w", zipfile.ZIP_DEFLATED) as small:
+            for name in whole.namelist():
+                small.writestr(name, whole.read(name))
+        path = folder / "s.pth"
+    code = (
+        "import resource, sys, image_classification as ic\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    ic.load_checkpoint(sys.argv[1])\nexcept ic.UserError as error:\n    print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    *refused, grown = run.stdout.splitlines()
+    assert int(grown) < 300 and bool(refused) == (change != "image size")

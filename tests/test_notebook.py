@@ -1,6 +1,13 @@
 """The notebook, executed from top to bottom."""
 
+import functools
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
 
 import nbclient
 import nbformat
@@ -25,6 +32,39 @@ def test_notebook_runs_from_top_to_bottom(folder):
     assert len(pictures) >= 6
     printed = "".join(output.get("text", "") for output in outputs)
     assert "Test accuracy" in printed and "Epoch 0001" in printed and "Total params" in printed
+
+
+def test_first_cell_fetches_the_project_where_it_is_opened_alone(folder):
+    """As in Colab: from a ZIP as GitHub serves it, with everything in one folder."""
+    names = ["image_classification.py", "inference.py", "explain.py", "requirements.txt", "README.md"]
+    names += [f"alternatives/{path.name}" for path in (REPOSITORY / "alternatives").glob("*.py")]
+    (folder / "server").mkdir()
+    with zipfile.ZipFile(folder / "server" / "main.zip", "w") as archive:
+        for name in names:
+            archive.write(REPOSITORY / name, f"project-main/{name}")
+        archive.writestr("project-main/../outside.py", "")
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    cell = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
+    (folder / "alone").mkdir()
+
+    def first_cell(address):
+        assert 'ADDRESS = ""' in cell
+        code = cell.replace('ADDRESS = ""', f"ADDRESS = {address!r}")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=folder / "alone", env=environment, capture_output=True, text=True
+        )
+
+    assert "open this notebook in the folder of" in first_cell("").stderr
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder / "server")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = first_cell(f"http://127.0.0.1:{server.server_port}/main.zip")
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    arrived = {path.relative_to(folder / "alone").as_posix() for path in (folder / "alone").rglob("*.*")}
+    assert {name for name in names if name != "README.md"} == arrived
+    assert not list(folder.rglob("outside.py"))
 
 
 def test_notebook_is_stored_without_outputs():

@@ -1,5 +1,6 @@
 """The tools around the program, each as a user runs it, on a model of real CIFAR-10 where there is some."""
 
+import copy
 import csv
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,20 @@ def test_int8_is_smaller_and_as_good(exported):
     (path,) = folder.glob("model_*-int8.onnx")
     assert inference.load_model(path).test_accuracy is None  # it was not tested
     assert float(whole.split()[0]) - float(small.split()[0]) <= 1.0
+
+
+def test_int8_that_costs_too_much_is_refused(exported, model, data, folder, monkeypatch):
+    export = pytest.importorskip("export")
+    (whole,) = (path for path in exported[0].glob("model_*.onnx") if "int8" not in path.name)
+    blind = copy.deepcopy(model.network)
+    for weight in blind.parameters():
+        torch.nn.init.zeros_(weight)
+    useless = export.to_onnx(replace(model, network=blind))
+    monkeypatch.setattr(export, "quantised", lambda path, images: useless)
+    shutil.copy(whole, folder / "whole.onnx")
+    with pytest.raises(inference.InferenceError, match="8 bits cost this network .* is not written"):
+        export.quantise(folder / "whole.onnx", folder / "small-int8.onnx", data)
+    assert not (folder / "small-int8.onnx").exists()
 
 
 def test_inference_without_torch(exported, pictures, model, data):

@@ -1,0 +1,120 @@
+"""Several processes that train one network together, started by torchrun; on one machine or on many."""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RUN, PART = "image_classification/run", "image_classification/part"  # where these are named in the store
+PATIENCE = timedelta(minutes=30)  # of processes with each other
+CHANGEABLE = ("data_dir", "mirror", "debug")  # what a run that goes on still takes from the command line
+
+
+def store() -> Any:
+    """What all processes of this torchrun share, those after a restart included; None where it has no such store."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def begin(given: dict[str, Any]) -> dict[str, Any]:
+    """Take this process's share of the cores; returns the settings to use instead of those given.
+
+    They are others where torchrun repeats the command line because a process was lost: the run goes on. Ends the
+    program where it is finished.
+    """
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // here))
+    if not (shared := store()) or not shared.check([RUN]):
+        return given
+    run = Path(shared.get(RUN).decode())
+    if (run / "report.json").exists():
+        raise SystemExit(0)
+    if not (run / "config.json").exists():  # it ended before there was anything to go on from
+        return given
+    model = json.loads((run / "config.json").read_text())["model"]
+    own = {"model": model} if ":" in model and not model.startswith("torchvision:") else {}
+    return {name: given[name] for name in CHANGEABLE if name in given} | own | {"resume": str(run)}
+
+
+def remember(run: Path) -> None:
+    """Let the processes that a restart begins know which run is theirs."""
+    if shared := store():
+        shared.set(RUN, str(run.absolute()))
+
+
+def after_first(load: Callable[[], Any]) -> Any:
+    """What `load` gives. On each machine one process comes first, so that it alone downloads."""
+    shared, done = store(), f"image_classification/loaded by {os.environ['GROUP_RANK']}"
+    first = os.environ["LOCAL_RANK"] == "0"
+    if shared and not first:
+        shared.wait([done], timedelta(days=2))
+    found = load()
+    if shared and first:
+        shared.set(done, "")
+    return found
+
+
+def device(name: str) -> str:
+    """This process's own device where --device says `name`; ValueError where there is none."""
+    here, rank = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"  # other accelerators cannot send tensors to each other
+    if name not in ("auto", "cuda"):
+        if here > 1 and name != "cpu":
+            raise ValueError("torchrun gives each process a device of its own: auto, cuda or cpu")
+        return name
+    if rank >= (there := torch.cuda.device_count()):
+        raise ValueError(f"{here} processes, but {there} GPUs here: a smaller --nproc-per-node")
+    return f"cuda:{rank}"
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes; those of other machines may still be getting their data."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    place: dict[str, Any] = {}
+    if shared := store():
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        place = {"store": unused(shared, rank, world), "rank": rank, "world_size": world}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **place)
+
+
+def unused(shared: Any, rank: int, world: int) -> Any:
+    """A part of the store in which processes that a restart has ended have left no addresses of theirs.
+
+    A new group would call them and wait for ever (pytorch/pytorch issue 135712). The first process names the part; the
+    others take the name for the new one when what they have asked there is answered.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        shared.set(PART, own)
+        for other in range(1, world):
+            shared.wait([f"{own}/asked by {other}"], PATIENCE)
+            shared.set(f"{own}/answer to {other}", shared.get(f"{own}/asked by {other}"))
+        return dist.PrefixStore(own, shared)
+    shared.wait([PART], PATIENCE)
+    part = answer = ""
+    while answer != own:
+        if (named := shared.get(PART).decode()) != part:
+            shared.set(f"{(part := named)}/asked by {rank}", own)
+        time.sleep(0.05)
+        there = shared.check([f"{part}/answer to {rank}"])
+        answer = shared.get(f"{part}/answer to {rank}").decode() if there else ""
+    return dist.PrefixStore(part, shared)
+
+
+def command(alone: list[str]) -> list[str]:
+    """What to type to start as many processes as there are now, from the command for one."""
+    here, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    nodes = [f"--nnodes={world // here}"] if world > here else []
+    return ["torchrun", *nodes, f"--nproc-per-node={here}", *alone[1:]]

@@ -1,0 +1,139 @@
+"""Several processes that train together, as torchrun starts them."""
+
+import csv
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, Program, only_run, weights
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+
+PLAIN = """
+import torch
+from torch import nn
+
+def plain(classes=10, channels=3, image_size=32):
+    network = nn.Sequential(
+        nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 64, classes),
+    )
+    network.unused = nn.Parameter(torch.ones(2))  # gets no gradient
+    return network
+"""
+
+
+def torchrun(processes, *options):
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options)
+
+
+@pytest.fixture
+def together(folder, monkeypatch):
+    """The program, started by torchrun; it sets the number of threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return Program(folder, launcher=torchrun(2))
+
+
+def curve(run):
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return [[float(row[name]) for name in ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy")]
+            for row in rows]  # fmt: skip
+
+
+def wait_for_epoch(process, folder, number):
+    """Until that many epochs are done."""
+    for _ in range(1200):
+        for path in folder.glob("runs/*/*/metrics.csv"):
+            if len(path.read_text().splitlines()) > number:
+                return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pytest.fail("no epoch has ended in a minute")
+
+
+def workers(process):
+    """The processes that torchrun has started: rank to process id."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(each[5:]): int(pid) for each in environment if each.startswith(b"RANK=")}
+    return found
+
+
+def test_several_processes_give_the_loss_curve_of_one(program, together, folder):
+    """Batches and sets that cannot be divided evenly, so that an image left out or counted twice would show."""
+    (folder / "own.py").write_text(PLAIN)
+    options = ["--dataset", "digits", "--subset", "401", "--batch-size", "57", "--epochs", "3", "--precision", "fp32",
+               "--model", "own.py:plain", "--low-res", "0", "--class-balance", "weights",
+               "--optimizer", "sgd"]  # fmt: skip
+    program(*options, "--run-dir", "one")
+    together.launcher = torchrun(3)
+    out, _ = together(*options, "--run-dir", "three")
+    assert out.count("Epoch 0000: ") == out.count("Finished Training") == out.count("Model: ") == 1
+    assert "3 processes share each batch" in out
+    one, three = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "three"))
+    assert one.shape == (3, 4) and torch.allclose(one, three, rtol=1e-4, atol=0)
+    first, second = (weights(folder / run / "best.pth") for run in ("one", "three"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+
+
+def test_two_processes_train_the_default_network_as_well(program, together, folder, cifar10):
+    options = ["--dataset", "cifar10", "--data-dir", cifar10, "--subset", "2000", "--batch-size", "100", "--epochs",
+               "2", "--precision", "fp32", "--width", "0.25"]  # fmt: skip
+    program(*options, "--run-dir", "one")
+    together(*options, "--run-dir", "two")
+    one, two = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "two"))
+    assert (one[:, 0] / two[:, 0] - 1).abs().max() < 0.02
+
+
+LONG = [*QUICK, "--epochs", "12", "--batch-size", "20"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What two processes make of the settings LONG."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    Program(folder, launcher=torchrun(2))(*LONG, env={"OMP_NUM_THREADS": "1"})
+    return only_run(folder)
+
+
+def test_lost_process_and_the_run_goes_on_by_itself(together, folder, undisturbed):
+    together.launcher = torchrun(2, "--max-restarts=3")
+    process = together.start(*LONG)
+    wait_for_epoch(process, folder, 3)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    first, second = out.split("Start Training")[1:]
+    assert "Epoch 0000: " in first and "Epoch 0000: " not in second and "Epoch 0011: " in second
+    whole, other = weights(undisturbed / "best.pth"), weights(only_run(folder) / "best.pth")
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert curve(undisturbed) == curve(only_run(folder))
+
+
+def test_pre_emption_and_another_number_of_processes(program, together, folder):
+    process = together.start(*LONG)
+    wait_for_epoch(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Go on with: torchrun --nproc-per-node=2 " in out and "--resume" in out
+    run = only_run(folder)
+    assert 40 <= torch.load(run / "last.pth", weights_only=True)["step"] < 12 * 20
+    out, _ = program("--resume", "last")
+    assert len(curve(run)) == 12 and "Epoch 0000: " not in out and (run / "report.json").exists()
+
+
+@pytest.mark.parametrize(("options", "words", "status"), [
+    (["--init-from", "nowhere.pth"], "nowhere.pth: there is no such file", 1),
+    (["--batch-size", "7"], "too small for 2 processes", 2),
+])  # fmt: skip
+def test_error_of_all_is_one_line_of_the_program(together, folder, options, words, status):
+    process = together.start(*QUICK, *options)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and f"exitcode  : {status}" in err
+    assert len([line for line in err.splitlines() if words in line]) == 1
+    assert not list(folder.glob("runs/*/*/config.json"))
