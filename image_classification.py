@@ -809,9 +809,8 @@ def build_network(
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
         if not isinstance(network, nn.Module):
             raise ValueError(f"it is a {type(network).__name__}, not a torch.nn.Module")
-        for seen in (
-            () if tried else (size, size // 2) if config.low_res else (size,)
-        ):  # rather now than after the run has begun
+        sizes = [] if tried else [size, size // 2] if config.low_res else [size]
+        for seen in sizes:  # rather now than after the run has begun
             with torch.no_grad():  # lazy layers get their shapes
                 shape = tuple(network.eval()(torch.zeros(2, len(mean), seen, seen)).shape)
             if shape != (2, classes):
@@ -1218,7 +1217,7 @@ class Trainer:
         result = torch.zeros(2, device=self.device)
         everyone = self.labels[plan[0][place]]
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
-        parts = math.ceil(self.parts * scale**2)  # memory grows with the pixels
+        parts = min(math.ceil(self.parts * scale**2), length // self.world)  # memory grows with the pixels
         pieces = zip(*(drawn[own].tensor_split(parts) for drawn in plan), strict=True)
         for number, (chosen, flips, shifts) in enumerate(pieces, 1):
             labels = self.labels[chosen]

@@ -1,10 +1,12 @@
 """The web page, in a real browser."""
 
 import contextlib
+import http.client
 import http.server
 import io
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -12,6 +14,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
@@ -124,9 +127,15 @@ def test_only_this_machine_and_only_what_is_meant_is_served(address):
     port = int(address.rpartition(":")[2])
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=2)
-    for path in ("/etc/passwd", str(REPOSITORY / "app.py"), f"http://127.0.0.1:{port}/", "https://example.com/"):
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
+    up = "../" * 12
+    files = ["/etc/passwd", f"{up}etc/passwd", str(REPOSITORY / "app.py"), f"http://127.0.0.1:{port}/"]
+    routes = [f"gradio_api/file={path}" for path in [*files, "https://example.com/", "%2e%2e/" * 12 + "etc/passwd"]]
+    routes += [f"{kind}/{up}etc/passwd" for kind in ("static", "assets", "gradio_api/deep_link", "svelte", "theme.css")]
+    for route in routes:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)  # sends the path as it is
+        connection.request("GET", f"/{route}")
+        answer = connection.getresponse()
+        assert answer.status >= 400 and b"root:" not in answer.read(), route
 
 
 def test_own_examples_and_another_address(folder, model, data):
@@ -169,6 +178,32 @@ def test_page_fetches_nothing(address, model):
             pass
         server.shutdown()
     assert not asked
+
+
+def ask(address, picture):
+    """The page's answer to the content of a file, as its own JavaScript asks for it."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n' + picture + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
+    (path,) = json.load(urllib.request.urlopen(request, timeout=60))
+    data = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}).encode()
+    call = urllib.request.Request(f"{address}/gradio_api/call/classify", data, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(call, timeout=60))["event_id"]
+    return urllib.request.urlopen(f"{address}/gradio_api/call/classify/{event}", timeout=60).read().decode()
+
+
+def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, folder):
+    images = [save(data.test.images[i], folder / f"{i}.png").read_bytes() for i in range(5)]
+    whole, chance = images[0], random.Random(0)
+    rubbish = [b"", b"x" * 1000, whole[:50], bytes(chance.randrange(256) for _ in range(5000)), b"GIF89a" + bytes(20)]
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda picture: ask(address, picture), (images + rubbish) * 5))
+    expected = [classes[0][0] for classes in inference.predict(model, data.test.images[:5].numpy())]
+    for place, answer in enumerate(answers):
+        if place % 10 < 5:
+            assert f'"label": "{expected[place % 10]}"' in answer
+        else:
+            assert "event: error" in answer and "no picture that can be read" in answer
 
 
 def test_port_that_is_taken_is_named(address, model, folder):
