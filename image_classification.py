@@ -1664,8 +1664,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         report = from_first(lambda: keep_model(report, config, data))
         write_json(run / "report.json", report.results)  # the last: it says that the run is finished
     if together:
-        dist.barrier()  # none goes while others may still need it
-        dist.destroy_process_group()
+        together.leave()
     print(f"Done in {tqdm.format_interval(time.perf_counter() - begun)}")
     return report
 

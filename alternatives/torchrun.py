@@ -1,5 +1,6 @@
 """Several processes that train one network together, started by torchrun; on one machine or on many."""
 
+import gc
 import json
 import os
 import time
@@ -111,6 +112,13 @@ def unused(shared: Any, rank: int, world: int) -> Any:
         there = shared.check([f"{part}/answer to {rank}"])
         answer = shared.get(f"{part}/answer to {rank}").decode() if there else ""
     return dist.PrefixStore(part, shared)
+
+
+def leave() -> None:
+    """Part from the others. A thread of Gloo's that still holds a tensor when Python ends would abort the process."""
+    dist.barrier()  # none goes while others may need it
+    gc.collect()  # what trained keeps the group, and refers to itself
+    dist.destroy_process_group()
 
 
 def command(alone: list[str]) -> list[str]:
