@@ -920,10 +920,15 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
         raise UserError(f"{path} holds a network of its own: give --model {config.model}")
     config = replace(config, model=model or config.model)
     claims = config, len(content["classes"]), content["mean"], content["std"], content["image_size"]
-    if not is_own(config.model):
+    tried = not is_own(config.model)
+    if tried:
         with torch.device("meta"):  # nothing is allocated before it is known to be needed
-            check_weights(build_network(*claims), content["model"], path)
-    network = build_network(*claims, tried=not is_own(config.model))
+            try:
+                network = build_network(*claims)
+            except UserError:  # meta tensors do not know every operation
+                network, tried = build_network(*claims, tried=True), False
+            check_weights(network, content["model"], path)
+    network = build_network(*claims, tried=tried)
     load_weights(network, content["model"], path)
     return network.eval(), content
 

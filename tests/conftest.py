@@ -23,6 +23,10 @@ SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
 QUICK = [*SMALL, "--width", "0.25"]
 
 
+def pytest_xdist_auto_num_workers():
+    return min(4, (os.cpu_count() or 1) + 1)  # some tests wait more than they compute
+
+
 def only_run(folder):
     (path,) = folder.glob("runs/*/*/config.json")
     return path.parent

@@ -1014,7 +1014,7 @@ def test_debug_shows_the_traceback(folder, monkeypatch):
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run(inside, folder, monkeypatch):
-    monkeypatch.setattr(ic, "evaluate", lambda *_: ic.Evaluation(float("nan"), 0.1, torch.zeros(1, 10)))
+    monkeypatch.setattr(ic, "evaluate", lambda *_, **__: ic.Evaluation(float("nan"), 0.1, torch.zeros(1, 10)))
     assert "the loss is no longer finite" in inside.error(*QUICK)
     assert not list(folder.rglob("*.pth"))
 
