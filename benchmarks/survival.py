@@ -12,6 +12,7 @@ be refused in words, in 5 s, in 1 GB of memory. Prints Markdown tables; exit sta
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import multiprocessing
@@ -142,6 +143,11 @@ def altered(content: bytes, chance: random.Random) -> bytes:
     return changed.getvalue()
 
 
+@functools.cache
+def classifier(model: str) -> inference.Classifier:
+    return inference.load_model(model, "cpu")
+
+
 def load(content: bytes, suffix: str, model: str) -> tuple[str, float, float]:
     """What becomes of a mutated file, in words; the seconds that takes; and the process's peak memory, MiB."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
@@ -151,7 +157,7 @@ def load(content: bytes, suffix: str, model: str) -> tuple[str, float, float]:
             if suffix == ".pth":
                 ic.load_checkpoint(path)
             else:
-                inference.predict(inference.load_model(model, "cpu"), [path])
+                inference.predict(classifier(model), [path])
                 datasets.decode(path, 64)
             done = "worked"
         except (ic.UserError, inference.InferenceError):
