@@ -81,13 +81,13 @@ def test_several_processes_give_the_loss_curve_of_one(program, together, folder)
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
 
 
-def test_two_processes_train_the_default_network_as_well(program, together, folder, cifar10):
-    options = ["--dataset", "cifar10", "--data-dir", cifar10, "--subset", "1000", "--batch-size", "100", "--epochs",
-               "2", "--precision", "fp32", "--width", "0.25"]  # fmt: skip
+def test_two_processes_train_the_default_network_as_well(program, together, folder):
+    """In batches of about the default size, of which batch norm sees smaller parts."""
+    options = ["--dataset", "digits", "--subset", "1200", "--batch-size", "400", "--epochs", "2", "--precision", "fp32"]
     program(*options, "--run-dir", "one")
     together(*options, "--run-dir", "two")
     one, two = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "two"))
-    assert (one[:, 0] / two[:, 0] - 1).abs().max() < 0.02
+    assert 0 < (one[:, 0] / two[:, 0] - 1).abs().max() < 0.02
 
 
 LONG = [*QUICK, "--epochs", "12", "--batch-size", "20"]
@@ -101,30 +101,25 @@ def undisturbed(tmp_path_factory):
     return only_run(folder)
 
 
-def test_lost_process_and_the_run_goes_on_by_itself(together, folder, undisturbed):
+def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(program, together, folder, undisturbed):
     together.launcher = torchrun(2, "--max-restarts=3")
     process = together.start(*LONG)
     wait_for_epoch(process, folder, 3)
-    os.kill(workers(process)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    first, second = out.split("Start Training")[1:]
-    assert "Epoch 0000: " in first and "Epoch 0000: " not in second and "Epoch 0011: " in second
-    whole, other = weights(undisturbed / "best.pth"), weights(only_run(folder) / "best.pth")
-    assert all(torch.equal(whole[name], other[name]) for name in whole)
-    assert curve(undisturbed) == curve(only_run(folder))
-
-
-def test_pre_emption_and_another_number_of_processes(program, together, folder):
-    process = together.start(*LONG)
-    wait_for_epoch(process, folder, 2)
-    process.send_signal(signal.SIGTERM)
+    os.kill(workers(process)[0], signal.SIGKILL)  # the one that writes; the run goes on by itself
+    wait_for_epoch(process, folder, 6)
+    process.send_signal(signal.SIGTERM)  # pre-emption
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Go on with: torchrun --nproc-per-node=2 " in out and "--resume" in out
+    first, second = out.split("Start Training")[1:]
+    assert "Epoch 0000: " in first and "Epoch 0000: " not in second and "Epoch 0005: " in second
     run = only_run(folder)
-    assert 40 <= torch.load(run / "last.pth", weights_only=True)["step"] < 12 * 20
-    out, _ = program("--resume", "last")
-    assert len(curve(run)) == 12 and "Epoch 0000: " not in out and (run / "report.json").exists()
+    assert torch.load(run / "last.pth", weights_only=True)["step"] < 12 * 20
+    together("--resume", "last")
+    whole, other = weights(undisturbed / "best.pth"), weights(run / "best.pth")
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert curve(undisturbed) == curve(run)
+    program("--resume", "last", "--epochs", "13")  # goes on with one process, too
+    assert len(curve(run)) == 13
 
 
 def test_error_of_all_is_one_line_of_the_program(together, folder):
