@@ -219,6 +219,14 @@ def test_every_ablation_still_fits_the_script(monkeypatch):
         ic.parse([*options])
 
 
+def test_silent_processes_still_fit_the_script(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import scaling
+
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert all(text.count(old) == 1 for old, _ in scaling.SILENT)
+
+
 def test_an_ablation_runs_beside_alternatives(monkeypatch, cifar10):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     import ablations
