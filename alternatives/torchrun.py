@@ -86,11 +86,11 @@ def join(device: torch.device) -> None:
     place: dict[str, Any] = {}
     if shared := store():
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        place = {"store": unused(shared, rank, world), "rank": rank, "world_size": world}
+        place = {"store": fresh_part(shared, rank, world), "rank": rank, "world_size": world}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **place)
 
 
-def unused(shared: Any, rank: int, world: int) -> Any:
+def fresh_part(shared: Any, rank: int, world: int) -> Any:
     """A part of the store in which processes that a restart has ended have left no addresses of theirs.
 
     A new group would call them and wait for ever (pytorch/pytorch issue 135712). The first process names the part; the

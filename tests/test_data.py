@@ -298,16 +298,6 @@ def test_unwritable_data_folder(program, folder, unwritable):
 # ---- the split and the batches ----
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37])
-def test_split_is_disjoint_complete_stratified_and_repeatable(fraction):
-    labels = torch.randint(0, 7, (1000,), generator=torch.Generator().manual_seed(1))
-    kept, held_out = ic.split_off(labels, fraction)
-    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(1000))
-    counts = [round(count * fraction) for count in labels.bincount().tolist()]
-    assert labels[held_out].bincount(minlength=7).tolist() == counts
-    assert torch.equal(ic.split_off(labels, fraction)[1], held_out)
-
-
 def test_epoch_plan_follows_from_seed_and_epoch():
     device = torch.device("cpu")
     plans = [ic.plan_epoch(100, seed, epoch, "flip,crop=2", device) for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]]
