@@ -86,7 +86,7 @@ def examples(model: Classifier, folder: str | None, data_dir: str | None, scratc
         return []
     pictures = []
     for label in range(min(10, len(model.classes))):
-        for image in test.images[test.labels == label][:1]:
+        for image in test.images[(test.labels == label).nonzero()[:1, 0]]:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path := scratch / f"{label}.png")
             pictures.append(str(path))
     return pictures

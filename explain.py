@@ -229,13 +229,13 @@ def held_out(config: ic.Config, data: Any, device: torch.device) -> torch.Tensor
     """Probabilities of the training images by networks that did not train on them: float32 (N, classes)."""
     from sklearn.model_selection import StratifiedKFold
 
-    images, labels = data.train
+    labels = data.train.labels
     if labels.bincount().min() < FOLDS:
         raise InferenceError(f"to find wrong labels, each class needs at least {FOLDS} training images")
     shares = torch.zeros(len(labels), len(data.classes))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(np.zeros(len(labels)), labels.numpy())
     for number, (learned, asked) in enumerate(folds, 1):
-        train, valid = (ic.Split(images[part], labels[part]) for part in (learned, asked))
+        train, valid = data.train.only(learned), data.train.only(asked)
         trainer = ic.Trainer(config, replace(data, train=train, valid=valid), device)
         trainer.settle_batch()
         print(f"Network {number} of {FOLDS}: trains on {len(learned)} images, to judge the other {len(asked)}")
@@ -262,7 +262,8 @@ def label_issues(model: Classifier, data: Any, device: torch.device, out: Path) 
     names, rows, titles = model.classes, [], []
     for i in order.tolist():
         place, label, guess = int(data.kept[i]), names[labels[i]], names[shares[i].argmax()]
-        rows.append([data.files[place] if data.files else "", place, label, guess, round(float(shares[i].max()), 4)])
+        file = Path(data.report["folder"], data.files[place]) if data.files else ""
+        rows.append([file, place, label, guess, round(float(shares[i].max()), 4)])
         titles.append(f"labelled {label},\nlooks like {guess}")
     save_csv(["file", "index_in_training_set", "label", "looks_like", "confidence"], rows, out / "label_issues.csv")
     if rows:
@@ -300,7 +301,7 @@ def main() -> int:
         return 0
     guess = galleries(model, data, out)
     filters(model.network, out)
-    feature_maps(model, data.test.images[:1], out)
+    feature_maps(model, data.test.images[[0]], out)
     confused(model.classes, data.test.labels, guess, out)
     return 0
 

@@ -138,7 +138,7 @@ def quantise(whole: Path, small: Path, data: ic.Data) -> None:
     part, which = (data.valid, "validation") if len(data.valid.labels) else (data.test, "test")
     new = whole.with_name("small.onnx")
     new.write_bytes(quantised(whole, calibration))
-    results = measure([whole, new], part.images.numpy(), part.labels.numpy())
+    results = measure([whole, new], torch.cat(list(part.images.split(1000))).numpy(), part.labels.numpy())
     print(f"\n| | accuracy on {len(part.labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
     for name, path, (accuracy, milliseconds) in zip(("float32", "int8"), (whole, new), results, strict=True):
         print(f"| {name} | {100 * accuracy:.2f} % | {path.stat().st_size / 1e6:.2f} | {milliseconds:.2f} |")
@@ -165,7 +165,8 @@ def main() -> int:
     out = Path(options.out or model.path.with_suffix(f".{options.format}"))
     data = load_its_data(model, options.data_dir) if options.int8 or at_hand(model, options.data_dir) else None
     if data:
-        images = torch.cat([data.valid.images, data.train.images])[:CHECKED].numpy()
+        parts = [part.images[torch.arange(min(CHECKED, len(part.images)))] for part in (data.valid, data.train)]
+        images = torch.cat(parts)[:CHECKED].numpy()
     else:
         print("note: compared on random images, because its data set is not here: --data-dir DIR names its folder")
         shape = (CHECKED, 3, model.image_size, model.image_size)

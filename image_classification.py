@@ -539,8 +539,12 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
 class Split(NamedTuple):
     """Images and labels that belong together."""
 
-    images: torch.Tensor  # uint8 (N, C, H, W), [0, 255]
+    images: Any  # uint8 (N, C, H, W), [0, 255]: a tensor or, of a large folder, a Mapped of alternatives/datasets.py
     labels: torch.Tensor  # int64 (N,)
+
+    def only(self, which: Any) -> "Split":
+        """Those at these indices."""
+        return Split(getattr(self.images, "only", self.images.__getitem__)(which), self.labels[which])
 
 
 @dataclass
@@ -558,7 +562,7 @@ class Data:
     std: list[float]
     substitution: str = ""  # why this is not the data set that was wanted
     report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
-    files: list[str] | None = None  # of the data set's training images, where each has one of its own
+    files: list[str] | None = None  # of the training images in a folder, from the folder on
     kept: torch.Tensor | None = None  # which of the data set's training images `train` holds: int64 (N,)
 
     @functools.cached_property
@@ -590,18 +594,20 @@ def make_data(
     config: Config, name: str, classes: list[str], given: Split, valid: Split | None = None, **rest: Any
 ) -> Data:
     """Split validation images off the given ones unless `valid` holds some; measure what is left to train on."""
-    images, labels = given
+    labels = given.labels
     kept, held_out = split_off(labels, 0.0 if valid else config.val_fraction)
     if config.make_imbalanced:
         kept = kept[alternative("sampling", "--make-imbalanced").imbalanced(labels[kept], config.make_imbalanced)]
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
-    valid = valid or Split(images[held_out], labels[held_out])
+    valid = valid or given.only(held_out)
     if not len(kept) or config.val_fraction > 0 == len(valid.labels):
         raise UsageError(f"--val-fraction {config.val_fraction} leaves no image to train or validate on (0: none)")
-    size = config.image_size or images.shape[-1]
-    train, valid = resized(Split(images[kept], labels[kept]), size), resized(valid, size)
-    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train.images.unbind(1)]).double()
+    size = config.image_size or given.images.shape[-1]
+    train, valid = resized(given.only(kept), size), resized(valid, size)
+    counts = torch.zeros(train.images.shape[1], 256, dtype=torch.float64)
+    for part in train.images.split(10_000):
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(1)])
     values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
     mean = counts @ values.double()
     std = (counts @ values.double() ** 2 - mean**2).clamp(min=1e-6).sqrt()
@@ -650,9 +656,6 @@ def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
 
-    def split_arrays(labels: Any, fraction: float) -> list[Any]:
-        return [part.numpy() for part in split_off(torch.from_numpy(labels), fraction)]
-
     if wanted not in datasets.NAMES and not Path(wanted).expanduser().is_dir():
         near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
         raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
@@ -660,12 +663,10 @@ def load_other(config: Config) -> Data:
         size = config.image_size
         if config.pretrained and not size:
             size = alternative("networks", "--pretrained").imagenet_size(config.model)
-        found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_arrays)
+        found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
-    train, valid, test = (
-        part and Split(*map(torch.from_numpy, part)) for part in (found.train, found.valid, found.test)
-    )
+    train, valid, test = (part and Split(*part) for part in (found.train, found.valid, found.test))
     return make_data(
         config, found.name, found.classes, train, valid, load_test=lambda: test, test_images=len(test.labels),
         mirrored=found.mirrored, report=found.report, files=found.files,
@@ -714,11 +715,13 @@ def plan_epoch(
     return [order.to(device), flips.to(device), shifts.to(device)]
 
 
-def gather(images: torch.Tensor, chosen: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+def gather(images: Any, chosen: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     """Pick, mirror and shift images by one indexing; what moves in from outside is the border, reflected.
 
-    images: uint8 (N, C, H, W); chosen, flips, shifts: a slice of plan_epoch's. Returns uint8 (B, C, H, W).
+    images: see Split; chosen, flips, shifts: a slice of plan_epoch's. Returns uint8 (B, C, H, W), on their device.
     """
+    if not isinstance(images, torch.Tensor):  # mapped
+        return gather(images.store, images.rows[chosen.cpu()], flips.cpu(), shifts.cpu()).to(chosen.device)
 
     def positions(size: int, shift: torch.Tensor) -> torch.Tensor:
         index = (torch.arange(size, device=images.device) - shift[:, None]).abs()
@@ -846,7 +849,7 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
             content["model"] |= alternative("networks", "--init-from").head_weights(model)
         load_weights(model, content["model"], config.init_from)
     elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
-        set_whitening(layer, normalise(images[:: max(1, len(images) // 500)], model))
+        set_whitening(layer, normalise(images[torch.arange(0, len(images), max(1, len(images) // 500))], model))
     if config.freeze:
         if not (config.init_from or config.pretrained):
             raise UsageError("--freeze trains the head alone, and so needs --init-from FILE or --pretrained")

@@ -1,15 +1,23 @@
 """What `--dataset` takes besides CIFAR-10 and the digits: five more by name, and folders of images.
 
-Arrays of NumPy, so that `decode` is there for `inference.py` where torch is not installed.
+Imports torch only where it is needed: `decode` is there for `inference.py` where it is not installed.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
+import itertools
+import math
+import os
 import re
+import stat
 import statistics
+import tempfile
 import warnings
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +27,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
-Pair = tuple[np.ndarray, np.ndarray]  # images, uint8 (N, 3, H, W), and their labels, int64 (N,)
+Pair = tuple[Any, Any]  # tensors: images, uint8 (N, 3, H, W), or a Mapped of them, and their labels, int64 (N,)
 
 
 class Found(NamedTuple):
@@ -32,18 +40,19 @@ class Found(NamedTuple):
     test: Pair
     mirrored: bool  # may an image be flipped left to right and keep its label?
     report: dict[str, Any] | None = None  # of a folder: what data_report.json holds
-    files: list[str] | None = None  # of a folder: the file of each training image
+    files: list[str] | None = None  # of a folder: the file of each training image, from the folder on
 
 
 def load(dataset: str, data_dir: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
     """The data set of that name, downloaded into data_dir if need be, or the images in the folder `dataset`.
 
     split_off(labels, fraction): indices of what stays and of a random fraction of each class, for a folder without test
-    images. Raises ValueError for a folder that is no data set, and OSError or RuntimeError where a download fails.
+    images; all three tensors. Raises ValueError for a folder that is no data set, and OSError or RuntimeError where a
+    download fails or nothing can be written.
     """
     if dataset in NAMES:
         return by_name(dataset, data_dir)
-    return from_folder(Path(dataset).expanduser(), image_size, split_off)
+    return from_folder(Path(dataset).expanduser(), data_dir, image_size, split_off)
 
 
 def settings(count: int, size: int, mirrored: bool, pretrained: bool) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def by_name(name: str, data_dir: Path) -> Found:
         elif images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
         labels = found.labels if name in ("svhn", "stl10") else found.targets
-        return images.numpy(), torch.as_tensor(labels).long().numpy()
+        return images, torch.as_tensor(labels).long()
 
     train = read(True)
     classes = [str(each) for each in getattr(train, "classes", range(10))]
@@ -103,6 +112,7 @@ FEW = 10  # images of a class
 TEST_FRACTION = 0.2  # of each class, where there is no test/
 ALIKE = 20  # of 256 bits in which two images may differ and be near-identical
 MOST_TWINS = 10_000  # pairs: more say no more
+MOST_COMPARED = 100_000  # images
 HIDDEN = (".", "__MACOSX")
 NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # another program, to be read
 UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
@@ -113,8 +123,8 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray  # uint8 (S, S, 3)
     size: tuple[int, int]  # width, height in the file
-    digest: bytes  # of the pixels
-    sketch: np.ndarray  # bool (256,): is it brighter to the right? Nearly the same for nearly the same picture
+    digest: int  # of the pixels
+    sketch: np.ndarray  # uint8 (32,), 256 bits: brighter to the right? Nearly the same for nearly the same picture
 
 
 def decode(path: Path, size: int) -> Decoded:
@@ -134,8 +144,7 @@ def decode(path: Path, size: int) -> Decoded:
         image = image.convert("RGB")
     rows = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
     square = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-    digest = hashlib.blake2b(square.tobytes(), digest_size=16).digest()
-    return Decoded(square, width_height, digest, (rows[:, 1:] > rows[:, :-1] + 2).ravel())
+    return Decoded(square, width_height, hashed(square.tobytes()), np.packbits(rows[:, 1:] > rows[:, :-1] + 2))
 
 
 def visible(folder: Path) -> list[Path]:
@@ -199,18 +208,20 @@ def layout(folder: Path) -> dict[str, Path]:
     return {part: splits[part] for part in ("train", "valid", "test") if part in splits} or {"all": folder}
 
 
-def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
+def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off: Callable[..., Any]) -> Found:
     """A folder with train/, test/ and val/ of class folders, or with class folders alone.
 
-    Every image is decoded once, to image_size or to what suits the images, at most LARGEST. Prints what it found.
-    Raises ValueError for a folder that is no such data set, or of which too much cannot be read.
+    Every image is decoded once, to image_size or to what suits the images, at most LARGEST, into a map in data_dir.
+    Prints what it found. Raises ValueError for a folder that is no such data set, or of which too much cannot be read.
     """
+    import torch
+
     parts = layout(folder)
     first = next(iter(parts.values())) if "all" in parts else parts["train"]
     classes = [path.name for path in class_folders(first)]
     known = extensions()
-    other: list[Path] = []
-    files: list[tuple[str, int, Path]] = []
+    files: list[tuple[str, int, str, int]] = []
+    other: list[str] = []
     for part, place in parts.items():
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
@@ -224,74 +235,118 @@ def from_folder(folder: Path, image_size: int | None, split_off: Callable[..., A
                 "images of a class into its folder, without others between"
             )
         for name in names:
-            inside = [path for path in sorted((place / name).rglob("*")) if path.is_file()]
-            hidden = [any(part.startswith(HIDDEN) for part in path.relative_to(place).parts) for path in inside]
-            found = [path for path, not_seen in zip(inside, hidden, strict=True) if not not_seen]
-            seen = [path.suffix.lower() in known or is_image(path) for path in found]
-            images = [path for path, is_one in zip(found, seen, strict=True) if is_one]
-            other += [path for path, is_one in zip(found, seen, strict=True) if not is_one]
+            images = 0
+            for path, key in files_in(place / name, folder):
+                if Path(path).suffix.lower() in known or is_image(folder / path):
+                    files.append((part, classes.index(name), path, key))
+                    images += 1
+                else:
+                    other.append(path)
             if not images and part != "valid":
                 raise ValueError(f"the class folder {place / name} holds no image")
-            files += [(part, classes.index(name), path) for path in images]
     if other:
-        print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {other[0]}")
-    size = image_size or suitable_size([path for _, _, path in files])
+        print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {folder / other[0]}")
+    part_of, label_of, paths, keys = zip(*files, strict=True)
+    del files  # of a million images a lot of memory
+    size = image_size or suitable_size(folder, paths)
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
     print(
         f"Each image becomes {size} by {size} pixels{cost}: its middle square, resized; --image-size N for another size"
     )
-    decoded, unreadable = decode_all([path for _, _, path in files], size)
-    kept = [(part, label, path, each) for (part, label, path), each in zip(files, decoded, strict=True) if each]
-    learned = {label for part, label, *_ in kept if part in ("all", "train")}
-    if lost := [name for label, name in enumerate(classes) if label not in learned]:
-        raise ValueError(f"no image of the class {lost[0]} can be read: {'; '.join(unreadable.values())}"[:500])
-    pairs = twins(kept)
-    chosen = used(kept)
-    report = describe(folder, classes, size, kept, chosen, unreadable, pairs)
-    report, kept = report | {"left_out": [str(path) for path in other]}, chosen
+    store = find_map(folder, data_dir, size, paths, np.array(keys, dtype=np.uint64))
+    found = Images(np.array(paths, dtype=object), np.array(part_of), np.array(label_of), store.rows, store.records)
+    kept = found.only(store.rows >= 0)
+    if lost := set(range(len(classes))) - set(kept.label[np.isin(kept.part, ["all", "train"])].tolist()):
+        why = "; ".join(store.unreadable.values())
+        raise ValueError(f"no image of the class {classes[min(lost)]} can be read: {why}"[:500])
+    pairs = twins(kept, store)
+    chosen = used(kept) if "all" in parts else np.arange(len(kept.label))
+    report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs)
+    report["left_out"] = [str(folder / path) for path in other]
     for line in report["words"]:
         print(line)
-    if len(unreadable) > UNREADABLE * len(files):
-        first_ones = "; ".join(f"{path} ({why})" for path, why in list(unreadable.items())[:3])
-        raise ValueError(f"{len(unreadable)} of {len(files)} images cannot be read: {first_ones}")
+    if len(store.unreadable) > UNREADABLE * len(paths):
+        first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
+        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read: {first_ones}")
 
-    def pair(part: str) -> Pair:
-        own = [(label, each.pixels) for kind, label, _, each in kept if kind == part]
-        images = np.stack([pixels for _, pixels in own]).transpose(0, 3, 1, 2)
-        return images, np.array([label for label, _ in own], dtype=np.int64)
-
-    held = {part: pair(part) for part in dict.fromkeys(part for part, *_ in kept)}
-    train, test = held["all" if "all" in held else "train"], held.get("test")
-    split = [str(path) for part, _, path, _ in kept if part in ("all", "train")]
-    if not test:
+    learned = chosen[np.isin(kept.part[chosen], ["all", "train"])]
+    tested = chosen[kept.part[chosen] == "test"]
+    validated = chosen[kept.part[chosen] == "valid"]
+    if not len(tested):
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        tested = np.zeros(len(train[1]), dtype=bool)
-        tested[split_off(train[1], TEST_FRACTION)[1]] = True
-        places = {path: place for place, path in enumerate(split)}
-        alike = [(places[a], places[b]) for a, b, _ in report["twins"] if a in places and b in places]
-        links = coo_array((np.ones(len(alike)), np.array(alike, dtype=np.int32).reshape(-1, 2).T), (len(split),) * 2)
-        group = connected_components(links, directed=False)[1]
-        first_of = np.unique(group, return_index=True)[1]
-        tested = tested[first_of[group]]  # on the same side, or the training would know the test's answers
+        labels, count = kept.label[learned], len(kept.label)
+        testing = np.zeros(len(learned), dtype=bool)
+        testing[split_off(torch.from_numpy(labels), TEST_FRACTION)[1].numpy()] = True
+        links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (count, count))
+        group = connected_components(links, directed=False)[1][learned]
+        _, first_of, group = np.unique(group, return_index=True, return_inverse=True)
+        testing = testing[first_of[group]]  # on the same side, or the training would know the test's answers
         for label in range(len(classes)):  # unless a class were all test
-            tested[train[1] == label] &= not tested[train[1] == label].all()
-        test, train = ((train[0][part], train[1][part]) for part in (tested, ~tested))
-        split = [file for file, is_tested in zip(split, tested, strict=True) if not is_tested]
-    if not len(test[1]):
+            testing[labels == label] &= not testing[labels == label].all()
+        learned, tested = learned[~testing], learned[testing]
+    if not len(tested):
         raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nobody writes to what must not be written to
+        pixels = torch.from_numpy(store.pixels).permute(0, 3, 1, 2)
+
+    def pair(which: np.ndarray) -> Pair:
+        rows = torch.from_numpy(kept.row[which])
+        held = len(chosen) * store.pixels[0].nbytes <= HELD
+        return pixels[rows] if held else Mapped(pixels, rows), torch.from_numpy(kept.label[which])
+
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
-    return Found(name, classes, train, held.get("valid"), test, True, report, split)
+    valid = pair(validated) if len(validated) else None
+    return Found(name, classes, pair(learned), valid, pair(tested), True, report, kept.path[learned].tolist())
 
 
-def suitable_size(paths: list[Path]) -> int:
+class Images(NamedTuple):
+    """Images of a folder, an entry each in all of these."""
+
+    path: np.ndarray  # object (N,): str, from the folder on
+    part: np.ndarray  # str (N,): train, valid, test or all
+    label: np.ndarray  # int64 (N,)
+    row: np.ndarray  # int64 (N,): of the map
+    record: np.ndarray  # RECORD (N,)
+
+    def only(self, which: np.ndarray) -> "Images":
+        return Images(*(column[which] for column in self))
+
+
+def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
+    """The files below `place` that are not hidden: each one's path from `folder` on, and its key in a map.
+
+    The key is a hash of this path, the size and the modification time. OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(place, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        for name in sorted(name for name in names if not name.startswith(HIDDEN)):
+            path = os.path.join(parent, name)
+            with contextlib.suppress(FileNotFoundError):  # a link to nowhere
+                about = os.stat(path)
+                if stat.S_ISREG(about.st_mode):
+                    path = os.path.relpath(path, folder)
+                    said = f"{path}\0{about.st_size}\0{about.st_mtime_ns}"
+                    yield path, hashed(said.encode(errors="surrogateescape"))
+
+
+def hashed(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def suitable_size(folder: Path, paths: Sequence[str]) -> int:
     """The median of the shorter sides of some images, as 32, 48 or 64 pixels: whatever they have, up to LARGEST."""
     sides = []
     for path in paths[:: max(1, len(paths) // 200)]:
         try:
-            with Image.open(path, formats=formats()) as file:
+            with Image.open(folder / path, formats=formats()) as file:
                 sides.append(min(file.size))
         except (OSError, ValueError, Image.DecompressionBombError):
             continue
@@ -299,72 +354,88 @@ def suitable_size(paths: list[Path]) -> int:
     return next((size for size in (32, 48) if middle <= size), LARGEST)
 
 
-def decode_all(paths: list[Path], size: int) -> tuple[list[Decoded | None], dict[Path, str]]:
-    """Decode all, in threads; None for what cannot be read, which the second result names, with the reason."""
-    unreadable: dict[Path, str] = {}
+def twins(kept: Images, store: "Map") -> np.ndarray:
+    """Pairs of images that are identical or nearly so: int64 (P, 3) of two places in `kept` and 1 or 0, ascending.
 
-    def attempt(path: Path) -> Decoded | None:
-        try:
-            return decode(path, size)
-        except Exception as error:  # whatever a damaged file makes Pillow raise
-            unreadable[path] = str(error) or type(error).__name__
-            return None
-
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
-        reading = pool.map(attempt, paths)
-        return list(tqdm(reading, "Reading images", len(paths), unit="img", leave=False, disable=None)), unreadable
-
-
-def twins(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[int, int, bool]]:
-    """Pairs of images (indices, first < second) that are identical (True) or nearly so, by sketch and then by pixels.
-
-    Of several identical ones each is paired with the first. Near-identical ones are looked for where there is something
-    to see in an image, until there are MOST_TWINS.
+    Of several identical ones each is paired with the first.
     """
-    firsts: dict[bytes, int] = {}
-    pairs, near = [], []
-    for place, (*_, each) in enumerate(kept):
-        if (first := firsts.setdefault(each.digest, place)) != place:
-            pairs.append((first, place, True))
-    places = [place for place in firsts.values() if 16 < kept[place][3].sketch.sum() < 240]
-    bits = np.array([kept[place][3].sketch for place in places], dtype=np.float32).reshape(-1, 256) * 2 - 1
-    for start in range(0, len(places), 1000):
+    places = np.arange(len(kept.label))
+    first = firsts(kept.record["digest"])
+    copies = places[first != places]
+    same = np.stack([first[copies], copies, np.ones_like(copies)], axis=1)
+    near = near_identical(kept, places[first == places], store)
+    pairs = np.concatenate([same, np.pad(near, ((0, 0), (0, 1)))])
+    return pairs[np.lexsort(pairs.T[::-1])]
+
+
+def near_identical(kept: Images, places: np.ndarray, store: "Map") -> np.ndarray:
+    """Pairs of the images in these places that are nearly identical, by sketch and then by pixels: int64 (P, 2).
+
+    Looked for where there is something to see in an image, up to MOST_TWINS of them, among at most MOST_COMPARED
+    images: each is compared with each. What was found is kept beside the map.
+    """
+    if len(places) > MOST_COMPARED:
+        print(f"note: {len(places)} images are too many to look for near-identical ones: above {MOST_COMPARED}")
+        return np.empty((0, 2), dtype=np.int64)
+    of, path = hashed(kept.record["digest"].tobytes()), store.folder / "near.npz"
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as before:
+        if before["of"] == of:
+            return np.asarray(before["pairs"])
+    sketches = np.unpackbits(kept.record["sketch"][places], axis=1)
+    clear = (sketches.sum(1) > 16) & (sketches.sum(1) < 240)
+    places, bits = places[clear], sketches[clear].astype(np.float32) * 2 - 1
+    near: list[tuple[int, int]] = []
+    for start in tqdm(range(0, len(places), 1000), "Comparing images", unit="kimg", leave=False, disable=None):
         alike = np.triu(bits[start : start + 1000] @ bits[start:].T, 1) >= 256 - 2 * ALIKE
         for row, column in np.argwhere(alike)[:MOST_TWINS].tolist():
-            first, second = places[start + row], places[start + column]
-            one, other = (kept[place][3].pixels.astype(np.int16) for place in (first, second))
+            pair = int(places[start + row]), int(places[start + column])
+            one, other = (store.pixels[kept.row[place]].astype(np.int16) for place in pair)
             if np.abs(one - other).mean() < 255 * 0.03:
-                near.append((first, second, False))
+                near.append(pair)
         if len(near) > MOST_TWINS:
             break
-    return sorted(pairs + near)
+    found = np.array(near, dtype=np.int64).reshape(-1, 2)
+    with contextlib.suppress(OSError):
+        np.savez(path, of=np.uint64(of), pairs=found)
+    return found
 
 
-def used(kept: list[tuple[str, int, Path, Decoded]]) -> list[tuple[str, int, Path, Decoded]]:
-    """Those to be split, of identical ones of a class the first, or all, if they are split already."""
-    once = {(part, label, each.digest): place for place, (part, label, _, each) in reversed([*enumerate(kept)])}
-    return [kept[place] for place in sorted(once.values())] if kept[0][0] == "all" else kept
+def firsts(*columns: np.ndarray) -> np.ndarray:
+    """For each entry the place of the first one that is the same in all columns: int64 (N,)."""
+    order = np.lexsort(columns)  # stable: equal ones stay in their order
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
+    first = np.empty_like(order)
+    first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+    return first
+
+
+def used(kept: Images) -> np.ndarray:
+    """Places of those to be split: of identical ones of a class the first."""
+    return np.flatnonzero(firsts(kept.label, kept.record["digest"]) == np.arange(len(kept.label)))
 
 
 def describe(
-    folder: Path, classes: list[str], size: int, kept: list[tuple[str, int, Path, Decoded]],
-    chosen: list[tuple[str, int, Path, Decoded]], unreadable: dict[Path, str], pairs: list[tuple[int, int, bool]],
+    folder: Path, classes: list[str], size: int, kept: Images, chosen: np.ndarray, unreadable: dict[str, str],
+    pairs: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
-    parts = list(dict.fromkeys(part for part, *_ in kept))
-    counts = Counter((part, label) for part, label, *_ in kept)
-    table = {part: {name: counts[part, label] for label, name in enumerate(classes)} for part in parts}
-    words = [f"Data report of {folder}: {len(kept)} images in {len(classes)} classes"]
+    parts = list(dict.fromkeys(kept.part.tolist()))
+
+    def count(which: Images) -> dict[str, dict[str, int]]:
+        counts = {part: np.bincount(which.label[which.part == part], minlength=len(classes)) for part in parts}
+        return {part: dict(zip(classes, counts[part].tolist(), strict=True)) for part in parts}
+
+    table = count(kept)
+    words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
     for part in parts:
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
         words.append(f"  {part}: {sum(table[part].values())} images ({listed})")
-    sides = sorted(min(each.size) for *_, each in kept) or [0]
+    sides = np.sort(np.minimum(kept.record["width"], kept.record["height"]))
     words.append(f"  shorter sides from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}")
     if sides[0] < size / 2:
-        words.append(f"  {sum(side < size / 2 for side in sides)} images are less than half as large as {size} pixels")
-    counts = Counter((part, label) for part, label, *_ in chosen)
-    learned = {name: counts[parts[0], label] for label, name in enumerate(classes)}
+        words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
+    learned = count(kept.only(chosen))[parts[0]]
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
@@ -377,25 +448,174 @@ def describe(
             "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"
         )
     if unreadable:
-        listed = "; ".join(f"{path} ({why})" for path, why in list(unreadable.items())[:5])
+        listed = "; ".join(f"{folder / path} ({why})" for path, why in list(unreadable.items())[:5])
         words.append(f"  {len(unreadable)} files cannot be read and are left out: {listed}")
-    across = Counter((kept[a][0], kept[b][0]) for a, b, _ in pairs if kept[a][0] != kept[b][0])
-    if pairs:
-        same = sum(identical for *_, identical in pairs)
+    if len(pairs):
+        same = int(pairs[:, 2].sum())
         once = "; identical ones of a class are used once" if "all" in table else ""
         words.append(f"  {same} pairs of identical and {len(pairs) - same} of near-identical images{once}")
-    for (one, other), count in across.items():
-        a, b = next((a, b) for a, b, _ in pairs if (kept[a][0], kept[b][0]) == (one, other))
-        names = f"{one} and {other}, such as {kept[a][2]} and {kept[b][2]}"
-        better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
-        words.append(f"  WARNING: {count} pairs lie across {names}: {better}")
-    if crossed := [(a, b) for a, b, _ in pairs if kept[a][1] != kept[b][1]]:
-        a, b = crossed[0]
-        words.append(f"  {len(crossed)} of these pairs have different classes, such as {kept[a][2]} and {kept[b][2]}")
+
+    def example(which: np.ndarray) -> str:
+        return " and ".join(str(folder / kept.path[place]) for place in pairs[which][0, :2])
+
+    sides_of = kept.part[pairs[:, :2]]
+    for one, other in itertools.permutations(parts, 2):
+        if (across := (sides_of == [one, other]).all(1)).any():
+            better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
+            names = f"{one} and {other}, such as {example(across)}"
+            words.append(f"  WARNING: {across.sum()} pairs lie across {names}: {better}")
+    labels = kept.label[pairs[:, :2]]
+    if (crossed := labels[:, 0] != labels[:, 1]).any():
+        words.append(f"  {crossed.sum()} of these pairs have different classes, such as {example(crossed)}")
+    sizes = Counter(zip(kept.record["width"].tolist(), kept.record["height"].tolist(), strict=True))
     return {
         "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,
-        "sizes": Counter("x".join(map(str, each.size)) for *_, each in kept).most_common(20),
-        "unreadable": {str(path): why for path, why in unreadable.items()}, "classes_with_few_images": few,
-        "twins": [[str(kept[a][2]), str(kept[b][2]), "identical" if same else "near-identical"]
-                  for a, b, same in pairs],
+        "sizes": [[f"{width}x{height}", number] for (width, height), number in sizes.most_common(20)],
+        "unreadable": {str(folder / path): why for path, why in unreadable.items()}, "classes_with_few_images": few,
+        "twins": [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
+                  for *pair, same in pairs.tolist()],
     }  # fmt: skip
+
+
+# ==== The map: decoded images on disk =================================================================================
+
+RECORD = np.dtype([("key", "<u8"), ("digest", "<u8"), ("width", "<u4"), ("height", "<u4"), ("sketch", "u1", 32)])
+DECODED_AS = 1  # to be raised when `decode` changes: older maps are not used then
+TOGETHER = 16  # images that a thread decodes before it looks for more: one by one, small ones took twice as long
+AT_ONCE = 2**23  # bytes of decoded images until they are written: so much is lost when decoding is stopped
+HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Map(NamedTuple):
+    """Where the decoded images of some files are."""
+
+    folder: Path  # of its own files
+    pixels: np.ndarray  # uint8 (M, S, S, 3), memory-mapped
+    rows: np.ndarray  # int64 (N,): of each file; -1 of one that cannot be read
+    records: np.ndarray  # RECORD (N,), of no meaning for these
+    unreadable: dict[str, str]  # path: why
+
+
+class Mapped:
+    """Images of a map, such as would not all fit into memory; used like a tensor, uint8 (N, 3, S, S).
+
+    A slice, and `only`, is another such view; an index of another kind gives a tensor.
+    """
+
+    def __init__(self, store: Any, rows: Any):
+        self.store, self.rows = store, rows  # uint8 (M, 3, S, S), int64 (N,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.store.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def only(self, which: Any) -> "Mapped":
+        return Mapped(self.store, self.rows[which])
+
+    def __getitem__(self, which: Any) -> Any:
+        return self.only(which) if isinstance(which, slice) else self.store[self.rows[which]]
+
+    def split(self, count: int) -> Iterator[Any]:
+        """Tensors of so many images each."""
+        return (self.store[rows] for rows in self.rows.split(count))
+
+    def to(self, device: Any) -> "Mapped":
+        """They stay where they are: only batches move."""
+        return self
+
+
+def find_map(folder: Path, data_dir: Path, size: int, paths: Sequence[str], keys: np.ndarray) -> Map:
+    """Decoded images of the files (paths from `folder` on), those of earlier runs and all that are missing.
+
+    In data_dir/decoded or, where that cannot be written, in the user's cache or the folder for temporary files.
+    Raises OSError where it cannot be written either, or is full.
+    """
+    title = f"{folder.resolve().name}-{size}-{hashed(f'{folder.resolve()} {DECODED_AS}'.encode()):016x}"
+    home, temporary = Path("~").expanduser(), Path(tempfile.gettempdir())
+    for place in (data_dir, home / ".cache" / "image_classification", temporary / f"image_classification-{home.name}"):
+        try:
+            return decode_into(place / "decoded" / title, folder, size, paths, keys)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            failed = error
+            print(f"note: {place} cannot be written: the decoded images go elsewhere")
+    raise failed
+
+
+def decode_into(place: Path, folder: Path, size: int, paths: Sequence[str], keys: np.ndarray) -> Map:
+    """Fill the map in the folder `place` with all that is missing; what is there stays.
+
+    `images` has an image a row, in the order in which they were decoded, and `index` a RECORD for each.
+    """
+    from filelock import FileLock
+
+    unreadable: dict[str, str] = {}
+    count, rows, records = look_up(place, size, keys)
+    if (rows < 0).any():
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / "lock"):
+            count, rows, _ = look_up(place, size, keys)  # another process may have decoded them meanwhile
+            unreadable = decode_missing(place, folder, size, paths, keys, count, np.flatnonzero(rows < 0))
+            count, rows, records = look_up(place, size, keys)
+    shape = (count, size, size, 3)  # copy-on-write would be refused for more than the memory that there is
+    pixels = np.memmap(place / "images", np.uint8, "r", shape=shape) if count else np.empty(shape, np.uint8)
+    return Map(place, pixels, rows, records, unreadable)
+
+
+def look_up(place: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
+    try:
+        records, held = np.fromfile(place / "index", RECORD), (place / "images").stat().st_size // (3 * size**2)
+    except FileNotFoundError:
+        records, held = np.empty(0, RECORD), 0
+    records = records[:held]
+    if not len(records):
+        return 0, np.full(len(keys), -1), np.zeros(len(keys), RECORD)
+    order = records["key"].argsort()
+    near = order[np.searchsorted(records["key"], keys, sorter=order).clip(max=len(order) - 1)]
+    return len(records), np.where(records["key"][near] == keys, near, -1), records[near]
+
+
+def decode_missing(
+    place: Path, folder: Path, size: int, paths: Sequence[str], keys: np.ndarray, count: int, missing: np.ndarray
+) -> dict[str, str]:
+    """Decode these files, in threads, after the `count` images that the map has; those that cannot be read, and why."""
+    unreadable: dict[str, str] = {}
+
+    def decode_some(which: np.ndarray) -> tuple[int, bytes, bytes]:
+        """How many were looked at, and images and records of those that can be read."""
+        pixels, records = [], []
+        for place in which:
+            try:
+                pixels.append((each := decode(folder / paths[place], size)).pixels)
+                records.append((keys[place], each.digest, *each.size, each.sketch))
+            except Exception as error:  # whatever a damaged file makes Pillow raise
+                unreadable[paths[place]] = str(error) or type(error).__name__
+        return len(which), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
+
+    for name, length in (("images", count * 3 * size**2), ("index", count * RECORD.itemsize)):
+        (place / name).touch()
+        os.truncate(place / name, length)  # without what was only half written
+    pieces = np.array_split(missing, math.ceil(len(missing) / TOGETHER))
+    at_once = max(1, AT_ONCE // (TOGETHER * 3 * size**2))
+    with (
+        (place / "images").open("ab") as images, (place / "index").open("ab") as index,
+        warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
+        for start in range(0, len(pieces), at_once):
+            decoded = []
+            for count, *content in pool.map(decode_some, pieces[start : start + at_once]):
+                decoded.append(content)
+                bar.update(count)
+            for file, parts in zip((images, index), zip(*decoded, strict=True), strict=True):
+                file.write(b"".join(parts))  # never a record before its image
+                file.flush()
+                os.fsync(file.fileno())
+    return unreadable

@@ -19,6 +19,12 @@ from alternatives import datasets
 QUICKLY = ["--width", "0.25", "--epochs", "1"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """What is decoded does not go into this repository's data/."""
+    monkeypatch.chdir(tmp_path)
+
+
 def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
@@ -444,14 +450,14 @@ def first_for_testing(monkeypatch):
 def test_a_chain_of_near_identical_images_is_on_one_side(folder, monkeypatch, first_for_testing):
     """Two like a third, not like each other: one of them among the first six of the class, drawn for testing."""
     write_images(folder / "photos", {"red": 30, "green": 30})
-    monkeypatch.setattr(datasets, "twins", lambda kept: [(0, 9, False), (8, 9, False)])
+    monkeypatch.setattr(datasets, "near_identical", lambda *given: np.array([[0, 9], [8, 9]]))
     data = ic.load_data(ic.Config(dataset=str(folder / "photos"), val_fraction=0.0))
     assert (data.test.labels == data.classes.index("green")).sum() == 6 + 2
 
 
 def test_class_of_near_identical_images_is_trained_on(folder, monkeypatch, first_for_testing):
     write_images(folder / "photos", {"red": 30, "green": 10})
-    monkeypatch.setattr(datasets, "twins", lambda kept: [(0, i, False) for i in range(1, 10)])
+    monkeypatch.setattr(datasets, "near_identical", lambda *given: np.array([[0, i] for i in range(1, 10)]))
     data = ic.load_data(ic.Config(dataset=str(folder / "photos"), val_fraction=0.0))
     assert (data.train.labels == data.classes.index("green")).sum() == 10
 

@@ -1,0 +1,107 @@
+"""Are a million images read from disk as quickly as from memory, and in how much memory?
+
+    python benchmarks/large.py --images 1000000
+
+Draws a folder of PNG files of 32 by 32 pixels (a million take 4 GB, and 3 GB in the map), if it is not there already,
+and trains one epoch on it: first the images are decoded, then they are there, then they are all held in memory.
+Memory is the process's own (RssAnon, on Linux), without the files that the system keeps at hand. Prints a Markdown
+table; writes results/large.json.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
+CLASSES, TOGETHER = 10, 1000  # images that are drawn in one piece of work
+HOLD = (
+    "import sys, image_classification as ic\nfrom alternatives import datasets\ndatasets.HELD = {}\nsys.exit(ic.main())"
+)
+
+
+def write_images(folder: Path, number: int) -> None:
+    """Piece `number` of the images: blurred noise in a colour of the class."""
+    random = np.random.default_rng(number)
+    label = number % CLASSES
+    for i in range(TOGETHER):
+        tint = 40 * np.array([label % 3, label // 3 % 3, label // 9])
+        small = (random.integers(0, 150, (8, 8, 3)) + tint).astype(np.uint8)
+        path = folder / f"class {label}" / f"{number * TOGETHER + i:08d}.png"
+        Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(path, compress_level=1)
+
+
+def train(held: float, folder: Path, data_dir: Path) -> dict[str, Any]:
+    """A run of the program on these images: seconds until it trains, images/s, peak memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        begun, peak, ready, lines = time.perf_counter(), 0.0, 0.0, []
+        command = [sys.executable, "-c", HOLD.format(held)]
+        options = ["--dataset", str(folder), "--data-dir", str(data_dir), "--epochs", "1", "--run-dir", "run"]
+        with (Path(scratch) / "log").open("w+") as log:
+            process = subprocess.Popen(
+                [*command, *options], cwd=scratch, stdout=log, stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+            )  # fmt: skip
+            while process.poll() is None:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+                    peak = max(peak, int(found[1]) / 1024)
+                if not ready and "Start Training" in (Path(scratch) / "log").read_text():
+                    ready = time.perf_counter() - begun
+                time.sleep(0.05)
+            log.seek(0)
+            lines = log.read().splitlines()
+        if process.returncode:
+            raise SystemExit("\n".join(lines[-5:]))
+        report = json.loads((Path(scratch) / "run" / "report.json").read_text())
+        (row,) = csv.DictReader((Path(scratch) / "run" / "metrics.csv").open())
+        return {
+            "until_training": ready, "images_per_second": report["train_images"] / float(row["seconds"]),
+            "peak_mib": peak, "whole_run": time.perf_counter() - begun, "test_accuracy": report["test_accuracy"],
+            "hardware": report["hardware"], "commit": report["commit"],
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_000_000, metavar="N", help="(default: 1000000)")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="of the last two, in turns (default: 1)")
+    parser.add_argument("--folder", default="data/large", metavar="DIR", help="for it all (default: data/large)")
+    options = parser.parse_args()
+    base = Path(options.folder).resolve()
+    folder, data_dir = base / f"images-{options.images}", base / "data"
+    if not folder.exists():
+        new = base / "new"
+        for label in range(CLASSES):
+            (new / f"class {label}").mkdir(parents=True, exist_ok=True)
+        pieces = range(options.images // TOGETHER)
+        with ProcessPoolExecutor() as pool:
+            list(tqdm(pool.map(write_images, [new] * len(pieces), pieces), "Drawing", len(pieces), disable=None))
+        new.rename(folder)
+    results = []
+    for name, held in [("decoded first", 0), *[("from the map", 0), ("held in memory", 2**62)] * options.runs]:
+        results.append({"name": name, "images": options.images} | train(held, folder, data_dir))
+        print(json.dumps(results[-1]), file=sys.stderr)
+    path = Path(__file__).resolve().parent / "results" / "large.json"
+    path.write_text(json.dumps(results, indent=1))
+    print("| images | until it trains, s | images/s | peak memory, MiB |\n| --- | --- | --- | --- |")
+    for name in dict.fromkeys(result["name"] for result in results):
+        keys = ("until_training", "images_per_second", "peak_mib")
+        figures = [[result[key] for result in results if result["name"] == name] for key in keys]
+        print(f"| {name} | {' | '.join(f'{sum(each) / len(each):.0f}' for each in figures)} |")
+
+
+if __name__ == "__main__":
+    main()
