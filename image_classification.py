@@ -606,7 +606,7 @@ def make_data(
     size = config.image_size or given.images.shape[-1]
     train, valid = resized(given.only(kept), size), resized(valid, size)
     counts = torch.zeros(train.images.shape[1], 256, dtype=torch.float64)
-    for part in train.images.split(10_000):
+    for part in train.images.split(1000):
         counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(1)])
     values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
     mean = counts @ values.double()
@@ -628,7 +628,9 @@ def load_cifar10(folder: Path, config: Config) -> Data:
         except RuntimeError:
             files = [*Batches.train_list, *Batches.test_list, [Batches.meta["filename"], Batches.meta["md5"]]]
             damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
-            raise UserError(f"{folder / damaged[0]} is damaged: delete it and run again") from None
+            path = folder / damaged[0]
+            mend = "damaged: delete it and run again" if path.exists() else "no longer there: put it back and run again"
+            raise UserError(f"{path} is {mend}") from None
         return Split(torch.from_numpy(batches.data).permute(0, 3, 1, 2), torch.tensor(batches.targets))
 
     return make_data(
@@ -1446,10 +1448,8 @@ class Evaluation(NamedTuple):
     logits: torch.Tensor  # float32 (N, classes), on the CPU
 
 
-def evaluate(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, views: int = 1, together: bool = False
-) -> Evaluation:
-    """Classify uint8 images (N, C, H, W) on the model's device, in fp32 or the autocast around it.
+def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1, together: bool = False) -> Evaluation:
+    """Classify images (see Split) on the model's device, in fp32 or the autocast around it.
 
     views: 1: each image once; 2: the mean logits of it and its mirror image; 6: of those (weighing a half) and of
     both shifted by a pixel up and left, down and right (airbench's test-time augmentation). together: each process
@@ -1760,7 +1760,7 @@ class RunLog:
         trainer = self.trainer
         order, flips, shifts = (part[:10] for part in trainer.plan(0))
         labels, names = trainer.labels[order], trainer.data.classes
-        rows = {"": trainer.images[order]}
+        rows = {"": gather(trainer.images, order, torch.zeros_like(flips), torch.zeros_like(shifts))}
         mirror, shift, steps = augmentation(trainer.config.augment or "none")
         if mirror:
             rows["flip"] = gather(trainer.images, order, torch.ones_like(flips), torch.zeros_like(shifts))

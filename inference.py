@@ -113,8 +113,8 @@ def its_data_settings(model: Classifier, data_dir: str | None) -> dict[str, Any]
     """What defines its data set, of the settings of its training, with the folder that it is in now."""
     names = ["dataset", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides on nothing else
     found = {name: model.settings[name] for name in names if name in model.settings} | {"image_size": model.image_size}
-    folder = data_dir or model.settings.get("data_dir", "data")
-    return found | {"dataset" if data_dir and is_folder(found.get("dataset", "")) else "data_dir": folder}
+    found |= {"data_dir": model.settings.get("data_dir", "data")}
+    return found | ({"dataset" if is_folder(found.get("dataset", "")) else "data_dir": data_dir} if data_dir else {})
 
 
 def at_hand(model: Classifier, data_dir: str | None = None) -> bool:

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
+import json
 import math
 import os
 import re
@@ -17,7 +19,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,88 +221,110 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     parts = layout(folder)
     first = next(iter(parts.values())) if "all" in parts else parts["train"]
     classes = [path.name for path in class_folders(first)]
-    known = extensions()
-    files: list[tuple[str, int, str, int]] = []
-    other: list[str] = []
-    for part, place in parts.items():
-        names = [path.name for path in class_folders(place)]
-        if strange := set(names) - set(classes):
-            raise ValueError(f"{place} has a class {min(strange)} that {first} has not")
-        inner = [{path.name for path in visible(place / name) if path.is_dir()} for name in names]
-        if sum(bool({name.lower() for name in each} & SPLITS.keys()) for each in inner) > 1:
-            raise ValueError(f"{place}: parts of the data inside the classes? It has to be the other way round")
-        if len(same := set.intersection(*inner)) > 1:
-            raise ValueError(
-                f"each folder in {place} has {' and '.join(sorted(same)[:2])} in it: which are the classes? Put the "
-                "images of a class into its folder, without others between"
-            )
-        for name in names:
-            images = 0
-            for path, key in files_in(place / name, folder):
-                if Path(path).suffix.lower() in known or is_image(folder / path):
-                    files.append((part, classes.index(name), path, key))
-                    images += 1
-                else:
-                    other.append(path)
-            if not images and part != "valid":
-                raise ValueError(f"the class folder {place / name} holds no image")
+    paths, part_of, label_of, keys, other = list_images(folder, parts, classes)
     if other:
-        print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {folder / other[0]}")
-    part_of, label_of, paths, keys = zip(*files, strict=True)
-    del files  # of a million images a lot of memory
+        print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {other[0]}")
     size = image_size or suitable_size(folder, paths)
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
     print(
         f"Each image becomes {size} by {size} pixels{cost}: its middle square, resized; --image-size N for another size"
     )
-    store = find_map(folder, data_dir, size, paths, np.array(keys, dtype=np.uint64))
-    found = Images(np.array(paths, dtype=object), np.array(part_of), np.array(label_of), store.rows, store.records)
-    kept = found.only(store.rows >= 0)
+    store = find_map(folder, data_dir, size, paths, keys)
+    kept = Images(paths, part_of, label_of, store.rows, store.records).only(store.rows >= 0)
     if lost := set(range(len(classes))) - set(kept.label[np.isin(kept.part, ["all", "train"])].tolist()):
         why = "; ".join(store.unreadable.values())
         raise ValueError(f"no image of the class {classes[min(lost)]} can be read: {why}"[:500])
     pairs = twins(kept, store)
     chosen = used(kept) if "all" in parts else np.arange(len(kept.label))
-    report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs)
-    report["left_out"] = [str(folder / path) for path in other]
+    report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs) | {"left_out": other}
     for line in report["words"]:
         print(line)
     if len(store.unreadable) > UNREADABLE * len(paths):
         first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
         raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read: {first_ones}")
 
-    learned = chosen[np.isin(kept.part[chosen], ["all", "train"])]
-    tested = chosen[kept.part[chosen] == "test"]
-    validated = chosen[kept.part[chosen] == "valid"]
+    learned, validated, tested = (
+        chosen[np.isin(kept.part[chosen], names)] for names in (["all", "train"], ["valid"], ["test"])
+    )
     if not len(tested):
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        labels, count = kept.label[learned], len(kept.label)
-        testing = np.zeros(len(learned), dtype=bool)
-        testing[split_off(torch.from_numpy(labels), TEST_FRACTION)[1].numpy()] = True
-        links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (count, count))
-        group = connected_components(links, directed=False)[1][learned]
-        _, first_of, group = np.unique(group, return_index=True, return_inverse=True)
-        testing = testing[first_of[group]]  # on the same side, or the training would know the test's answers
-        for label in range(len(classes)):  # unless a class were all test
-            testing[labels == label] &= not testing[labels == label].all()
+        testing = draw_test(kept.label, learned, pairs, split_off)
         learned, tested = learned[~testing], learned[testing]
     if not len(tested):
         raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nobody writes to what must not be written to
         pixels = torch.from_numpy(store.pixels).permute(0, 3, 1, 2)
+    in_memory = len(chosen) * pixels[0].nbytes <= HELD
 
     def pair(which: np.ndarray) -> Pair:
         rows = torch.from_numpy(kept.row[which])
-        held = len(chosen) * store.pixels[0].nbytes <= HELD
-        return pixels[rows] if held else Mapped(pixels, rows), torch.from_numpy(kept.label[which])
+        return pixels[rows] if in_memory else Mapped(pixels, rows), torch.from_numpy(kept.label[which])
 
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
     valid = pair(validated) if len(validated) else None
     return Found(name, classes, pair(learned), valid, pair(tested), True, report, kept.path[learned].tolist())
+
+
+def list_images(
+    folder: Path, parts: dict[str, Path], classes: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """All images: path from `folder` on (object), part (str), label (int64), key (uint64); other files.
+
+    Raises ValueError for what is no such data set.
+    """
+    known = extensions()
+    columns: list[tuple[np.ndarray, ...]] = []
+    other: list[str] = []
+    for part, place in parts.items():
+        names = [path.name for path in class_folders(place)]
+        if strange := set(names) - set(classes):
+            raise ValueError(f"{place} has a class {min(strange)} that {parts.get('train', folder)} has not")
+        inner = [
+            {entry.name for entry in os.scandir(place / name) if entry.is_dir() and not entry.name.startswith(HIDDEN)}
+            for name in names
+        ]
+        if sum(bool({name.lower() for name in each} & SPLITS.keys()) for each in inner) > 1:
+            raise ValueError(f"{place}: parts of the data inside the classes? It has to be the other way round")
+        if len(same := sorted(set.intersection(*inner))) > 1:
+            raise ValueError(
+                f"each folder in {place} has {' and '.join(same[:2])} in it: which are the classes? Put the images of "
+                "a class into its folder, without others between"
+            )
+        for name in names:
+            found = []
+            for path, key in files_in(place / name, folder):
+                if os.path.splitext(path)[1].lower() in known or is_image(folder / path):
+                    found.append((path, key))
+                else:
+                    other.append(str(folder / path))
+            if not found and part != "valid":
+                raise ValueError(f"the class folder {place / name} holds no image")
+            found.sort(key=lambda each: os.path.normcase(each[0]).split(os.sep))  # as paths compare
+            paths, keys = np.array([path for path, _ in found], object), np.array([key for _, key in found], np.uint64)
+            columns.append((paths, np.full(len(found), part), np.full(len(found), classes.index(name), np.int64), keys))
+    paths, part_of, label_of, keys = map(np.concatenate, zip(*columns, strict=True))
+    return paths, part_of, label_of, keys, other
+
+
+def draw_test(labels: np.ndarray, given: np.ndarray, pairs: np.ndarray, split_off: Callable[..., Any]) -> np.ndarray:
+    """Which of the images in the places `given` are for testing: bool, as many as there.
+
+    Those that are alike (pairs: see twins) are on the same side, or the training would know the test's answers.
+    """
+    import torch
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    own, testing = labels[given], np.zeros(len(given), dtype=bool)
+    testing[split_off(torch.from_numpy(own), TEST_FRACTION)[1].numpy()] = True
+    links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (len(labels), len(labels)))
+    group = connected_components(links, directed=False)[1][given]
+    _, first_of, group = np.unique(group, return_index=True, return_inverse=True)
+    testing = testing[first_of[group]]
+    for label in np.unique(own):  # unless a class were all test
+        testing[own == label] &= not testing[own == label].all()
+    return testing
 
 
 class Images(NamedTuple):
@@ -326,22 +350,21 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
         raise error
 
     for parent, folders, names in os.walk(place, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-        for name in sorted(name for name in names if not name.startswith(HIDDEN)):
-            path = os.path.join(parent, name)
-            with contextlib.suppress(FileNotFoundError):  # a link to nowhere
-                about = os.stat(path)
-                if stat.S_ISREG(about.st_mode):
-                    path = os.path.relpath(path, folder)
-                    said = f"{path}\0{about.st_size}\0{about.st_mtime_ns}"
-                    yield path, hashed(said.encode(errors="surrogateescape"))
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        inside = os.path.relpath(parent, folder)
+        for name in names:
+            with contextlib.suppress(OSError):  # a link to nowhere
+                about = os.stat(os.path.join(parent, name))
+                if stat.S_ISREG(about.st_mode) and not name.startswith(HIDDEN):
+                    path = os.path.join(inside, name)
+                    yield path, hashed(os.fsencode(f"{path}\0{about.st_size}\0{about.st_mtime_ns}"))
 
 
 def hashed(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def suitable_size(folder: Path, paths: Sequence[str]) -> int:
+def suitable_size(folder: Path, paths: np.ndarray) -> int:
     """The median of the shorter sides of some images, as 32, 48 or 64 pixels: whatever they have, up to LARGEST."""
     sides = []
     for path in paths[:: max(1, len(paths) // 200)]:
@@ -371,14 +394,13 @@ def twins(kept: Images, store: "Map") -> np.ndarray:
 def near_identical(kept: Images, places: np.ndarray, store: "Map") -> np.ndarray:
     """Pairs of the images in these places that are nearly identical, by sketch and then by pixels: int64 (P, 2).
 
-    Looked for where there is something to see in an image, up to MOST_TWINS of them, among at most MOST_COMPARED
+    Looked for where there is something to see in an image, until there are MOST_TWINS, among at most MOST_COMPARED
     images: each is compared with each. What was found is kept beside the map.
     """
     if len(places) > MOST_COMPARED:
-        print(f"note: {len(places)} images are too many to look for near-identical ones: above {MOST_COMPARED}")
         return np.empty((0, 2), dtype=np.int64)
     of, path = hashed(kept.record["digest"].tobytes()), store.folder / "near.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as before:
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as before:
         if before["of"] == of:
             return np.asarray(before["pairs"])
     sketches = np.unpackbits(kept.record["sketch"][places], axis=1)
@@ -386,7 +408,7 @@ def near_identical(kept: Images, places: np.ndarray, store: "Map") -> np.ndarray
     places, bits = places[clear], sketches[clear].astype(np.float32) * 2 - 1
     near: list[tuple[int, int]] = []
     for start in tqdm(range(0, len(places), 1000), "Comparing images", unit="kimg", leave=False, disable=None):
-        alike = np.triu(bits[start : start + 1000] @ bits[start:].T, 1) >= 256 - 2 * ALIKE
+        alike = np.triu(bits[start : start + 1000] @ bits[start:].T >= 256 - 2 * ALIKE, 1)
         for row, column in np.argwhere(alike)[:MOST_TWINS].tolist():
             pair = int(places[start + row]), int(places[start + column])
             one, other = (store.pixels[kept.row[place]].astype(np.int16) for place in pair)
@@ -395,8 +417,9 @@ def near_identical(kept: Images, places: np.ndarray, store: "Map") -> np.ndarray
         if len(near) > MOST_TWINS:
             break
     found = np.array(near, dtype=np.int64).reshape(-1, 2)
+    np.savez(content := io.BytesIO(), of=np.uint64(of), pairs=found)
     with contextlib.suppress(OSError):
-        np.savez(path, of=np.uint64(of), pairs=found)
+        write_whole(path, content.getvalue())
     return found
 
 
@@ -422,11 +445,12 @@ def describe(
     """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
     parts = list(dict.fromkeys(kept.part.tolist()))
 
-    def count(which: Images) -> dict[str, dict[str, int]]:
-        counts = {part: np.bincount(which.label[which.part == part], minlength=len(classes)) for part in parts}
+    def count(which: Any) -> dict[str, dict[str, int]]:
+        labels, where = kept.label[which], kept.part[which]
+        counts = {part: np.bincount(labels[where == part], minlength=len(classes)) for part in parts}
         return {part: dict(zip(classes, counts[part].tolist(), strict=True)) for part in parts}
 
-    table = count(kept)
+    table = count(slice(None))
     words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
     for part in parts:
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
@@ -435,7 +459,7 @@ def describe(
     words.append(f"  shorter sides from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}")
     if sides[0] < size / 2:
         words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
-    learned = count(kept.only(chosen))[parts[0]]
+    learned = count(chosen)[parts[0]]
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
@@ -450,9 +474,13 @@ def describe(
     if unreadable:
         listed = "; ".join(f"{folder / path} ({why})" for path, why in list(unreadable.items())[:5])
         words.append(f"  {len(unreadable)} files cannot be read and are left out: {listed}")
-    if len(pairs):
-        same = int(pairs[:, 2].sum())
-        once = "; identical ones of a class are used once" if "all" in table else ""
+    same = int(pairs[:, 2].sum())
+    once = "; identical ones of a class are used once" if "all" in table else ""
+    if (different := len(kept.label) - same) > MOST_COMPARED:
+        words.append(
+            f"  {same} pairs of identical images{once}. {different} are too many to look for near-identical ones"
+        )
+    elif len(pairs):
         words.append(f"  {same} pairs of identical and {len(pairs) - same} of near-identical images{once}")
 
     def example(which: np.ndarray) -> str:
@@ -480,8 +508,8 @@ def describe(
 # ==== The map: decoded images on disk =================================================================================
 
 RECORD = np.dtype([("key", "<u8"), ("digest", "<u8"), ("width", "<u4"), ("height", "<u4"), ("sketch", "u1", 32)])
-DECODED_AS = 1  # to be raised when `decode` changes: older maps are not used then
-TOGETHER = 16  # images that a thread decodes before it looks for more: one by one, small ones took twice as long
+DECODED_AS = 1  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
+TOGETHER = 2**16  # bytes, or 16 images, that a thread decodes at once: one by one, small ones took twice as long
 AT_ONCE = 2**23  # bytes of decoded images until they are written: so much is lost when decoding is stopped
 HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -498,7 +526,7 @@ class Map(NamedTuple):
 
 
 class Mapped:
-    """Images of a map, such as would not all fit into memory; used like a tensor, uint8 (N, 3, S, S).
+    """Images of a map that are not held in memory; used like a tensor, uint8 (N, 3, S, S).
 
     A slice, and `only`, is another such view; an index of another kind gives a tensor.
     """
@@ -528,43 +556,91 @@ class Mapped:
         return self
 
 
-def find_map(folder: Path, data_dir: Path, size: int, paths: Sequence[str], keys: np.ndarray) -> Map:
+def write_whole(path: Path, content: bytes) -> None:
+    """So that nobody ever meets half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def places(data_dir: Path) -> Iterator[Path]:
+    """Where a map may be: in data_dir, else in the user's cache, else in a folder of the user's for temporary files."""
+    yield data_dir
+    yield Path(os.path.expanduser("~")) / ".cache" / "image_classification"
+    user = str(os.getuid()) if hasattr(os, "getuid") else "me"
+    own = Path(tempfile.gettempdir()) / f"image_classification-{user}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    if user in ("me", str(own.stat().st_uid)):  # else somebody else's, who could have prepared it
+        yield own
+
+
+def find_map(folder: Path, data_dir: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
     """Decoded images of the files (paths from `folder` on), those of earlier runs and all that are missing.
 
-    In data_dir/decoded or, where that cannot be written, in the user's cache or the folder for temporary files.
-    Raises OSError where it cannot be written either, or is full.
+    In .decoded in the first of `places` that can be written. Raises OSError where none can, or the disk is full, and
+    ValueError for a damaged map.
     """
-    title = f"{folder.resolve().name}-{size}-{hashed(f'{folder.resolve()} {DECODED_AS}'.encode()):016x}"
-    home, temporary = Path("~").expanduser(), Path(tempfile.gettempdir())
-    for place in (data_dir, home / ".cache" / "image_classification", temporary / f"image_classification-{home.name}"):
+    whole = os.fsencode(f"{folder.resolve()} {DECODED_AS}")
+    failed: OSError | None = None
+    for place in places(data_dir):
+        if failed:
+            print(f"note: {failed.filename} cannot be written: the decoded images are in {place}")
         try:
-            return decode_into(place / "decoded" / title, folder, size, paths, keys)
+            return decode_into(
+                place / ".decoded" / f"{folder.resolve().name}-{size}-{hashed(whole):016x}", folder, size, paths, keys
+            )
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
             failed = error
-            print(f"note: {place} cannot be written: the decoded images go elsewhere")
+    assert failed
     raise failed
 
 
-def decode_into(place: Path, folder: Path, size: int, paths: Sequence[str], keys: np.ndarray) -> Map:
+def decode_into(place: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
     """Fill the map in the folder `place` with all that is missing; what is there stays.
 
-    `images` has an image a row, in the order in which they were decoded, and `index` a RECORD for each.
+    `images` has an image a row, in the order in which they were decoded, `index` a RECORD for each, and
+    `unreadable.json` what is wrong with the others.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
-    unreadable: dict[str, str] = {}
-    count, rows, records = look_up(place, size, keys)
-    if (rows < 0).any():
+    def look() -> tuple[int, np.ndarray, np.ndarray, dict[str, str], np.ndarray]:
+        broken: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            broken = dict(json.loads((place / "unreadable.json").read_text()))
+        count, rows, records = look_up(place, size, keys)
+        known = np.isin(keys, np.array([int(key) for key in broken], np.uint64))
+        return count, rows, records, broken, np.flatnonzero((rows < 0) & ~known)
+
+    failed: dict[int, str] = {}
+    count, rows, records, broken, missing = look()
+    if len(missing):
         place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / "lock"):
-            count, rows, _ = look_up(place, size, keys)  # another process may have decoded them meanwhile
-            unreadable = decode_missing(place, folder, size, paths, keys, count, np.flatnonzero(rows < 0))
-            count, rows, records = look_up(place, size, keys)
+        lock = FileLock(place / "lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another process is decoding these images into {place}: waiting for it")
+            held = lock.acquire()
+        with held:
+            if count > 2 * len(keys):  # most of it is of files that are gone
+                for name in ("index", "images"):
+                    (place / name).unlink()
+            count, rows, records, broken, missing = look()
+            if len(missing):
+                failed, passing = decode_missing(place, folder, size, paths, keys, count, missing)
+                broken |= {str(keys[which]): why for which, why in failed.items() if which not in passing}
+                write_whole(place / "unreadable.json", json.dumps(broken).encode())
+        count, rows, records, *_ = look()
     shape = (count, size, size, 3)  # copy-on-write would be refused for more than the memory that there is
     pixels = np.memmap(place / "images", np.uint8, "r", shape=shape) if count else np.empty(shape, np.uint8)
-    return Map(place, pixels, rows, records, unreadable)
+    readable = np.flatnonzero(rows >= 0)
+    for which in readable[:: max(1, len(readable) // 100)]:  # two machines may have written, whose locks do not meet
+        if hashed(pixels[rows[which]].tobytes()) != records["digest"][which]:
+            raise ValueError(f"the decoded images in {place} are damaged: delete that folder and run again")
+    why = {paths[which]: failed.get(which) or broken[str(keys[which])] for which in np.flatnonzero(rows < 0).tolist()}
+    return Map(place, pixels, rows, records, why)
 
 
 def look_up(place: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
@@ -582,30 +658,39 @@ def look_up(place: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, 
 
 
 def decode_missing(
-    place: Path, folder: Path, size: int, paths: Sequence[str], keys: np.ndarray, count: int, missing: np.ndarray
-) -> dict[str, str]:
-    """Decode these files, in threads, after the `count` images that the map has; those that cannot be read, and why."""
-    unreadable: dict[str, str] = {}
+    place: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, missing: np.ndarray
+) -> tuple[dict[int, str], set[int]]:
+    """Decode the `missing` of these files, in threads, after the `count` images that the map has.
 
-    def decode_some(which: np.ndarray) -> tuple[int, bytes, bytes]:
+    Returns which cannot be read and why, and those among them that may be readable another time.
+    """
+    unreadable: dict[int, str] = {}
+    passing: set[int] = set()
+
+    def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
         """How many were looked at, and images and records of those that can be read."""
         pixels, records = [], []
-        for place in which:
+        for which in some.tolist():
             try:
-                pixels.append((each := decode(folder / paths[place], size)).pixels)
-                records.append((keys[place], each.digest, *each.size, each.sketch))
+                pixels.append((each := decode(folder / paths[which], size)).pixels)
+                records.append((keys[which], each.digest, *each.size, each.sketch))
             except Exception as error:  # whatever a damaged file makes Pillow raise
-                unreadable[paths[place]] = str(error) or type(error).__name__
-        return len(which), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
+                unreadable[which] = str(error) or type(error).__name__
+                if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                    passing.add(which)
+        return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
 
+    print(f"Decoding {len(missing)} images into {place}; later runs begin at once")
     for name, length in (("images", count * 3 * size**2), ("index", count * RECORD.itemsize)):
         (place / name).touch()
         os.truncate(place / name, length)  # without what was only half written
-    pieces = np.array_split(missing, math.ceil(len(missing) / TOGETHER))
-    at_once = max(1, AT_ONCE // (TOGETHER * 3 * size**2))
+    threads = min(32, os.cpu_count() or 1)  # each holds a whole photograph
+    together = max(1, min(16, TOGETHER // (3 * size**2)))
+    pieces = np.array_split(missing, math.ceil(len(missing) / together))
+    at_once = max(4 * threads, AT_ONCE // (together * 3 * size**2))
     with (
         (place / "images").open("ab") as images, (place / "index").open("ab") as index,
-        warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool,
+        warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool,
         tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
@@ -615,7 +700,10 @@ def decode_missing(
                 decoded.append(content)
                 bar.update(count)
             for file, parts in zip((images, index), zip(*decoded, strict=True), strict=True):
-                file.write(b"".join(parts))  # never a record before its image
-                file.flush()
-                os.fsync(file.fileno())
-    return unreadable
+                try:
+                    file.write(b"".join(parts))  # never a record before its image
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(place)) from None
+    return unreadable, passing

@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,8 +83,9 @@ def main() -> None:
     options = parser.parse_args()
     base = Path(options.folder).resolve()
     folder, data_dir = base / f"images-{options.images}", base / "data"
+    shutil.rmtree(data_dir, ignore_errors=True)
     if not folder.exists():
-        new = base / "new"
+        shutil.rmtree(new := base / "new", ignore_errors=True)
         for label in range(CLASSES):
             (new / f"class {label}").mkdir(parents=True, exist_ok=True)
         pieces = range(options.images // TOGETHER)

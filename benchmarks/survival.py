@@ -227,8 +227,10 @@ def main() -> int:
         print("\n| accident | when | what was wrong after it |\n| --- | --- | --- |")
     lost = 0
     for number in tqdm(range(options.kills), "Killing", unit="run", disable=None):
-        seconds = chance.uniform(begin, whole)
-        stage, wrong = killed(seconds, 0.0 if number % 2 else 120.0, expected)
+        stage = "finished"
+        while stage == "finished":  # a run that had ended by then does not count
+            seconds = chance.uniform(begin, whole)
+            stage, wrong = killed(seconds, 0.0 if number % 2 else 120.0, expected)
         lost += bool(wrong)
         print(f"| killed | after {seconds:.1f} s ({stage}) | {'; '.join(wrong) or 'nothing'} |", flush=True)
     for _ in tqdm(range(options.disks), "Filling", unit="run", disable=None):

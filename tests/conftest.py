@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once
 import torch
@@ -168,10 +170,43 @@ def tool(name, folder):
 
 def save(image, path, **options):
     """Write an image, uint8 (3, H, W), to a file; returns its path."""
-    from PIL import Image
-
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
     return path
+
+
+def write_images(folder, counts, size=(48, 36), seed=0):
+    """Class folders of images that a network can tell apart, each image another one."""
+    random = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            small = random.integers(0, 120, (6, 8, 3)) + [120 * (number == 0), 120 * (number == 1), 120 * (number == 2)]
+            Image.fromarray(small.astype(np.uint8)).resize(size).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture
+def photos(folder):
+    write_images(folder / "photos", {"red": 40, "green": 40, "blue": 30})
+    return folder / "photos"
+
+
+@pytest.fixture
+def small_disk(folder):
+    """A function that mounts a file system of so many KiB and returns its folder."""
+    mounted = []
+
+    def mount(size):
+        disk = folder / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]
+        if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no right to mount a small file system")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.fixture

@@ -134,9 +134,10 @@ def real_archive(cifar10, tmp_path_factory):
     with tarfile.open(path, "w") as tar:
         for name in ("../evil", "/tmp/evil-absolute", f"{ic.BATCHES}/../../evil", f"{ic.BATCHES}/other"):
             tar.add(evil, name)
-        link = tarfile.TarInfo(f"{ic.BATCHES}/readme.html")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
+        for kind in (tarfile.CHRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE):
+            odd = tarfile.TarInfo(f"{ic.BATCHES}/readme.html")
+            odd.type, odd.linkname = kind, "/etc/passwd"
+            tar.addfile(odd)
         for name in ic.MEMBERS[:7]:
             tar.add(cifar10 / ic.BATCHES / name, f"{ic.BATCHES}/{name}")
     return path
@@ -274,6 +275,23 @@ def test_truncated_batch_file(inside, folder, cifar10):
     (batches / "data_batch_3").unlink()
     (batches / "data_batch_3").write_bytes((cifar10 / ic.BATCHES / "data_batch_3").read_bytes()[:-1000])
     assert "data_batch_3 is damaged: delete it and run again" in inside.error("--fast-dev-run")
+
+
+def test_data_folder_that_vanishes_during_the_run(program, folder, cifar10):
+    batches = folder / "data" / ic.BATCHES
+    batches.mkdir(parents=True)
+    for name in ic.MEMBERS[:7]:
+        (batches / name).symlink_to(cifar10 / ic.BATCHES / name)
+    process = program.start("--subset", "500", "--width", "0.25", "--epochs", "2")
+    for line in process.stdout:
+        if line.startswith("Epoch 0000"):
+            (folder / "data").rename(folder / "elsewhere")
+    assert process.wait(60) == 1
+    error = process.stderr.read()
+    assert error.startswith("error: ") and "is no longer there: put it back" in error and error.count("\n") == 1
+    (folder / "elsewhere").rename(folder / "data")
+    out, _ = program("--resume", "last")
+    assert "Epoch" not in out and "Accuracy of the network" in out
 
 
 @pytest.mark.parametrize("inner", ["", ic.BATCHES])

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import only_run
+from conftest import only_run, write_images
 from PIL import Image
 
 import image_classification as ic
@@ -126,22 +126,6 @@ def test_data_set_that_cannot_be_downloaded(program, folder):
 
 
 # ---- folders ----
-
-
-def write_images(folder, counts, size=(48, 36), seed=0):
-    """Class folders of images that a network can tell apart, each image another one."""
-    random = np.random.default_rng(seed)
-    for number, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            small = random.integers(0, 120, (6, 8, 3)) + [120 * (number == 0), 120 * (number == 1), 120 * (number == 2)]
-            Image.fromarray(small.astype(np.uint8)).resize(size).save(folder / name / f"{i}.png")
-
-
-@pytest.fixture
-def photos(folder):
-    write_images(folder / "photos", {"red": 40, "green": 40, "blue": 30})
-    return folder / "photos"
 
 
 def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):

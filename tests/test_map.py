@@ -1,0 +1,257 @@
+"""The map that a folder's images are decoded into: each once, whatever happens; and training that reads from it."""
+
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import weights, write_images
+from PIL import Image
+
+import image_classification as ic
+from alternatives import datasets
+
+SLOWLY = """
+import time
+from alternatives import datasets
+datasets.AT_ONCE, decode = 0, datasets.decode
+datasets.decode = lambda path, size: (time.sleep(0.05), decode(path, size))[1]
+"""
+QUICKLY = ["--dataset", "photos", "--width", "0.25", "--epochs", "2", "--precision", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, folder):
+    """What is decoded does not go into this repository's data/, nor into the user's cache."""
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("USERPROFILE", str(folder / "home"))
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that have been decoded, which happens as ever."""
+    names, decode = [], datasets.decode
+    monkeypatch.setattr(datasets, "decode", lambda path, size: (names.append(path.name), decode(path, size))[1])
+    return names
+
+
+def load(**settings):
+    return ic.load_data(ic.Config(dataset="photos", **settings))
+
+
+def the_map(folder):
+    (path,) = folder.glob("data/.decoded/*/index")
+    return path.parent
+
+
+def pixels_by_file(data):
+    """Each training image by the name of its file."""
+    return {data.files[int(place)]: image for place, image in zip(data.kept, data.train.images, strict=True)}
+
+
+def check_whole(folder, data):
+    """Every image that is learned is what its file holds."""
+    for file, image in pixels_by_file(data).items():
+        there = datasets.decode(folder / "photos" / file, image.shape[-1]).pixels
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), there), file
+
+
+def test_images_are_decoded_once(folder, photos, decoded, capsys):
+    first = load()
+    assert len(decoded) == 110 and "Decoding 110 images into" in capsys.readouterr().out
+    check_whole(folder, first)
+    decoded.clear()
+    second = load()
+    assert not decoded and "Decoding" not in capsys.readouterr().out
+    assert torch.equal(first.train.images, second.train.images) and first.report == second.report
+    load(image_size=20)
+    assert len(decoded) == 110  # another size
+
+
+def test_changed_folder_is_noticed(folder, photos, decoded):
+    load()
+    decoded.clear()
+    (photos / "red" / "0.png").unlink()
+    (photos / "red" / "1.png").rename(photos / "green" / "new.png")
+    Image.new("RGB", (48, 36), "white").save(photos / "blue" / "2.png")
+    os.utime(photos / "blue" / "3.png", (0, 0))
+    data = load(val_fraction=0.0)
+    assert sorted(decoded) == ["2.png", "3.png", "new.png"]
+    assert data.report["images_per_class"]["all"] == {"blue": 30, "green": 41, "red": 38}
+    check_whole(folder, data)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_stopped_decoding_goes_on_where_it_was(program, folder, photos, decoded):
+    process = program.start(*QUICKLY, patch=SLOWLY)
+    while not (index := list(folder.glob("data/.decoded/*/index"))) or index[0].stat().st_size < 40 * 56:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    kept = index[0].stat().st_size // datasets.RECORD.itemsize
+    data = load()
+    assert 40 <= kept < 110 and len(decoded) == 110 - kept
+    check_whole(folder, data)
+
+
+def test_half_written_map_is_mended(folder, photos, decoded):
+    load()
+    for name, length in (("images", -1000), ("index", -100)):
+        path = the_map(folder) / name
+        os.truncate(path, path.stat().st_size + length)
+    (the_map(folder) / "near.npz").write_bytes(b"")
+    decoded.clear()
+    data = load()
+    assert len(decoded) == 2
+    check_whole(folder, data)
+
+
+def test_two_processes_decode_each_image_once(program, folder, photos):
+    processes = [program.start(*QUICKLY, "--run-dir", name, patch=SLOWLY) for name in ("one", "other")]
+    out = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], out
+    assert (the_map(folder) / "index").stat().st_size == 110 * datasets.RECORD.itemsize
+    assert torch.equal(weights("one/model_cnn_photos.pth")["classifier.weight"],
+                       weights("other/model_cnn_photos.pth")["classifier.weight"])  # fmt: skip
+
+
+def test_unwritable_data_folder_falls_back_to_one_that_is_not(inside, folder, photos, unwritable, decoded):
+    (folder / "data").mkdir()
+    unwritable(folder / "data")
+    out, _ = inside(*QUICKLY)
+    assert re.search("^note: data.* cannot be written: the decoded images are in .*home", out, re.MULTILINE)
+    assert "Done in" in out
+    assert list((folder / "home" / ".cache" / "image_classification" / ".decoded").glob("photos-*/images"))
+    decoded.clear()
+    load()
+    assert not decoded
+
+
+def test_map_in_a_folder_that_is_only_read(folder, photos, unwritable, decoded, capsys):
+    """As a teacher would give it to a class."""
+    load()
+    decoded.clear()
+    for path in (the_map(folder), *the_map(folder).iterdir()):
+        unwritable(path)
+    load()
+    assert not decoded and "cannot be written" not in capsys.readouterr().out
+
+
+def test_full_disk_while_decoding(inside, folder, photos, small_disk, decoded):
+    disk = small_disk(100)
+    error = inside.error(*QUICKLY, "--data-dir", "disk", "--image-size", "32")
+    assert "No space left on device" in error and "decoded" in error
+    (folder / "data").mkdir()
+    shutil.copytree(disk / ".decoded", folder / "data" / ".decoded")  # what a larger disk would have
+    data = load(image_size=32)
+    check_whole(folder, data)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--val-fraction", "0"], ["--subset", "50"], ["--make-imbalanced", "0.5"], ["--class-balance", "oversample"],
+     ["--augment", "flip,crop=2,erase", "--test-views", "6"]],
+)  # fmt: skip
+def test_training_from_the_map_is_the_same_as_from_memory(inside, photos, monkeypatch, options):
+    outs = []
+    for name, most in (("memory", datasets.HELD), ("map", 0)):
+        monkeypatch.setattr(datasets, "HELD", most)
+        out, _ = inside(*QUICKLY, *options, "--run-dir", name)
+        outs.append(
+            [line.partition(", train acc")[0] for line in out.splitlines() if line.startswith(("Epoch", "Acc"))]
+        )
+    assert outs[0] == outs[1] and len(outs[0]) >= 6
+    one, other = (weights(f"{name}/model_cnn_photos.pth") for name in ("memory", "map"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert isinstance(load().train.images, datasets.Mapped)
+
+
+def test_run_from_the_map_is_resumed(inside, photos, monkeypatch):
+    monkeypatch.setattr(datasets, "HELD", 0)
+    inside(*QUICKLY)
+    out, _ = inside("--resume", "last", "--epochs", "3")
+    assert "Epoch 0002" in out
+
+
+def test_tools_read_from_the_map(folder, photos, monkeypatch, inside, capsys):
+    import explain
+    import export
+
+    monkeypatch.setattr(datasets, "HELD", 0)
+    inside(*QUICKLY[:-2], "--keep-epochs", "--run-dir", "run")
+    for tool, *options in (
+        [explain], [explain, "--label-issues"], [explain, "--animate", "run"], [export], [export, "--int8"],
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["tool", *options])
+        assert tool.main() == 0, capsys.readouterr()
+    assert (folder / "explained" / "label_issues.csv").exists() and list(folder.glob("*-int8.onnx"))
+
+
+def test_broken_files_are_remembered(folder, decoded, capsys):
+    write_images(folder / "photos", {"red": 200, "green": 200})
+    (folder / "photos" / "red" / "0.png").write_text("no image")
+    first = load().report["unreadable"]
+    assert len(first) == 1 and len(decoded) == 400
+    decoded.clear()
+    capsys.readouterr()
+    assert load().report["unreadable"] == first and not decoded and "Decoding" not in capsys.readouterr().out
+
+
+def test_map_that_is_mostly_of_files_that_are_gone_begins_anew(folder, photos, decoded):
+    load()
+    for path in photos.rglob("*.png"):
+        os.utime(path, (0, 0))
+    load()
+    assert (the_map(folder) / "index").stat().st_size == 220 * datasets.RECORD.itemsize
+    for path in [*photos.rglob("*.png")]:
+        os.utime(path, (1, 1)) if int(path.stem) < 20 else path.unlink()
+    check_whole(folder, load())
+    assert (the_map(folder) / "index").stat().st_size == 60 * datasets.RECORD.itemsize
+
+
+def test_damaged_map_is_named(folder, photos, inside):
+    load()
+    path = the_map(folder) / "images"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert "damaged: delete that folder and run again" in inside.error(*QUICKLY)
+
+
+def test_class_folders_in_the_data_folder_itself(folder, photos):
+    photos.rename(folder / "data")
+    for _ in range(2):
+        assert ic.load_data(ic.Config(dataset="data")).classes == ["blue", "green", "red"]
+
+
+def test_images_in_folders_within_a_class_come_in_the_order_of_their_paths(folder, photos):
+    (photos / "red" / "1").mkdir()
+    (photos / "red" / "1" / "z.png").write_bytes((photos / "green" / "0.png").read_bytes())
+    files = [file for file in load(val_fraction=0.0).files if file.startswith("red")]
+    assert files == [str(path) for path in sorted(map(Path, files))] and len(files) > 25
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_what_is_no_file_is_left_alone(folder, photos):
+    os.mkfifo(photos / "red" / "pipe.png")  # who opens it waits for ever
+    (photos / "red" / "link.png").symlink_to(folder / "nowhere.png")
+    found = []
+    thread = threading.Thread(target=lambda: found.append(load()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found and found[0].report["images_per_class"]["all"]["red"] == 40
+
+
+def test_many_images_are_not_compared_each_with_each(photos, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "MOST_COMPARED", 100)
+    shutil.copy(photos / "red" / "0.png", photos / "red" / "copy.png")
+    assert [kind for *_, kind in load().report["twins"]] == ["identical"]
+    assert (
+        "1 pairs of identical images; identical ones of a class are used once. 110 are too many to look for near"
+        in (capsys.readouterr().out)
+    )
