@@ -173,6 +173,21 @@ def test_training_from_the_map_is_the_same_as_from_memory(inside, photos, monkey
     assert isinstance(load().train.images, datasets.Mapped)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no such file here")
+def test_map_is_read_without_reading_ahead(folder, photos, monkeypatch):
+    monkeypatch.setattr(datasets, "HELD", 0)
+    data = load()
+    config = ic.settle(ic.Config(dataset="photos"), data)
+
+    def flags():
+        mapping = Path("/proc/self/smaps").read_text().partition(str(the_map(folder) / "images"))[2]
+        return mapping.partition("VmFlags: ")[2].partition("\n")[0].split()
+
+    assert flags() and "rr" not in flags()
+    ic.Trainer(config, data, torch.device("cpu"))
+    assert "rr" in flags()
+
+
 def test_run_from_the_map_is_resumed(inside, photos, monkeypatch):
     monkeypatch.setattr(datasets, "HELD", 0)
     inside(*QUICKLY)
