@@ -53,8 +53,7 @@ def test_recipe_with_another_network_leaves_out_what_was_for_its_own():
 @pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "convnet", "fftnet"])
 def test_network_learns_with_its_own_settings(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    epochs = 2 if name in ("fftnet", "convnet") else 3  # these two are slow
-    report = ic.train(ic.Config(dataset="digits", model=name, epochs=epochs, batch_size=50))
+    report = ic.train(ic.Config(dataset="digits", model=name, epochs=3, batch_size=50, image_size=16))
     assert report.results["test_accuracy"] > 0.8
 
 

@@ -364,7 +364,8 @@ def test_label_issues_and_data_that_moved(folder):
         place = folder / "here" / f"number {label if i % 60 else (label + 1) % 10}"
         place.mkdir(parents=True, exist_ok=True)
         save(image, place / f"{i}.png")
-    Program(folder)("--dataset", "here", "--epochs", "4", "--width", "0.5", "--augment", "none")
+    options = ["--epochs", "4", "--width", "0.5", "--augment", "none", "--image-size", "16"]
+    Program(folder)("--dataset", "here", *options)
     (folder / "here").rename(folder / "there")
     explain = tool("explain", folder)
     assert "--data-dir" in explain.error("--label-issues")

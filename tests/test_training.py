@@ -16,6 +16,7 @@ from conftest import QUICK, SCRIPT, SMALL, Program, only_run, weights
 from test_data import wait_for
 
 import image_classification as ic
+from alternatives.datasets import UNSAFE
 
 FILES = {"config.json", "metrics.csv", "last.pth", "best.pth", "training_results.png", "confusion_matrix.png",
          "samples.png", "report.json", "model_cnn_digits.pth"}  # fmt: skip
@@ -43,6 +44,7 @@ def test_script_alone_does_its_whole_job(digits):
     assert {path.name for path in run.iterdir()} >= FILES
     assert (folder / "model_cnn_digits.pth").exists()
     assert not list(folder.rglob("*.tmp"))
+    assert not [path.name for path in folder.rglob("*") if UNSAFE.search(path.name)]  # on Windows
     lines = out.splitlines()
     start = lines.index("Finished Training")
     assert any(line.startswith("Start Training  ") for line in lines)

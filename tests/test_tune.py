@@ -161,16 +161,16 @@ def test_workers_share_a_study_and_stop_together(folder):
     assert TrialState.RUNNING not in states and TrialState.WAITING not in states
     done = len([state for state in states if state != TrialState.FAIL])
     assert numbers(out)
-    program(*FAST, "--trials", done + 5, "--workers", "2")
+    program(*FAST, "--trials", done + 3, "--workers", "2")
     trials = [trial for trial in trials_of(folder) if trial.state != TrialState.FAIL]
-    assert len(trials) == done + 5  # not one more
+    assert len(trials) == done + 3  # not one more
     assert sum("defaults" in trial.user_attrs for trial in trials) == 1
 
 
 @POSIX
 def test_trial_of_a_killed_process_is_given_up(folder):
     program = tool("tune", folder)
-    settings = [*FAST, "--epochs", "60", "--trials", "1"]
+    settings = [*FAST, "--epochs", "30", "--trials", "1"]
     process = program.start(*settings)
     wait_for(lambda: any(trial.intermediate_values for trial in trials_of(folder)), 120)
     process.kill()
