@@ -1,5 +1,7 @@
 """What the tests share: the program as a user runs it, real data where there is some, folders with awkward names."""
 
+import functools
+import importlib
 import os
 import shutil
 import signal
@@ -75,15 +77,15 @@ class Program:
 class Inside:
     """The same in this process, where that is as good: it saves the seconds that importing takes."""
 
-    def __init__(self, capsys):
-        self.capsys = capsys
+    def __init__(self, capsys, monkeypatch, name):
+        self.capsys, self.monkeypatch, self.name = capsys, monkeypatch, name
 
     def __call__(self, *arguments, status=0):
-        import image_classification as ic
-
+        module = importlib.import_module(self.name)
+        self.monkeypatch.setattr(sys, "argv", [f"{self.name}.py", *map(str, arguments)])
         self.capsys.readouterr()
         try:
-            got = ic.main([str(argument) for argument in arguments])
+            got = module.run(module.main) if hasattr(module, "run") else module.main()
         except SystemExit as exit:
             got = exit.code
         out, err = self.capsys.readouterr()
@@ -93,14 +95,22 @@ class Inside:
     def error(self, *arguments, status=1):
         _, err = self(*arguments, status=status)
         *usage, line = err.strip().splitlines()
-        assert "error: " in line and len(usage) == (status == 2), err
+        assert "error: " in line and bool(usage) == (status == 2), err
+        assert all(each.startswith("       " if i else "usage: ") for i, each in enumerate(usage)), err
         return line
 
 
 @pytest.fixture
 def inside(capsys, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    return Inside(capsys)
+    return Inside(capsys, monkeypatch, "image_classification")
+
+
+@pytest.fixture
+def tool_inside(capsys, folder, monkeypatch):
+    """The same of a tool, by its name."""
+    monkeypatch.chdir(folder)
+    return functools.partial(Inside, capsys, monkeypatch)
 
 
 @pytest.fixture

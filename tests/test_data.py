@@ -277,20 +277,23 @@ def test_truncated_batch_file(inside, folder, cifar10):
     assert "data_batch_3 is damaged: delete it and run again" in inside.error("--fast-dev-run")
 
 
-def test_data_folder_that_vanishes_during_the_run(program, folder, cifar10):
+def test_data_folder_that_vanishes_during_the_run(inside, folder, cifar10, monkeypatch):
     batches = folder / "data" / ic.BATCHES
     batches.mkdir(parents=True)
     for name in ic.MEMBERS[:7]:
         (batches / name).symlink_to(cifar10 / ic.BATCHES / name)
-    process = program.start("--subset", "500", "--width", "0.25", "--epochs", "2")
-    for line in process.stdout:
-        if line.startswith("Epoch 0000"):
-            (folder / "data").rename(folder / "elsewhere")
-    assert process.wait(60) == 1
-    error = process.stderr.read()
-    assert error.startswith("error: ") and "is no longer there: put it back" in error and error.count("\n") == 1
+    write_report = ic.write_report
+
+    def vanished(*given):
+        (folder / "data").rename(folder / "elsewhere")
+        return write_report(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ic, "write_report", vanished)
+        error = inside.error("--subset", "500", "--width", "0.25", "--epochs", "2")
+    assert "is no longer there: put it back" in error
     (folder / "elsewhere").rename(folder / "data")
-    out, _ = program("--resume", "last")
+    out, _ = inside("--resume", "last")
     assert "Epoch" not in out and "Accuracy of the network" in out
 
 

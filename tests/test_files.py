@@ -96,10 +96,10 @@ def test_place_that_cannot_be_written_is_named_before_training(inside, folder, u
     assert not list((folder / "elsewhere").iterdir())
 
 
-def test_unwritable_run_folder(program, folder, unwritable):
+def test_unwritable_run_folder(inside, folder, unwritable):
     (folder / "runs").mkdir()
     unwritable(folder / "runs")
-    error = program.error(*QUICK)
+    error = inside.error(*QUICK)
     assert "runs" in error and "right to write" in error
 
 
@@ -111,14 +111,14 @@ def test_full_disk_while_saving(inside, folder, small_disk):
     assert not list(disk.rglob("*.tmp"))
 
 
-def test_locked_metrics_do_not_stop_a_run(program, folder, unwritable):
+def test_locked_metrics_do_not_stop_a_run(inside, folder, unwritable):
     run = folder / "run"
     run.mkdir()
     (run / "metrics.csv").write_text("locked")
     unwritable(run / "metrics.csv")
     if os.name == "posix" and os.geteuid() != 0:
         pytest.skip("a file's rights do not stop it from being replaced here")
-    out, _ = program(*QUICK, "--run-dir", "run")
+    out, _ = inside(*QUICK, "--run-dir", "run")
     assert out.count("metrics.csv is locked") == 2 and "Done in" in out
     assert (run / "metrics.csv").read_text() == "locked" and (run / "report.json").exists()
 

@@ -114,7 +114,8 @@ def test_half_written_map_is_mended(folder, photos, decoded):
 
 
 def test_two_processes_decode_each_image_once(program, folder, photos):
-    processes = [program.start(*QUICKLY, "--run-dir", name, patch=SLOWLY) for name in ("one", "other")]
+    options = [*QUICKLY, "--epochs", "1"]
+    processes = [program.start(*options, "--run-dir", name, patch=SLOWLY) for name in ("one", "other")]
     out = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], out
     assert (the_map(folder) / "index").stat().st_size == 110 * datasets.RECORD.itemsize
@@ -195,17 +196,12 @@ def test_run_from_the_map_is_resumed(inside, photos, monkeypatch):
     assert "Epoch 0002" in out
 
 
-def test_tools_read_from_the_map(folder, photos, monkeypatch, inside, capsys):
-    import explain
-    import export
-
+def test_tools_read_from_the_map(folder, photos, monkeypatch, inside, tool_inside):
     monkeypatch.setattr(datasets, "HELD", 0)
     inside(*QUICKLY[:-2], "--keep-epochs", "--run-dir", "run")
-    for tool, *options in (
-        [explain], [explain, "--label-issues"], [explain, "--animate", "run"], [export], [export, "--int8"],
-    ):  # fmt: skip
-        monkeypatch.setattr("sys.argv", ["tool", *options])
-        assert tool.main() == 0, capsys.readouterr()
+    for options in ([], ["--label-issues"], ["--animate", "run"]):
+        tool_inside("explain")(*options)
+    tool_inside("export")("--int8")
     assert (folder / "explained" / "label_issues.csv").exists() and list(folder.glob("*-int8.onnx"))
 
 

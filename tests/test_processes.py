@@ -64,13 +64,13 @@ def workers(process):
     return found
 
 
-def test_several_processes_give_the_loss_curve_of_one(program, together, folder):
+def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
     """Batches and sets that cannot be divided evenly, so that an image left out or counted twice would show."""
     (folder / "own.py").write_text(PLAIN)
     options = ["--dataset", "digits", "--subset", "401", "--batch-size", "57", "--epochs", "3", "--precision", "fp32",
                "--model", "own.py:plain", "--low-res", "0", "--class-balance", "weights",
                "--optimizer", "sgd"]  # fmt: skip
-    program(*options, "--run-dir", "one")
+    inside(*options, "--run-dir", "one")
     together.launcher = torchrun(3)
     out, _ = together(*options, "--run-dir", "three")
     assert out.count("Epoch 0000: ") == out.count("Finished Training") == out.count("Model: ") == 1
@@ -81,16 +81,16 @@ def test_several_processes_give_the_loss_curve_of_one(program, together, folder)
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
 
 
-def test_two_processes_train_the_default_network_as_well(program, together, folder):
+def test_two_processes_train_the_default_network_as_well(inside, together, folder):
     """In batches of about the default size, of which batch norm sees smaller parts."""
     options = ["--dataset", "digits", "--subset", "1200", "--batch-size", "400", "--epochs", "2", "--precision", "fp32"]
-    program(*options, "--run-dir", "one")
+    inside(*options, "--run-dir", "one")
     together(*options, "--run-dir", "two")
     one, two = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "two"))
     assert 0 < (one[:, 0] / two[:, 0] - 1).abs().max() < 0.02
 
 
-LONG = [*QUICK, "--epochs", "12", "--batch-size", "20"]
+LONG = [*QUICK, "--epochs", "8", "--batch-size", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -101,25 +101,25 @@ def undisturbed(tmp_path_factory):
     return only_run(folder)
 
 
-def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(program, together, folder, undisturbed):
+def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(inside, together, folder, undisturbed):
     together.launcher = torchrun(2, "--max-restarts=3")
     process = together.start(*LONG)
-    wait_for_epoch(process, folder, 3)
+    wait_for_epoch(process, folder, 2)
     os.kill(workers(process)[0], signal.SIGKILL)  # the one that writes; the run goes on by itself
-    wait_for_epoch(process, folder, 6)
+    wait_for_epoch(process, folder, 4)
     process.send_signal(signal.SIGTERM)  # pre-emption
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Go on with: torchrun --nproc-per-node=2 " in out and "--resume" in out
     first, second = out.split("Start Training")[1:]
-    assert "Epoch 0000: " in first and "Epoch 0000: " not in second and "Epoch 0005: " in second
+    assert "Epoch 0000: " in first and "Epoch 0000: " not in second and "Epoch 0003: " in second
     run = only_run(folder)
-    assert torch.load(run / "last.pth", weights_only=True)["step"] < 12 * 20
+    assert torch.load(run / "last.pth", weights_only=True)["step"] < 8 * 20
     together("--resume", "last")
     whole, other = weights(undisturbed / "best.pth"), weights(run / "best.pth")
     assert all(torch.equal(whole[name], other[name]) for name in whole)
     assert curve(undisturbed) == curve(run)
-    program("--resume", "last", "--epochs", "13")  # goes on with one process, too
-    assert len(curve(run)) == 13
+    inside("--resume", "last", "--epochs", "9")  # goes on with one process, too
+    assert len(curve(run)) == 9
 
 
 def test_error_of_all_is_one_line_of_the_program(together, folder):

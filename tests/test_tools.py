@@ -67,14 +67,14 @@ def test_images_and_folders_are_classified(pictures, model, data):
     assert lines[-1].split("  ")[-1].strip() == ", ".join(f"{name} {100 * sure:.1f} %" for name, sure in expected)
 
 
-def test_formats_are_data_only(pictures, model):
-    out, err = tool("inference", pictures)("images", "--format", "csv", "--top-k", "10")
+def test_formats_are_data_only(pictures, model, tool_inside):
+    out, err = tool_inside("inference")("images", "--format", "csv", "--top-k", "10")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 6 and "trained on" in err
     for row in rows:
         assert row["answer"] == row["class_1"] in model.classes
         assert sum(float(row[f"confidence_{i}"]) for i in range(1, 11)) == pytest.approx(1, abs=1e-4)
-    out, _ = tool("inference", pictures)("images", "--format", "json", "--threshold", "1.0", "--save", "look.png")
+    out, _ = tool_inside("inference")("images", "--format", "json", "--threshold", "1.0", "--save", "look.png")
     found = json.loads(out)
     assert [each["file"] for each in found] == [row["file"] for row in rows]
     assert {each["answer"] for each in found} <= {"unsure"} | {
@@ -119,8 +119,8 @@ def test_modes_of_images(model, data, folder, mode):
     assert len(inference.predict(model, [path])[0]) == 3
 
 
-def test_usage_of_inference(pictures, folder):
-    run = tool("inference", folder)
+def test_usage_of_inference(pictures, folder, tool_inside):
+    run = tool_inside("inference")
     assert "required" in run.error(status=2)
     assert "--top-k" in run.error("images", "--top-k", "0", status=2)
     assert "--threshold" in run.error("images", "--threshold", "2", status=2)
@@ -161,25 +161,25 @@ def test_thousands_of_images_in_bounded_memory(pictures, data):
     assert peaks[1] < peaks[0] + 40
 
 
-def test_checkpoint_of_a_folder_and_what_is_newest(pictures, trained):
-    out, _ = tool("inference", pictures)("images/0.png", "--checkpoint", trained)
+def test_checkpoint_of_a_folder_and_what_is_newest(pictures, trained, tool_inside):
+    out, _ = tool_inside("inference")("images/0.png", "--checkpoint", trained)
     assert out.startswith("model_cnn")
     run = pictures / "runs" / "CIFAR10" / "now"
     run.mkdir(parents=True)
     shutil.copy(*trained.glob("model_*.pth"), run / "model_other.pth")
-    assert "model_cnn" in tool("inference", pictures)("images/0.png")[0].splitlines()[0]
+    assert "model_cnn" in tool_inside("inference")("images/0.png")[0].splitlines()[0]
     for path in pictures.glob("model_*.pth"):
         path.unlink()
-    assert "model_other" in tool("inference", pictures)("images/0.png")[0].splitlines()[0]
+    assert "model_other" in tool_inside("inference")("images/0.png")[0].splitlines()[0]
 
 
-def test_confidence_that_is_not_calibrated_is_said(pictures):
+def test_confidence_that_is_not_calibrated_is_said(pictures, tool_inside):
     (path,) = pictures.glob("model_*.pth")
     content = torch.load(path, weights_only=True)
-    assert "not calibrated" not in tool("inference", pictures)("images/0.png")[0]
+    assert "not calibrated" not in tool_inside("inference")("images/0.png")[0]
     del content["metrics"]["temperature"]
     torch.save(content, path)
-    assert "not calibrated" in tool("inference", pictures)("images/0.png")[0]
+    assert "not calibrated" in tool_inside("inference")("images/0.png")[0]
 
 
 def test_postscript_is_no_image(folder):
@@ -192,10 +192,10 @@ def test_postscript_is_no_image(folder):
     assert not datasets.is_image(folder / "cat.png")
 
 
-def test_names_that_matplotlib_and_the_shell_would_read(pictures):
+def test_names_that_matplotlib_and_the_shell_would_read(pictures, tool_inside):
     for name in ("$a_b$.png", "~tmp.png"):
         shutil.copy(pictures / "images" / "0.png", pictures / name)
-    out, _ = tool("inference", pictures)("$a_b$.png", "~tmp.png", "--save", "seen.png")
+    out, _ = tool_inside("inference")("$a_b$.png", "~tmp.png", "--save", "seen.png")
     assert "$a_b$.png" in out and "~tmp.png" in out and (pictures / "seen.png").exists()
 
 
@@ -304,8 +304,8 @@ def test_usage_of_export(pictures):
     assert path.read_bytes() == before
 
 
-def test_export_where_the_data_are_not(pictures, model):
-    out, _ = tool("export", pictures)("--data-dir", "nowhere")
+def test_export_where_the_data_are_not(pictures, model, tool_inside):
+    out, _ = tool_inside("export")("--data-dir", "nowhere")
     if model.dataset == "CIFAR10":
         assert "random images" in out and "Downloading" not in out
     assert "on 1000 images" in out
@@ -347,17 +347,17 @@ def test_heat_lies_on_what_is_there(model, data):
     assert np.mean(np.array(inside) > 0.5) > 0.7
 
 
-def test_epochs_become_an_animation(trained, model, folder):
+def test_epochs_become_an_animation(trained, model, folder, tool_inside):
     run = trained / "run"
-    tool("explain", folder)("--animate", run)
+    tool_inside("explain")("--animate", run)
     paths = list((folder / "explained").glob("cam_*.gif"))
     assert len(paths) == len(model.classes)
     with Image.open(paths[0]) as picture:
         assert picture.n_frames == 4 and picture.info["loop"] == 0
-    assert "--keep-epochs" in tool("explain", folder).error("--animate", folder)
+    assert "--keep-epochs" in tool_inside("explain").error("--animate", folder)
 
 
-def test_label_issues_and_data_that_moved(folder):
+def test_label_issues_and_data_that_moved(folder, tool_inside):
     """A folder of digits, some in the wrong class, moved after the training."""
     digits = ic.load_data(ic.Config(dataset="digits"))
     for i, (image, label) in enumerate(zip(*digits.train, strict=True)):
@@ -367,7 +367,7 @@ def test_label_issues_and_data_that_moved(folder):
     options = ["--epochs", "4", "--width", "0.5", "--augment", "none", "--image-size", "16"]
     Program(folder)("--dataset", "here", *options)
     (folder / "here").rename(folder / "there")
-    explain = tool("explain", folder)
+    explain = tool_inside("explain")
     assert "--data-dir" in explain.error("--label-issues")
     out, _ = explain("--label-issues", "--data-dir", "there")
     rows = list(csv.DictReader((folder / "explained" / "label_issues.csv").open()))
@@ -434,7 +434,7 @@ def test_missing_package_is_named(name, package, folder):
     assert package in line and "pip install" in line
 
 
-def test_own_network_is_named_again(folder, monkeypatch):
+def test_own_network_is_named_again(folder, monkeypatch, tool_inside):
     """A model file never makes a tool run the file that it names."""
     monkeypatch.chdir(folder)
     (folder / "net.py").write_text(
@@ -445,9 +445,9 @@ def test_own_network_is_named_again(folder, monkeypatch):
     report = ic.train(ic.Config(dataset="digits", model="net.py:net", epochs=1, subset=300))
     (folder / "net.py").rename(folder / "moved.py")
     save(ic.load_data(ic.Config(dataset="digits")).test.images[0], folder / "a.png")
-    assert "--model" in tool("inference", folder).error("a.png", "--checkpoint", report.checkpoint)
-    tool("inference", folder)("a.png", "--checkpoint", report.checkpoint, "--model", "moved.py:net")
-    tool("explain", folder)("--label-issues", "--checkpoint", report.checkpoint, "--model", "moved.py:net")
+    assert "--model" in tool_inside("inference").error("a.png", "--checkpoint", report.checkpoint)
+    tool_inside("inference")("a.png", "--checkpoint", report.checkpoint, "--model", "moved.py:net")
+    tool_inside("explain")("--label-issues", "--checkpoint", report.checkpoint, "--model", "moved.py:net")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

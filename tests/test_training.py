@@ -465,7 +465,7 @@ def equal_state(first, second):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_run_goes_on_bit_for_bit(program, folder, unbroken, signum, status):
+def test_stopped_run_goes_on_bit_for_bit(program, inside, folder, unbroken, signum, status):
     process = program.start(*LONGER)
     for line in process.stdout:
         if line.startswith("Epoch 0001"):
@@ -478,19 +478,19 @@ def test_stopped_run_goes_on_bit_for_bit(program, folder, unbroken, signum, stat
     command = re.search(r"Go on with: .+image_classification.py\"? (--resume \S+)", out).group(1)
     stopped = torch.load(only_run(folder) / "last.pth", weights_only=True)
     assert 52 <= stopped["step"] < 5 * 26
-    program(*command.split())
+    inside(*command.split())
     assert equal_state(torch.load(only_run(folder) / "last.pth", weights_only=True), unbroken)
     assert (folder / "model_cnn_digits.pth").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
 @pytest.mark.parametrize("moment", ["config.json", "last.pth"])
-def test_killed_run_goes_on_bit_for_bit(program, folder, unbroken, moment):
+def test_killed_run_goes_on_bit_for_bit(program, inside, folder, unbroken, moment):
     process = program.start(*LONGER, patch="ic.SAVE_EVERY = 0.0")  # last.pth comes after the first step
     wait_for(lambda: list(folder.glob(f"runs/*/*/{moment}")))
     process.kill()
     process.communicate()
-    program("--resume", "last")
+    inside("--resume", "last")
     assert equal_state(torch.load(only_run(folder) / "last.pth", weights_only=True), unbroken)
 
 

@@ -50,22 +50,9 @@ def searched(tmp_path_factory):
 
 
 @pytest.fixture
-def here(folder, monkeypatch, capsys):
+def here(tool_inside):
     """tune.py in this process: a function that takes its options and returns (standard output, standard error)."""
-    monkeypatch.chdir(folder)
-
-    def call(*arguments, status=0):
-        monkeypatch.setattr(sys, "argv", ["tune.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            got = tune.run(tune.main)
-        except SystemExit as exit:
-            got = exit.code
-        out, err = capsys.readouterr()
-        assert got == status, f"status {got}\n{out}\n{err}"
-        return out, err
-
-    return call
+    return tool_inside("tune")
 
 
 def test_best_is_named_and_is_what_the_program_then_trains(searched):
