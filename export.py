@@ -138,8 +138,9 @@ def quantise(whole: Path, small: Path, data: ic.Data) -> None:
     part, which = (data.valid, "validation") if len(data.valid.labels) else (data.test, "test")
     new = whole.with_name("small.onnx")
     new.write_bytes(quantised(whole, calibration))
-    images, labels = part.only(torch.arange(min(10_000, len(part.labels))))
-    results = measure([whole, new], torch.cat(list(images.split(1000))).numpy(), labels.numpy())
+    sample = torch.randperm(len(part.labels))[:10_000].sort().values
+    labels = part.labels[sample].numpy()
+    results = measure([whole, new], part.images[sample].numpy(), labels)
     print(f"\n| | accuracy on {len(labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
     for name, path, (accuracy, milliseconds) in zip(("float32", "int8"), (whole, new), results, strict=True):
         print(f"| {name} | {100 * accuracy:.2f} % | {path.stat().st_size / 1e6:.2f} | {milliseconds:.2f} |")

@@ -114,7 +114,7 @@ class Config:
 
     dataset: str = setting("auto", "cifar10, digits, a name in alternatives/datasets.py, a folder of images, or auto: "
                            "CIFAR-10, or without a recipe digits if it can't be had")  # fmt: skip
-    data_dir: str = setting("data", "folder that holds CIFAR-10 and its like, or receives them")
+    data_dir: str = setting("data", "folder that holds CIFAR-10 and its like, or receives them, and decoded images")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(0.1, "share of the training images kept for validation", low=0, below=1)
     subset: int = setting(0, "train on N of the training images only; 0: all", low=0)
@@ -544,7 +544,8 @@ class Split(NamedTuple):
 
     def only(self, which: Any) -> "Split":
         """Those at these indices."""
-        return Split(getattr(self.images, "only", self.images.__getitem__)(which), self.labels[which])
+        images = self.images[which] if isinstance(self.images, torch.Tensor) else self.images.only(which)
+        return Split(images, self.labels[which])
 
 
 @dataclass

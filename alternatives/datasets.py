@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -103,22 +104,9 @@ def by_name(name: str, data_dir: Path) -> Found:
     return Found(type(train).__name__, classes, pair(train), None, test, mirrored)
 
 
-# ==== From a folder ===================================================================================================
+# ==== From a file =====================================================================================================
 
-SPLITS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test",
-    "val": "valid", "valid": "valid", "validation": "valid",
-}  # fmt: skip
-LARGEST = 64  # pixels: what a network learns in minutes on a laptop
-UNREADABLE = 0.01  # share of the files from which on something must be wrong with all of them
-FEW = 10  # images of a class
-TEST_FRACTION = 0.2  # of each class, where there is no test/
-ALIKE = 20  # of 256 bits in which two images may differ and be near-identical
-MOST_TWINS = 10_000  # pairs: more say no more
-MOST_COMPARED = 100_000  # images
-HIDDEN = (".", "__MACOSX")
 NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # another program, to be read
-UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
 
 class Decoded(NamedTuple):
@@ -150,10 +138,6 @@ def decode(path: Path, size: int) -> Decoded:
     return Decoded(square, width_height, hashed(square.tobytes()), np.packbits(rows[:, 1:] > rows[:, :-1] + 2))
 
 
-def visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
-
-
 @functools.cache
 def formats() -> list[str]:
     """That Pillow reads by itself, without starting another program."""
@@ -173,6 +157,282 @@ def is_image(path: Path) -> bool:
             return True
     except (OSError, ValueError, Image.DecompressionBombError):
         return False
+
+
+# ==== The map: decoded images on disk =================================================================================
+
+RECORD = np.dtype([("key", "<u8"), ("digest", "<u8"), ("width", "<u4"), ("height", "<u4"), ("sketch", "u1", 32)])
+DECODED_AS = 1  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
+HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
+WRITTEN = 2**22  # bytes of decoded images that are written at once: so much is lost when decoding is stopped
+PIECE = (
+    2**16
+)  # bytes, but at most 16 images, that a thread decodes in one go: one by one, small ones took twice as long
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = min(32, CORES)  # each holds a whole photograph
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def hashed(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+class Map(NamedTuple):
+    """Where the decoded images of some files are."""
+
+    folder: Path  # that has the map's files in it
+    mapping: Any  # mmap.mmap, or None where there are no images
+    pixels: np.ndarray  # uint8 (M, S, S, 3), in there
+    rows: np.ndarray  # int64 (N,): of each file; -1 of one that cannot be read
+    records: np.ndarray  # RECORD (N,), of each file; any where the row is -1
+    unreadable: dict[str, str]  # path: why
+
+
+class Mapped:
+    """Images of a map that are not held in memory; used like a tensor, uint8 (N, 3, S, S).
+
+    A slice, and `only`, give another such view; an index of another kind gives a tensor.
+    """
+
+    def __init__(self, store: Any, rows: Any, mapping: Any):
+        self.store, self.rows, self.mapping = store, rows, mapping  # uint8 (M, 3, S, S), int64 (N,), see Map
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.store.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def only(self, which: Any) -> "Mapped":
+        return Mapped(self.store, self.rows[which], self.mapping)
+
+    def __getitem__(self, which: Any) -> Any:
+        return self.only(which) if isinstance(which, slice) else self.store[self.rows[which]]
+
+    def split(self, count: int) -> Iterator[Any]:
+        """Tensors of so many images each."""
+        return (self.store[rows] for rows in self.rows.split(count))
+
+    def to(self, device: Any) -> "Mapped":
+        """They stay where they are: only batches move.
+
+        From now on they are read at random. Where memory was short, reading ahead made that fifteen times slower.
+        """
+        if hasattr(mmap, "MADV_RANDOM"):
+            self.mapping.madvise(mmap.MADV_RANDOM)
+        return self
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """So that nobody ever meets half of it; what cannot be written is not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    with contextlib.suppress(OSError):
+        temporary.unlink()  # gone already, if all went well
+
+
+def places(data_dir: Path) -> Iterator[Path]:
+    """Where a map may be: in data_dir, else in the user's cache, else in a folder of the user's for temporary files."""
+    yield data_dir
+    if os.path.isabs(home := os.path.expanduser("~")):
+        yield Path(home) / ".cache" / "image_classification"
+    user = str(os.getuid()) if hasattr(os, "getuid") else "me"
+    with contextlib.suppress(OSError):
+        own = Path(tempfile.gettempdir()) / f"image_classification-{user}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if user in ("me", str(own.stat().st_uid)):  # else somebody else's, who could have prepared it
+            yield own
+
+
+def map_of(folder: Path, data_dir: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
+    """Decoded images of the files (paths from `folder` on), those of earlier runs and all that are missing.
+
+    In .decoded in the first of `places` that can be written. Raises OSError where none can, or the disk is full, and
+    ValueError for a damaged map.
+    """
+    known_as = os.fsencode(f"{folder.resolve()} {DECODED_AS}")
+    title = f"{folder.resolve().name}-{size}-{hashed(known_as):016x}"
+    failed: OSError | None = None
+    for place in places(data_dir):
+        if failed:
+            print(f"note: {failed.filename or failed} cannot be written: the decoded images are in {place}")
+        try:
+            return fill_map(place / ".decoded" / title, folder, size, paths, keys)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            failed = error
+    assert failed
+    raise failed
+
+
+def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
+    """The map in the folder `own`, after all that is missing in it was decoded; what is there stays.
+
+    `images` has an image a row, in the order in which they were decoded, `index` a RECORD for each, and
+    `unreadable.json` what this Pillow found wrong with other files.
+    """
+    from filelock import FileLock, Timeout
+
+    def missing() -> np.ndarray:
+        known = np.isin(keys, np.array([int(key) for key in broken], np.uint64))
+        return np.flatnonzero((rows < 0) & ~known)
+
+    count, rows, records = look_up(own, size, keys)
+    broken = known_broken(own)
+    if not len(missing()):
+        return open_map(own, size, paths, keys, count, rows, records, broken)
+    own.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(own / "lock")
+    try:
+        locked = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is decoding these images into {own}: waiting for it")
+        locked = lock.acquire()
+    with locked:
+        count, rows, records = look_up(own, size, keys)  # there may be more by now
+        if count > 2 * len(keys):  # most of it is of files that are gone
+            with contextlib.suppress(PermissionError):  # on Windows, while another process reads it
+                (own / "images").unlink()
+                count, rows, records = look_up(own, size, keys)
+        broken = known_broken(own)
+        if len(missing()):
+            failed = decode_missing(own, folder, size, paths, keys, count, missing())
+            lasting = broken | {key: why for key, (why, lasts) in failed.items() if lasts}
+            if lasting != broken:
+                content = {"pillow": PIL.__version__, "files": lasting}
+                write_whole(own / "unreadable.json", json.dumps(content).encode())
+            broken |= {key: why for key, (why, _) in failed.items()}
+        count, rows, records = look_up(own, size, keys)
+        return open_map(own, size, paths, keys, count, rows, records, broken)
+
+
+def known_broken(own: Path) -> dict[str, str]:
+    """Keys of files that cannot be read, and why, as far as this Pillow is to know."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads((own / "unreadable.json").read_text())
+        if content["pillow"] == PIL.__version__:
+            return dict(content["files"])
+    return {}
+
+
+def open_map(
+    own: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, rows: np.ndarray, records: np.ndarray,
+    broken: dict[str, str],
+) -> Map:  # fmt: skip
+    """The map as it is; ValueError if some of its images are not those that were written."""
+    mapping = None
+    pixels = np.empty((0, size, size, 3), np.uint8)
+    if count:
+        with (own / "images").open("rb") as file:  # a writable mapping would be refused for more than memory can hold
+            mapping = mmap.mmap(file.fileno(), count * 3 * size**2, access=mmap.ACCESS_READ)
+        pixels = np.frombuffer(mapping, np.uint8).reshape(count, size, size, 3)
+    readable = np.flatnonzero(rows >= 0)
+    for which in readable[:: max(1, len(readable) // 100)]:  # a sample: two machines may have written at once, where
+        if hashed(pixels[rows[which]].tobytes()) != records["digest"][which]:  # the lock of one is unknown to the other
+            raise ValueError(f"the decoded images in {own} are damaged: delete that folder and run again")
+    unread = np.flatnonzero(rows < 0).tolist()
+    return Map(own, mapping, pixels, rows, records, {paths[i]: broken.get(str(keys[i]), "gone") for i in unread})
+
+
+def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
+    try:
+        records, held = np.fromfile(own / "index", RECORD), (own / "images").stat().st_size // (3 * size**2)
+    except FileNotFoundError:
+        records, held = np.empty(0, RECORD), 0
+    records = records[:held]
+    if not len(records):
+        return 0, np.full(len(keys), -1), np.zeros(len(keys), RECORD)
+    order = records["key"].argsort()
+    near = order[np.searchsorted(records["key"], keys, sorter=order).clip(max=len(order) - 1)]
+    return len(records), np.where(records["key"][near] == keys, near, -1), records[near]
+
+
+def decode_missing(
+    own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, missing: np.ndarray
+) -> dict[str, tuple[str, bool]]:
+    """Decode the `missing` of these files, in threads, after the `count` images that the map has.
+
+    Returns the keys of those that cannot be read, each with the reason, and whether it will be one another time too.
+    """
+    failed: dict[str, tuple[str, bool]] = {}
+
+    def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
+        """How many were looked at, and images and records of those that can be read."""
+        pixels, records = [], []
+        for which in some.tolist():
+            try:
+                pixels.append((each := decode(folder / paths[which], size)).pixels)
+                records.append((keys[which], each.digest, *each.size, each.sketch))
+            except Exception as error:  # whatever a damaged file makes Pillow raise
+                why = str(error) or type(error).__name__
+                passes = isinstance(error, MemoryError) or getattr(error, "errno", None) or "memory" in why
+                failed[str(keys[which])] = why, not passes
+        return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
+
+    print(f"Decoding {len(missing)} images, once, into {own}")
+    pieces = np.array_split(missing, math.ceil(len(missing) / max(1, min(16, PIECE // (3 * size**2)))))
+    at_once = max(4 * THREADS, WRITTEN // (len(pieces[0]) * 3 * size**2))
+    try:
+        for name, length in (("images", count * 3 * size**2), ("index", count * RECORD.itemsize)):
+            (own / name).touch()
+            os.truncate(own / name, length)  # without what was only half written
+        with (
+            (own / "images").open("ab") as images, (own / "index").open("ab") as index,
+            warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool,
+            tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
+            for start in range(0, len(pieces), at_once):
+                decoded = []
+                for looked_at, *content in pool.map(decode_some, pieces[start : start + at_once]):
+                    decoded.append(content)
+                    bar.update(looked_at)
+                for file, parts in zip((images, index), zip(*decoded, strict=True), strict=True):
+                    file.write(b"".join(parts))  # never a record before its image
+                    file.flush()
+                    os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(own)) from None
+    return failed
+
+
+# ==== From a folder ===================================================================================================
+
+SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "val": "valid", "valid": "valid", "validation": "valid",
+}  # fmt: skip
+LARGEST = 64  # pixels: what a network learns in minutes on a laptop
+UNREADABLE = 0.01  # share of the files from which on something must be wrong with all of them
+FEW = 10  # images of a class
+TEST_FRACTION = 0.2  # of each class, where there is no test/
+ALIKE = 20  # of 256 bits in which two images may differ and be near-identical
+MOST_TWINS = 10_000  # pairs: more say no more
+MOST_COMPARED = 100_000  # images
+HIDDEN = (".", "__MACOSX")
+UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
+class Images(NamedTuple):
+    """Images of a folder, an entry each in all of these; a twin is known by two places in them."""
+
+    path: np.ndarray  # object (N,): str, from the folder on
+    part: np.ndarray  # str (N,): train, valid, test or all
+    label: np.ndarray  # int64 (N,)
+    row: np.ndarray  # int64 (N,): of the map
+    record: np.ndarray  # RECORD (N,)
+
+    def only(self, which: np.ndarray) -> "Images":
+        return Images(*(column[which] for column in self))
+
+
+def visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -220,8 +480,7 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     import torch
 
     parts = layout(folder)
-    first = next(iter(parts.values())) if "all" in parts else parts["train"]
-    classes = [path.name for path in class_folders(first)]
+    classes = [path.name for path in class_folders(next(iter(parts.values())))]
     paths, part_of, label_of, keys, other = list_images(folder, parts, classes)
     if other:
         print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {other[0]}")
@@ -230,7 +489,7 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     print(
         f"Each image becomes {size} by {size} pixels{cost}: its middle square, resized; --image-size N for another size"
     )
-    store = find_map(folder, data_dir, size, paths, keys)
+    store = map_of(folder, data_dir, size, paths, keys)
     kept = Images(paths, part_of, label_of, store.rows, store.records).only(store.rows >= 0)
     if lost := set(range(len(classes))) - set(kept.label[np.isin(kept.part, ["all", "train"])].tolist()):
         why = "; ".join(store.unreadable.values())
@@ -253,13 +512,13 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     if not len(tested):
         raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nobody writes to what must not be written to
+        warnings.simplefilter("ignore")  # torch's, that nobody may write to this
         pixels = torch.from_numpy(store.pixels).permute(0, 3, 1, 2)
     in_memory = len(chosen) * pixels[0].nbytes <= HELD
 
     def pair(which: np.ndarray) -> Pair:
         rows = torch.from_numpy(kept.row[which])
-        return pixels[rows] if in_memory else Mapped(pixels, rows, store.file), torch.from_numpy(kept.label[which])
+        return pixels[rows] if in_memory else Mapped(pixels, rows, store.mapping), torch.from_numpy(kept.label[which])
 
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
@@ -280,7 +539,7 @@ def list_images(
     for part, place in parts.items():
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
-            raise ValueError(f"{place} has a class {min(strange)} that {parts.get('train', folder)} has not")
+            raise ValueError(f"{place} has a class {min(strange)} that {parts['train']} has not")
         inner = [
             {entry.name for entry in os.scandir(place / name) if entry.is_dir() and not entry.name.startswith(HIDDEN)}
             for name in names
@@ -295,7 +554,7 @@ def list_images(
         for name in names:
             found = []
             for path, key in files_in(place / name, folder):
-                if os.path.splitext(path)[1].lower() in known or is_image(folder / path):
+                if key and (os.path.splitext(path)[1].lower() in known or is_image(folder / path)):
                     found.append((path, key))
                 else:
                     other.append(str(folder / path))
@@ -328,23 +587,11 @@ def draw_test(labels: np.ndarray, given: np.ndarray, pairs: np.ndarray, split_of
     return testing
 
 
-class Images(NamedTuple):
-    """Images of a folder, an entry each in all of these."""
-
-    path: np.ndarray  # object (N,): str, from the folder on
-    part: np.ndarray  # str (N,): train, valid, test or all
-    label: np.ndarray  # int64 (N,)
-    row: np.ndarray  # int64 (N,): of the map
-    record: np.ndarray  # RECORD (N,)
-
-    def only(self, which: np.ndarray) -> "Images":
-        return Images(*(column[which] for column in self))
-
-
 def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
     """The files below `place` that are not hidden: each one's path from `folder` on, and its key in a map.
 
-    The key is a hash of this path, the size and the modification time. OSError for a folder that cannot be read.
+    The key is a hash of this path, the size and the modification time, or 0 where these are not to be had. OSError for
+    a folder that cannot be read.
     """
 
     def fail(error: OSError) -> None:
@@ -354,15 +601,15 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         inside = os.path.relpath(parent, folder)
         for name in names:
-            with contextlib.suppress(OSError):  # a link to nowhere
+            path = os.path.join(inside, name)
+            try:
                 about = os.stat(os.path.join(parent, name))
-                if stat.S_ISREG(about.st_mode) and not name.startswith(HIDDEN):
-                    path = os.path.join(inside, name)
-                    yield path, hashed(os.fsencode(f"{path}\0{about.st_size}\0{about.st_mtime_ns}"))
-
-
-def hashed(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+            except OSError:
+                if not os.path.islink(os.path.join(parent, name)):  # a link to nowhere is no image
+                    yield path, 0
+                continue
+            if stat.S_ISREG(about.st_mode) and not name.startswith(HIDDEN):
+                yield path, hashed(os.fsencode(f"{path}\0{about.st_size}\0{about.st_mtime_ns}"))
 
 
 def suitable_size(folder: Path, paths: np.ndarray) -> int:
@@ -488,7 +735,7 @@ def describe(
         return " and ".join(str(folder / kept.path[place]) for place in pairs[which][0, :2])
 
     sides_of = kept.part[pairs[:, :2]]
-    for one, other in itertools.permutations(parts, 2):
+    for one, other in itertools.combinations(parts, 2):
         if (across := (sides_of == [one, other]).all(1)).any():
             better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
             names = f"{one} and {other}, such as {example(across)}"
@@ -504,217 +751,3 @@ def describe(
         "twins": [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
                   for *pair, same in pairs.tolist()],
     }  # fmt: skip
-
-
-# ==== The map: decoded images on disk =================================================================================
-
-RECORD = np.dtype([("key", "<u8"), ("digest", "<u8"), ("width", "<u4"), ("height", "<u4"), ("sketch", "u1", 32)])
-DECODED_AS = 1  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
-TOGETHER = 2**16  # bytes, or 16 images, that a thread decodes at once: one by one, small ones took twice as long
-AT_ONCE = 2**23  # bytes of decoded images until they are written: so much is lost when decoding is stopped
-HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
-READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-class Map(NamedTuple):
-    """Where the decoded images of some files are."""
-
-    folder: Path  # of its own files
-    file: Any  # what maps them into memory: mmap.mmap, or None where there are no images
-    pixels: np.ndarray  # uint8 (M, S, S, 3), in there
-    rows: np.ndarray  # int64 (N,): of each file; -1 of one that cannot be read
-    records: np.ndarray  # RECORD (N,), of no meaning for these
-    unreadable: dict[str, str]  # path: why
-
-
-class Mapped:
-    """Images of a map that are not held in memory; used like a tensor, uint8 (N, 3, S, S).
-
-    A slice, and `only`, is another such view; an index of another kind gives a tensor.
-    """
-
-    def __init__(self, store: Any, rows: Any, file: Any):
-        self.store, self.rows, self.file = store, rows, file  # uint8 (M, 3, S, S), int64 (N,), see Map
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self), *self.store.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def only(self, which: Any) -> "Mapped":
-        return Mapped(self.store, self.rows[which], self.file)
-
-    def __getitem__(self, which: Any) -> Any:
-        return self.only(which) if isinstance(which, slice) else self.store[self.rows[which]]
-
-    def split(self, count: int) -> Iterator[Any]:
-        """Tensors of so many images each."""
-        return (self.store[rows] for rows in self.rows.split(count))
-
-    def to(self, device: Any) -> "Mapped":
-        """They stay where they are: only batches move.
-
-        From now on they are read at random: to read ahead cost 15 of 16 images/s where memory was short.
-        """
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.file.madvise(mmap.MADV_RANDOM)
-        return self
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """So that nobody ever meets half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def places(data_dir: Path) -> Iterator[Path]:
-    """Where a map may be: in data_dir, else in the user's cache, else in a folder of the user's for temporary files."""
-    yield data_dir
-    yield Path(os.path.expanduser("~")) / ".cache" / "image_classification"
-    user = str(os.getuid()) if hasattr(os, "getuid") else "me"
-    own = Path(tempfile.gettempdir()) / f"image_classification-{user}"
-    own.mkdir(mode=0o700, exist_ok=True)
-    if user in ("me", str(own.stat().st_uid)):  # else somebody else's, who could have prepared it
-        yield own
-
-
-def find_map(folder: Path, data_dir: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
-    """Decoded images of the files (paths from `folder` on), those of earlier runs and all that are missing.
-
-    In .decoded in the first of `places` that can be written. Raises OSError where none can, or the disk is full, and
-    ValueError for a damaged map.
-    """
-    whole = os.fsencode(f"{folder.resolve()} {DECODED_AS}")
-    failed: OSError | None = None
-    for place in places(data_dir):
-        if failed:
-            print(f"note: {failed.filename} cannot be written: the decoded images are in {place}")
-        try:
-            return decode_into(
-                place / ".decoded" / f"{folder.resolve().name}-{size}-{hashed(whole):016x}", folder, size, paths, keys
-            )
-        except OSError as error:
-            if error.errno not in READ_ONLY:
-                raise
-            failed = error
-    assert failed
-    raise failed
-
-
-def decode_into(place: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
-    """Fill the map in the folder `place` with all that is missing; what is there stays.
-
-    `images` has an image a row, in the order in which they were decoded, `index` a RECORD for each, and
-    `unreadable.json` what is wrong with the others.
-    """
-    from filelock import FileLock, Timeout
-
-    def look() -> tuple[int, np.ndarray, np.ndarray, dict[str, str], np.ndarray]:
-        broken: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            broken = dict(json.loads((place / "unreadable.json").read_text()))
-        count, rows, records = look_up(place, size, keys)
-        known = np.isin(keys, np.array([int(key) for key in broken], np.uint64))
-        return count, rows, records, broken, np.flatnonzero((rows < 0) & ~known)
-
-    failed: dict[int, str] = {}
-    count, rows, records, broken, missing = look()
-    if len(missing):
-        place.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place / "lock")
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            print(f"Another process is decoding these images into {place}: waiting for it")
-            held = lock.acquire()
-        with held:
-            if count > 2 * len(keys):  # most of it is of files that are gone
-                for name in ("index", "images"):
-                    (place / name).unlink()
-            count, rows, records, broken, missing = look()
-            if len(missing):
-                failed, passing = decode_missing(place, folder, size, paths, keys, count, missing)
-                broken |= {str(keys[which]): why for which, why in failed.items() if which not in passing}
-                write_whole(place / "unreadable.json", json.dumps(broken).encode())
-        count, rows, records, *_ = look()
-    file = None
-    pixels = np.empty((0, size, size, 3), np.uint8)
-    if count:
-        with (place / "images").open("rb") as opened:  # copy-on-write would be refused for more than memory can hold
-            file = mmap.mmap(opened.fileno(), count * 3 * size**2, access=mmap.ACCESS_READ)
-        pixels = np.frombuffer(file, np.uint8).reshape(count, size, size, 3)
-    readable = np.flatnonzero(rows >= 0)
-    for which in readable[:: max(1, len(readable) // 100)]:  # two machines may have written, whose locks do not meet
-        if hashed(pixels[rows[which]].tobytes()) != records["digest"][which]:
-            raise ValueError(f"the decoded images in {place} are damaged: delete that folder and run again")
-    why = {paths[which]: failed.get(which) or broken[str(keys[which])] for which in np.flatnonzero(rows < 0).tolist()}
-    return Map(place, file, pixels, rows, records, why)
-
-
-def look_up(place: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
-    try:
-        records, held = np.fromfile(place / "index", RECORD), (place / "images").stat().st_size // (3 * size**2)
-    except FileNotFoundError:
-        records, held = np.empty(0, RECORD), 0
-    records = records[:held]
-    if not len(records):
-        return 0, np.full(len(keys), -1), np.zeros(len(keys), RECORD)
-    order = records["key"].argsort()
-    near = order[np.searchsorted(records["key"], keys, sorter=order).clip(max=len(order) - 1)]
-    return len(records), np.where(records["key"][near] == keys, near, -1), records[near]
-
-
-def decode_missing(
-    place: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, missing: np.ndarray
-) -> tuple[dict[int, str], set[int]]:
-    """Decode the `missing` of these files, in threads, after the `count` images that the map has.
-
-    Returns which cannot be read and why, and those among them that may be readable another time.
-    """
-    unreadable: dict[int, str] = {}
-    passing: set[int] = set()
-
-    def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
-        """How many were looked at, and images and records of those that can be read."""
-        pixels, records = [], []
-        for which in some.tolist():
-            try:
-                pixels.append((each := decode(folder / paths[which], size)).pixels)
-                records.append((keys[which], each.digest, *each.size, each.sketch))
-            except Exception as error:  # whatever a damaged file makes Pillow raise
-                unreadable[which] = str(error) or type(error).__name__
-                if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                    passing.add(which)
-        return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
-
-    print(f"Decoding {len(missing)} images into {place}; later runs begin at once")
-    for name, length in (("images", count * 3 * size**2), ("index", count * RECORD.itemsize)):
-        (place / name).touch()
-        os.truncate(place / name, length)  # without what was only half written
-    threads = min(32, os.cpu_count() or 1)  # each holds a whole photograph
-    together = max(1, min(16, TOGETHER // (3 * size**2)))
-    pieces = np.array_split(missing, math.ceil(len(missing) / together))
-    at_once = max(4 * threads, AT_ONCE // (together * 3 * size**2))
-    with (
-        (place / "images").open("ab") as images, (place / "index").open("ab") as index,
-        warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool,
-        tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
-    ):  # fmt: skip
-        warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
-        for start in range(0, len(pieces), at_once):
-            decoded = []
-            for count, *content in pool.map(decode_some, pieces[start : start + at_once]):
-                decoded.append(content)
-                bar.update(count)
-            for file, parts in zip((images, index), zip(*decoded, strict=True), strict=True):
-                try:
-                    file.write(b"".join(parts))  # never a record before its image
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(place)) from None
-    return unreadable, passing

@@ -78,15 +78,17 @@ def train(held: float, folder: Path, data_dir: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000, metavar="N", help="(default: 1000000)")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="of the last two, in turns (default: 1)")
+    parser.add_argument(
+        "--runs", type=int, default=1, metavar="N", help="of the second and third, in turns (default: 1)"
+    )
     parser.add_argument("--leave", type=float, default=2.0, metavar="GIB", help="for the last run (default: 2)")
     parser.add_argument("--folder", default="data/large", metavar="DIR", help="for it all (default: data/large)")
     options = parser.parse_args()
     base = Path(options.folder).resolve()
-    folder, data_dir = base / f"images-{options.images}", base / "data"
+    folder, data_dir = base / f"images-{options.images}", base / "map-of-large"
     shutil.rmtree(data_dir, ignore_errors=True)
     if not folder.exists():
-        shutil.rmtree(new := base / "new", ignore_errors=True)
+        shutil.rmtree(new := base / "images-unfinished", ignore_errors=True)
         for label in range(CLASSES):
             (new / f"class {label}").mkdir(parents=True, exist_ok=True)
         pieces = range(options.images // TOGETHER)

@@ -227,8 +227,9 @@ def main() -> int:
         print("\n| accident | when | what was wrong after it |\n| --- | --- | --- |")
     lost = 0
     for number in tqdm(range(options.kills), "Killing", unit="run", disable=None):
-        stage = "finished"
-        while stage == "finished":  # a run that had ended by then does not count
+        stage: str = "finished"
+        wrong: list[str] = []
+        while stage == "finished" and not wrong:  # a run that had ended by then does not count
             seconds = chance.uniform(begin, whole)
             stage, wrong = killed(seconds, 0.0 if number % 2 else 120.0, expected)
         lost += bool(wrong)

@@ -19,7 +19,7 @@ from alternatives import datasets
 SLOWLY = """
 import time
 from alternatives import datasets
-datasets.AT_ONCE, decode = 0, datasets.decode
+datasets.WRITTEN, datasets.THREADS, decode = 0, 2, datasets.decode
 datasets.decode = lambda path, size: (time.sleep(0.05), decode(path, size))[1]
 """
 QUICKLY = ["--dataset", "photos", "--width", "0.25", "--epochs", "2", "--precision", "fp32"]
@@ -64,7 +64,7 @@ def check_whole(folder, data):
 
 def test_images_are_decoded_once(folder, photos, decoded, capsys):
     first = load()
-    assert len(decoded) == 110 and "Decoding 110 images into" in capsys.readouterr().out
+    assert len(decoded) == 110 and "Decoding 110 images, once, into" in capsys.readouterr().out
     check_whole(folder, first)
     decoded.clear()
     second = load()
@@ -81,9 +81,16 @@ def test_changed_folder_is_noticed(folder, photos, decoded):
     (photos / "red" / "1.png").rename(photos / "green" / "new.png")
     Image.new("RGB", (48, 36), "white").save(photos / "blue" / "2.png")
     os.utime(photos / "blue" / "3.png", (0, 0))
-    data = load(val_fraction=0.0)
-    assert sorted(decoded) == ["2.png", "3.png", "new.png"]
-    assert data.report["images_per_class"]["all"] == {"blue": 30, "green": 41, "red": 38}
+    Image.open(photos / "blue" / "4.png").save(photos / "blue" / "twin.jpg", quality=80)
+    for _ in range(2):
+        data = load(val_fraction=0.0)
+        assert sorted(decoded) == ["2.png", "3.png", "new.png", "twin.jpg"]
+        assert data.report["images_per_class"]["all"] == {"blue": 31, "green": 41, "red": 38}
+        assert [Path(path).name for twin in data.report["twins"] for path in twin] == [
+            "4.png",
+            "twin.jpg",
+            "near-identical",
+        ]
     check_whole(folder, data)
 
 
@@ -118,6 +125,7 @@ def test_two_processes_decode_each_image_once(program, folder, photos):
     processes = [program.start(*options, "--run-dir", name, patch=SLOWLY) for name in ("one", "other")]
     out = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], out
+    assert sum("Another process is decoding these images" in each for each in out) == 1
     assert (the_map(folder) / "index").stat().st_size == 110 * datasets.RECORD.itemsize
     assert torch.equal(weights("one/model_cnn_photos.pth")["classifier.weight"],
                        weights("other/model_cnn_photos.pth")["classifier.weight"])  # fmt: skip
@@ -145,13 +153,17 @@ def test_map_in_a_folder_that_is_only_read(folder, photos, unwritable, decoded, 
     assert not decoded and "cannot be written" not in capsys.readouterr().out
 
 
-def test_full_disk_while_decoding(inside, folder, photos, small_disk, decoded):
-    disk = small_disk(100)
-    error = inside.error(*QUICKLY, "--data-dir", "disk", "--image-size", "32")
-    assert "No space left on device" in error and "decoded" in error
+def test_full_disk_while_decoding(inside, folder, photos, small_disk, decoded, monkeypatch):
+    disk = small_disk(600)
+    monkeypatch.setattr(datasets, "WRITTEN", 0)
+    monkeypatch.setattr(datasets, "THREADS", 2)
+    error = inside.error(*QUICKLY, "--data-dir", "disk")
+    assert "No space left on device" in error and ".decoded" in error
     (folder / "data").mkdir()
     shutil.copytree(disk / ".decoded", folder / "data" / ".decoded")  # what a larger disk would have
-    data = load(image_size=32)
+    decoded.clear()
+    data = load()
+    assert 0 < len(decoded) < 110
     check_whole(folder, data)
 
 
@@ -198,7 +210,7 @@ def test_run_from_the_map_is_resumed(inside, photos, monkeypatch):
 
 def test_tools_read_from_the_map(folder, photos, monkeypatch, inside, tool_inside):
     monkeypatch.setattr(datasets, "HELD", 0)
-    inside(*QUICKLY[:-2], "--keep-epochs", "--run-dir", "run")
+    inside(*QUICKLY, "--epochs", "12", "--keep-epochs", "--run-dir", "run")
     for options in ([], ["--label-issues"], ["--animate", "run"]):
         tool_inside("explain")(*options)
     tool_inside("export")("--int8")
@@ -213,6 +225,20 @@ def test_broken_files_are_remembered(folder, decoded, capsys):
     decoded.clear()
     capsys.readouterr()
     assert load().report["unreadable"] == first and not decoded and "Decoding" not in capsys.readouterr().out
+
+
+def test_file_that_could_not_be_read_at_that_moment_is_tried_again(folder, decoded, monkeypatch):
+    write_images(folder / "photos", {"red": 200, "green": 200})
+    decode, moments = datasets.decode, [OSError(5, "Input/output error"), MemoryError()]
+
+    def failing(path, size):
+        if path.name == "0.png" and moments:
+            raise moments.pop()
+        return decode(path, size)
+
+    monkeypatch.setattr(datasets, "decode", failing)
+    assert len(load().report["unreadable"]) == 2 and not moments
+    assert not load().report["unreadable"] and decoded.count("0.png") == 2
 
 
 def test_map_that_is_mostly_of_files_that_are_gone_begins_anew(folder, photos, decoded):
