@@ -165,9 +165,7 @@ RECORD = np.dtype([("key", "<u8"), ("digest", "<u8"), ("width", "<u4"), ("height
 DECODED_AS = 1  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
 HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
 WRITTEN = 2**22  # bytes of decoded images that are written at once: so much is lost when decoding is stopped
-PIECE = (
-    2**16
-)  # bytes, but at most 16 images, that a thread decodes in one go: one by one, small ones took twice as long
+PIECE = 2**16  # bytes, of at most 16 images, that a thread decodes in one go; one by one, small ones took twice as long
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = min(32, CORES)  # each holds a whole photograph
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
