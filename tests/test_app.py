@@ -206,9 +206,8 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
             assert "event: error" in answer and "no picture that can be read" in answer
 
 
-def test_port_that_is_taken_is_named(address, model, folder):
-    run = Program(folder, REPOSITORY / "app.py")
-    line = run.error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
+def test_port_that_is_taken_is_named(address, model, tool_inside):
+    line = tool_inside("app").error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
     assert "--port" in line
 
 

@@ -211,8 +211,9 @@ def test_offline_trains_on_digits_and_says_so(program, folder):
 
 
 @pytest.mark.parametrize("options", [["--dataset", "cifar10"], ["--recipe", "default"]])
-def test_offline_without_substitution_fails(program, options):
-    error = program.error(*options, patch=f"ic.SOURCES = ['{DEAD}']")
+def test_offline_without_substitution_fails(inside, monkeypatch, options):
+    monkeypatch.setattr(ic, "SOURCES", [DEAD])
+    error = inside.error(*options)
     for part in (DEAD, ic.ARCHIVE, ic.ARCHIVE_SHA256, "--mirror", "by hand"):
         assert part in error
 
@@ -309,10 +310,11 @@ def test_data_folder_may_be_the_batch_folder(cifar10, inner):
     assert data.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=0.002)
 
 
-def test_unwritable_data_folder(program, folder, unwritable):
+def test_unwritable_data_folder(inside, folder, unwritable, monkeypatch):
     (folder / "data").mkdir()
     unwritable(folder / "data")
-    error = program.error(patch=f"ic.SOURCES = ['{DEAD}']")
+    monkeypatch.setattr(ic, "SOURCES", [DEAD])
+    error = inside.error()
     assert "data" in error and "right to write" in error
 
 

@@ -120,8 +120,9 @@ def test_data_set_by_name_trains_an_epoch(inside, folder, monkeypatch, name):
     assert ("flip" in json.loads((only_run(folder) / "config.json").read_text())["augment"]) == data.mirrored
 
 
-def test_data_set_that_cannot_be_downloaded(program, folder):
-    error = program.error("--dataset", "stl10", env={"http_proxy": "http://127.0.0.1:9"})
+def test_data_set_that_cannot_be_downloaded(inside, folder, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    error = inside.error("--dataset", "stl10")
     assert "--dataset stl10" in error and not list(folder.glob("runs"))
 
 

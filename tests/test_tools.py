@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Program, save, tool
+from conftest import Program, save, tool
 from PIL import Image
 
 import image_classification as ic
@@ -270,8 +269,8 @@ def test_inference_without_torch(exported, pictures, model, data):
     assert "pip install -r requirements.txt" in process.communicate()[1] and process.returncode == 1
 
 
-def test_pt2_computes_the_same(trained, model, data, folder):
-    out, _ = tool("export", folder)("--checkpoint", model.path, "--format", "pt2", "--out", "m.pt2")
+def test_pt2_computes_the_same(trained, model, data, folder, tool_inside):
+    out, _ = tool_inside("export")("--checkpoint", model.path, "--format", "pt2", "--out", "m.pt2")
     assert "logits differ by" in out
     extra = {"classification.json": ""}
     program = torch.export.load(folder / "m.pt2", extra_files=extra).module()
@@ -296,11 +295,11 @@ def test_export_that_computes_something_else_is_refused(model, folder, monkeypat
     assert (folder / "m.onnx").read_text() == "an earlier one"
 
 
-def test_usage_of_export(pictures):
+def test_usage_of_export(pictures, tool_inside):
     (path,) = pictures.glob("model_*.pth")
     before = path.read_bytes()
-    assert "end in .onnx" in tool("export", pictures).error("--out", path.name, status=2)
-    assert "--int8" in tool("export", pictures).error("--format", "pt2", "--int8", status=2)
+    assert "end in .onnx" in tool_inside("export").error("--out", path.name, status=2)
+    assert "--int8" in tool_inside("export").error("--format", "pt2", "--int8", status=2)
     assert path.read_bytes() == before
 
 
@@ -418,9 +417,8 @@ def test_every_network_is_exported_and_explained(name, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["inference", "export", "explain", "app"])
-def test_help_of_the_tools(name):
-    command = [sys.executable, REPOSITORY / f"{name}.py", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_help_of_the_tools(name, tool_inside):
+    text, _ = tool_inside(name)("--help")
     assert f"python {name}.py" in text and "--checkpoint" in text
 
 
