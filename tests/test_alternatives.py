@@ -143,6 +143,7 @@ def test_pretrained_network_with_only_its_head_trained(inside, folder, imagenet,
 def test_pretrained_weights_that_cannot_be_had(inside, folder, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(folder))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies of its first use
     error = inside.error(*QUICK[:2], "--model", "torchvision:squeezenet1_1", "--pretrained")
     assert "ImageNet weights could not be had" in error and "squeezenet1_1-" in error and "--init-from" in error
     assert not (folder / "runs").exists()

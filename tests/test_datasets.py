@@ -122,6 +122,7 @@ def test_data_set_by_name_trains_an_epoch(inside, folder, monkeypatch, name):
 
 def test_data_set_that_cannot_be_downloaded(inside, folder, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies of its first use
     error = inside.error("--dataset", "stl10")
     assert "--dataset stl10" in error and not list(folder.glob("runs"))
 
