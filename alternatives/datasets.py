@@ -623,7 +623,7 @@ def suitable_size(folder: Path, paths: np.ndarray) -> int:
     return next((size for size in (32, 48) if middle <= size), LARGEST)
 
 
-def twins(kept: Images, store: "Map") -> np.ndarray:
+def twins(kept: Images, store: Map) -> np.ndarray:
     """Pairs of images that are identical or nearly so: int64 (P, 3) of two places in `kept` and 1 or 0, ascending.
 
     Of several identical ones each is paired with the first.
@@ -637,7 +637,7 @@ def twins(kept: Images, store: "Map") -> np.ndarray:
     return pairs[np.lexsort(pairs.T[::-1])]
 
 
-def near_identical(kept: Images, places: np.ndarray, store: "Map") -> np.ndarray:
+def near_identical(kept: Images, places: np.ndarray, store: Map) -> np.ndarray:
     """Pairs of the images in these places that are nearly identical, by sketch and then by pixels: int64 (P, 2).
 
     Looked for where there is something to see in an image, until there are MOST_TWINS, among at most MOST_COMPARED
@@ -664,8 +664,7 @@ def near_identical(kept: Images, places: np.ndarray, store: "Map") -> np.ndarray
             break
     found = np.array(near, dtype=np.int64).reshape(-1, 2)
     np.savez(content := io.BytesIO(), of=np.uint64(of), pairs=found)
-    with contextlib.suppress(OSError):
-        write_whole(path, content.getvalue())
+    write_whole(path, content.getvalue())
     return found
 
 
