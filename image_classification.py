@@ -133,7 +133,7 @@ class Config:
     freeze: bool = setting(False, "train only the last layer")
 
     recipe: str = setting(
-        "", "default, accuracy94, a name in alternatives/recipes.py, or FILE.json; other options win over it"
+        "", "default, accuracy94, accuracy96, a name in alternatives/recipes.py, or FILE.json; other options win"
     )
     epochs: int | None = setting(None, "passes over the training images", low=1)
     minutes: float = setting(0.0, "train for so long that all is done in F minutes; 0: by epochs", low=0)
@@ -156,6 +156,7 @@ class Config:
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = setting("auto", "auto: what is fast here", "auto", "fp32", "bf16", "fp16")
+    compile: bool = setting(False, "train a network that torch.compile has compiled: for long and repeated runs")
     seed: int = setting(0, "seed of everything drawn at random", low=0, below=2**40)
     deterministic: bool = setting(False, "deterministic algorithms on GPUs too, slower")
     repeat: int = setting(1, "train with N seeds and report mean and spread", low=1)
@@ -198,6 +199,7 @@ FOR_OPTIMIZER = {"muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.0}}  # 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "accuracy94": {"width": 2.0, "epochs": 18, "val_fraction": 0.0, "test_views": 6},
+    "accuracy96": {"width": 4.0, "epochs": 40, "val_fraction": 0.0, "test_views": 6},  # an aim, not measured yet
 }
 
 
@@ -790,7 +792,8 @@ def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
     """Set the filters of a network's frozen first layer from normalised images, float (N, C, H, W): see CNN."""
     patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (directions / (variances + 1e-2).sqrt()).T.reshape(-1, *layer.weight.shape[1:])
+    filters = (directions / (variances + 1e-2).sqrt()).T.flip(0)  # the largest first: a narrow network starts with few
+    filters = filters.reshape(-1, *layer.weight.shape[1:])
     layer.weight.data.copy_(torch.cat([filters, -filters]))
 
 
@@ -956,31 +959,37 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            weights, updates = [weight for weight in group["params"] if weight.grad is not None], []
+            for weight in weights:
                 if not (state := self.state[weight]):
                     state["momentum"] = torch.zeros_like(weight)
                 average = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                update = orthogonal((weight.grad + group["momentum"] * average).flatten(1).to(self.dtype))
-                weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=1e-7)).sub_(
-                    update.reshape(weight.shape), alpha=group["lr"]
-                )
+                updates.append((weight.grad + group["momentum"] * average).flatten(1).to(self.dtype))
+            for weight, update in zip(weights, orthogonal(updates), strict=True):
+                weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=1e-7))
+                weight.sub_(update.reshape(weight.shape).to(weight.dtype) * group["lr"])
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest orthogonal matrix, by three Newton–Schulz steps with Muon's coefficients.
+def orthogonal(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Roughly the nearest orthogonal matrix to each, by three Newton–Schulz steps with Muon's coefficients.
 
-    They are polynomials in the Gram matrix, which is smaller: half the multiplications, and less is rounded off.
+    They are polynomials in the Gram matrix, which is smaller: half the multiplications, and less is rounded off. Those
+    of one size go through them at once: fewer, larger pieces of work for a GPU.
     """
-    x = (matrix.T if len(matrix) > matrix.shape[1] else matrix) / (matrix.norm() + 1e-7)
-    one = torch.eye(len(x), device=x.device)
-    gram, product = (x @ x.T).float(), one
-    for _ in range(3):
-        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        gram, product = factor @ gram @ factor, factor @ product
-    x = product.to(x.dtype) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+    wide = [matrix.T if len(matrix) > matrix.shape[1] else matrix for matrix in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]
+    results: list[Any] = [None] * len(wide)
+    for size in {len(x) for x in wide}:
+        places = [i for i, x in enumerate(wide) if len(x) == size]
+        one = torch.eye(size, device=wide[0].device)
+        gram, product = torch.stack([wide[i] @ wide[i].T for i in places]).float(), one
+        for _ in range(3):
+            factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+            gram, product = factor @ gram @ factor, factor @ product
+        for i, each in zip(places, product, strict=True):
+            x = each.to(wide[i].dtype) @ wide[i]
+            results[i] = x.T if len(matrices[i]) > matrices[i].shape[1] else x
+    return results
 
 
 def build_optimizers(model: nn.Module, config: Config, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
@@ -995,7 +1004,7 @@ def build_optimizers(model: nn.Module, config: Config, dtype: torch.dtype) -> li
         return [optimizers.build(config.optimizer, weights, lr, momentum, decay)]
     hidden = [weight for weight in weights if weight.ndim in (2, 4)][:-1]  # the last one is the classifier
     rest = [weight for weight in weights if not any(weight is other for other in hidden)]
-    others = torch.optim.AdamW(rest, lr / 12, weight_decay=decay)
+    others = torch.optim.AdamW(rest, lr / 12, weight_decay=decay, capturable=rest[0].is_cuda)
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
     return [Muon(hidden, lr, momentum, dtype), others] if hidden else [others]
 
@@ -1197,7 +1206,8 @@ class Trainer:
             )  # fmt: skip
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.unused = False  # has the network weights that get no gradient?
-        self.parallel: Any = self.model  # what computes gradients, with several processes the mean over them
+        self.parallel: Any = self.model  # what computes gradients: compiled; over several processes their mean
+        self.graphs: Any = None  # recordings of the step, on CUDA
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         low = self.dtype if self.dtype != torch.float32 else None
@@ -1218,26 +1228,27 @@ class Trainer:
     def groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def backward(self, model: nn.Module, plan: list[torch.Tensor], place: slice, scale: float) -> torch.Tensor:
+    def backward(self, model: nn.Module, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
         """Gradients of one batch, or this process's share of it, of images made smaller by `scale`.
 
-        Returns the plain cross-entropy, summed, and the hits of these images: float32 (2,).
+        batch: its slice of all that plan() returns. Returns the plain cross-entropy, summed, and the hits of these
+        images: float32 (2,).
         """
-        begin, length = place.start, place.stop - place.start
-        own = slice(begin + length * self.rank // self.world, begin + length * (self.rank + 1) // self.world)
+        length = len(batch[0])
+        own = slice(length * self.rank // self.world, length * (self.rank + 1) // self.world)
         result = torch.zeros(2, device=self.device)
-        everyone = self.labels[plan[0][place]]
+        everyone = self.labels[batch[0]]
         size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
         parts = min(math.ceil(self.parts * scale**2), length // self.world)  # memory grows with the pixels
-        pieces = zip(*(drawn[own].tensor_split(parts) for drawn in plan), strict=True)
+        pieces = zip(*(drawn[own].tensor_split(parts) for drawn in batch), strict=True)
         for number, (chosen, flips, shifts) in enumerate(pieces, 1):
             labels = self.labels[chosen]
             images, targets = self.augment(gather(self.images, chosen, flips, shifts), labels)
             images = normalise(images, self.model)
             if scale < 1:
                 images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
-            parallel = isinstance(model, nn.parallel.DistributedDataParallel)  # it adds up with the last part
-            with cast(Any, model).no_sync() if parallel and number < parts else contextlib.nullcontext():
+            alone = getattr(model, "no_sync", contextlib.nullcontext)  # processes add up with the last part
+            with alone() if number < parts else contextlib.nullcontext():
                 with self.autocast():
                     logits = model(images).float()
                 smoothing = self.config.label_smoothing
@@ -1272,10 +1283,11 @@ class Trainer:
         """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
         if self.device.type == "cpu" and self.config.model == "cnn":
             return  # it fits any machine that torch fits
+        first = [drawn[self.places[0]] for drawn in self.plan(0)]
         while True:
             try:
                 trial = copy.deepcopy(self.model).train()
-                self.backward(trial, self.plan(0), self.places[0], 1.0)
+                self.backward(trial, first, 1.0)
                 self.unused = any(each.grad is None for each in trial.parameters() if each.requires_grad)
                 return
             except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain kind
@@ -1289,10 +1301,20 @@ class Trainer:
                 f"{math.ceil(self.share / self.parts)} images whose gradients add up; batch norm sees the smaller batch"
             )
 
+    def prepare(self) -> None:
+        """Let the other processes, a compiler or CUDA's graphs take part in the steps to come."""
+        if self.world > 1:
+            self.join()
+        if self.config.compile:
+            self.parallel = torch.compile(self.parallel)
+        plain = self.config.optimizer == "muon" and not augmentation(self.config.augment or "none")[2]
+        plain = plain and self.config.model == "cnn" and isinstance(self.images, torch.Tensor)  # no draws, no looks
+        beside = importlib.util.find_spec("alternatives")
+        if self.device.type == "cuda" and self.world == 1 and plain and not self.scaler.is_enabled() and beside:
+            self.graphs = alternative("graphs", "CUDA").Graphs(self)
+
     def join(self) -> None:
-        """Train with the other processes, if there are some. On CPUs each one's batch norm sees its own images only."""
-        if self.world == 1:
-            return
+        """Train with the other processes. On CPUs each one's batch norm sees its own images only."""
         parts = torch.tensor([self.parts], device=self.device)
         dist.all_reduce(parts, dist.ReduceOp.MAX)
         self.parts = int(parts)
@@ -1314,12 +1336,25 @@ class Trainer:
         result.copy_(both[:-1])
         return look and bool(both[-1] > 0)
 
-    def optimise(self) -> None:
-        """One step of the optimisers, with the gradients that are there."""
+    def advance(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        """One step, with that slice of all that plan() returns; returns what backward() does."""
         losses = [row["train_loss" if row["valid_loss"] is None else "valid_loss"] for row in self.history]
-        factor = schedule(self.config.scheduler, self.step / self.total_steps, losses)
+        factor, scale = schedule(self.config.scheduler, self.step / self.total_steps, losses), self.scale()
         for group, peak in zip(self.groups(), self.peaks, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
+        result = (self.graphs or self.compute)(batch, scale)
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.cost += COST[scale]
+        self.step += 1
+        return result
+
+    def compute(self, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
+        """What the device does in a step: gradients, and what the optimisers make of them."""
+        result = self.backward(self.parallel, batch, scale)
         if self.config.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -1331,10 +1366,7 @@ class Trainer:
             self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
-        if self.average:
-            self.average.update_parameters(self.model)
-        self.cost += COST[self.scale()]
-        self.step += 1
+        return result
 
     def check_finite(self, done: int, saving: bool = False, valid_loss: float = 0.0) -> None:
         """UserError if the loss in one of this epoch's first `done` steps, or what is to be saved, is not finite."""
@@ -1420,6 +1452,9 @@ class Trainer:
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:  # these two may be of another device
+                group |= {"lr": float(group["lr"])}
+                group |= {"capturable": self.device.type == "cuda"} if "capturable" in group else {}
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.average:
@@ -1464,7 +1499,7 @@ def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1
         rank, count = 0, 1
     model.eval()
     with torch.no_grad():
-        for batch in images[rank::count].split(50):
+        for batch in images[rank::count].split(50 if device.type == "cpu" else 500):  # a GPU has more cores to fill
             seen = [(1.0, normalise(batch.to(device), model))]
             if views == 6:
                 padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
@@ -1490,8 +1525,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
     signals: see stop_requests; one there: saves and raises Stopped.
     """
     config, count = trainer.config, trainer.count
-    begun, before, looked = time.perf_counter(), trainer.seconds, 0.0
-    probed, cost = begun, trainer.cost
+    begun, before = time.perf_counter(), trainer.seconds
+    looked, probed, cost = begun, begun, trainer.cost
     epoch, first = divmod(trainer.step, len(trainer.places))
     plan, passed = trainer.plan(epoch), trainer.places[first].start
     trainer.model.train(not config.freeze)  # what is frozen keeps its statistics too
@@ -1499,10 +1534,9 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
               disable=True if trainer.rank else None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
             scale, on_cpu = trainer.scale(), trainer.device.type == "cpu"
-            result = trainer.backward(trainer.parallel, plan, place, scale)
+            result = trainer.advance([drawn[place] for drawn in plan])
             stop = trainer.agree(result, bool(signals), on_cpu or done % PROBE_STEPS == 0)
             trainer.sums[done - 1] = result
-            trainer.optimise()
             due = done % PROBE_STEPS == 0 or done == len(trainer.places)
             due = due or trainer.world == 1 and time.perf_counter() - probed > PROBE_EVERY
             if probing := config.minutes and due:
@@ -1547,7 +1581,7 @@ def train_once(
     trainer.settle_batch()
     if last.exists():
         trainer.load(last)
-    trainer.join()
+    trainer.prepare()
     steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
     counts = f"{len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch"
@@ -1572,7 +1606,7 @@ def train_once(
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
             trainer.seconds = before + time.perf_counter() - begun
             seconds = trainer.seconds - sum(row["seconds"] for row in trainer.history)  # a stop's first half included
-            row |= {"learning_rate": trainer.groups()[0]["lr"], "seconds": seconds}
+            row |= {"learning_rate": float(trainer.groups()[0]["lr"]), "seconds": seconds}
             trainer.history.append(row)
             if better := trainer.best() == epoch:
                 save_checkpoint(run / "best.pth", trainer.finished())
@@ -2024,6 +2058,10 @@ def main(arguments: list[str] | None = None) -> int:
             text += ": is there space, and the right to write?" if not isinstance(error, others) else ""
         elif isinstance(error, ModuleNotFoundError):
             text += f": {INSTALL}"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = (
+                f"--compile does not work here, it needs a compiler: {str(error).partition(chr(10))[0]}: leave it out"
+            )
         elif "operator torchvision::" in text:
             text += f": {PAIR}"
         elif not isinstance(error, UserError):

@@ -303,8 +303,7 @@ def find_lr(config: ic.Config, data: ic.Data, device: torch.device, folder: Path
         plan = plan if index else trainer.plan(epoch)
         place, rate = trainer.places[index], low * (high / low) ** (step / (steps - 1))
         trainer.peaks = [peak * rate / usual for peak in usual_peaks]
-        loss = float(trainer.backward(trainer.model, plan, place, 1.0)[0]) / (place.stop - place.start)
-        trainer.optimise()
+        loss = float(trainer.advance([drawn[place] for drawn in plan])[0]) / (place.stop - place.start)
         recent = fmean([*losses[-4:], loss])
         if not recent <= 4 * lowest:  # it diverges, or is not a number any more
             break

@@ -659,8 +659,7 @@ def test_small_images_count_less_in_what_is_planned(folder, monkeypatch):
     config = ic.settle(ic.Config(dataset="digits", width=0.25, low_res=0.7, epochs=1), data)
     trainer = ic.Trainer(config, data, torch.device("cpu"))
     for place in trainer.places:
-        trainer.backward(trainer.model, trainer.plan(0), place, trainer.scale())
-        trainer.optimise()
+        trainer.advance([drawn[place] for drawn in trainer.plan(0)])
     assert trainer.cost == pytest.approx(trainer.total_steps * trainer.work(1.0), abs=1.0)
     trainer.step = trainer.total_steps // 2
     trainer.seconds, trainer.cost = 60.0, trainer.total_steps * trainer.work(0.5)
@@ -832,7 +831,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
         trainer = ic.Trainer(ic.settle(config, data), data, torch.device("cpu"))
         trainer.parts = parts
         plan = ic.plan_epoch(len(trainer.labels), 0, 0, "none", trainer.device)
-        trainer.backward(trainer.model, plan, trainer.places[0], 1.0)
+        trainer.backward(trainer.model, [drawn[trainer.places[0]] for drawn in plan], 1.0)
         gradients.append(torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1])
 

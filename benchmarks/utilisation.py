@@ -1,0 +1,99 @@
+"""How much of what the device can do does a training step use?
+
+    python benchmarks/utilisation.py
+    python benchmarks/utilisation.py --recipe accuracy94 --device cuda
+
+Counts the operations of the network's forward and backward pass, times whole steps (images, gradients, optimisers) on
+each size of images that a run uses, and compares with what multiplying large matrices reaches in the same precision,
+measured before and after. Prints a Markdown table; writes results/utilisation.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import image_classification as ic
+
+
+def timed(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Median s that `work` takes, of as many times as fit into `seconds`, but three at least."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        begun = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def peak(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Operations per second in multiplying two square matrices."""
+    size = 2048 if device.type == "cpu" else 8192
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / timed(lambda: one @ other, device, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="default", help="as the program's (default: default)")
+    parser.add_argument("--dataset", default="cifar10", help="as the program's (default: cifar10)")
+    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    parser.add_argument("--device", default="auto", help="as the program's")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement (default: 10)")
+    options = parser.parse_args()
+
+    device = ic.choose_device(options.device)
+    config = ic.configure(recipe=options.recipe, dataset=options.dataset, data_dir=options.data_dir)
+    data = ic.load_data(config)
+    trainer = ic.Trainer(ic.settle(config, data), data, device)
+    if device.type == "cpu":
+        ic.keep_freed_memory()
+    trainer.settle_batch()
+    batch = [drawn[trainer.places[0]] for drawn in trainer.plan(0)]
+    trainer.prepare()
+    trainer.total_steps = 10**9  # more than will be done
+    rows: list[dict[str, Any]] = []
+    rates = [peak(device, trainer.dtype, options.seconds)]
+    for scale in (1.0, 0.75, 0.5) if trainer.config.low_res else (1.0,):
+        trainer.scale = lambda scale=scale: scale  # type: ignore[method-assign,misc]
+        with FlopCounterMode(display=False) as counter:
+            trainer.backward(trainer.model, batch, scale)
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+        for _ in range(3):  # the first ones set up what is set up once
+            trainer.advance(batch)
+        seconds = timed(lambda: trainer.advance(batch), device, options.seconds)
+        rows.append({"scale": scale, "seconds": seconds, "operations": counter.get_total_flops()})
+    rates.append(peak(device, trainer.dtype, options.seconds))
+    best = max(rates)
+    print(f"{ic.describe(device)}, {str(trainer.dtype)[6:]}, {len(batch[0])} images a step")
+    print(
+        f"Multiplying matrices: {best / 1e12:.2f} TFLOP/s (before {rates[0] / 1e12:.2f}, after {rates[1] / 1e12:.2f})\n"
+    )
+    print("| images of | ms a step | images/s | TFLOP/s | share |\n| --- | --- | --- | --- | --- |")
+    side = trainer.images.shape[-1]
+    for row in rows:
+        rate = row["operations"] / row["seconds"]
+        row |= {"side": int(side * row["scale"]), "rate": rate, "peak": best, "share": rate / best}
+        print(
+            f"| {row['side']} | {1e3 * row['seconds']:.1f} | {len(batch[0]) / row['seconds']:.0f} | {rate / 1e12:.2f} "
+            f"| {100 * rate / best:.0f} % |"
+        )
+    content = {"recipe": options.recipe, "hardware": ic.describe(device), "versions": ic.VERSIONS, "steps": rows}
+    path = Path(__file__).resolve().parent / "results" / "utilisation.json"
+    path.write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
