@@ -694,7 +694,7 @@ def test_seeds_share_the_minutes(folder, monkeypatch):
 
 
 def test_minutes_shorter_than_an_epoch(program, inside, folder):
-    slower = "; f = ic.Trainer.optimise; ic.Trainer.optimise = lambda self: (__import__('time').sleep(0.02), f(self))"
+    slower = "; f = ic.Trainer.advance; ic.Trainer.advance = lambda *both: (__import__('time').sleep(0.02), f(*both))[1]"
     program(
         "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2",
         patch=f"ic.REPORT_SECONDS = 3{slower}",
@@ -718,7 +718,7 @@ def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder,
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 def test_second_ctrl_c_quits_at_once(program):
     slow = (
-        "import time; step = ic.Trainer.optimise\n" + "ic.Trainer.optimise = lambda self: (time.sleep(20), step(self))"
+        "import time; step = ic.Trainer.advance\n" + "ic.Trainer.advance = lambda *both: (time.sleep(20), step(*both))"
     )
     process = program.start(*LONGER, patch=slow)
     for line in process.stdout:
@@ -982,14 +982,15 @@ def test_resumed_epoch_is_once_in_tensorboard(inside, folder, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_not_saved(inside, folder, monkeypatch):
-    optimise = ic.Trainer.optimise
+    advance = ic.Trainer.advance
 
-    def overflow(trainer):
-        optimise(trainer)
+    def overflow(trainer, batch):
+        result = advance(trainer, batch)
         if trainer.step == trainer.total_steps:  # after the last loss
             trainer.model.classifier.weight.data.fill_(float("inf"))
+        return result
 
-    monkeypatch.setattr(ic.Trainer, "optimise", overflow)
+    monkeypatch.setattr(ic.Trainer, "advance", overflow)
     assert "the loss is no longer finite" in inside.error(*QUICK, "--epochs", "1", "--val-fraction", "0")
     assert not list(folder.rglob("*.pth"))
 
@@ -1021,13 +1022,14 @@ def test_validation_loss_that_is_not_finite_ends_the_run(inside, folder, monkeyp
 
 
 def test_state_of_an_optimiser_that_is_not_finite_is_not_saved(inside, folder, monkeypatch):
-    optimise = ic.Trainer.optimise
+    advance = ic.Trainer.advance
 
-    def overflow(trainer):
-        optimise(trainer)
+    def overflow(trainer, batch):
+        result = advance(trainer, batch)
         next(iter(trainer.optimizers[-1].state.values()))["exp_avg_sq"].fill_(float("inf"))
+        return result
 
-    monkeypatch.setattr(ic.Trainer, "optimise", overflow)
+    monkeypatch.setattr(ic.Trainer, "advance", overflow)
     assert "the loss is no longer finite" in inside.error(*QUICK)
     assert not list(folder.rglob("*.pth"))
 
@@ -1079,13 +1081,13 @@ def test_muon_takes_filters_and_hidden_matrices():
 
 def test_slow_imports_wait_until_they_are_needed(program, cifar10):
     patch = """
-optimise = ic.Trainer.optimise
-def first(trainer):
+advance = ic.Trainer.advance
+def first(trainer, batch):
     slow = {"sklearn", "matplotlib", "tensorboard", "scipy", "pandas", "kornia"} & set(sys.modules)
     assert not slow, slow
-    ic.Trainer.optimise = optimise
-    optimise(trainer)
-ic.Trainer.optimise = first"""
+    ic.Trainer.advance = advance
+    return advance(trainer, batch)
+ic.Trainer.advance = first"""
     program("--data-dir", cifar10, "--fast-dev-run", patch=patch)
 
 
