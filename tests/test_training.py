@@ -694,7 +694,9 @@ def test_seeds_share_the_minutes(folder, monkeypatch):
 
 
 def test_minutes_shorter_than_an_epoch(program, inside, folder):
-    slower = "; f = ic.Trainer.advance; ic.Trainer.advance = lambda *both: (__import__('time').sleep(0.02), f(*both))[1]"
+    slower = (
+        "; f = ic.Trainer.advance; ic.Trainer.advance = lambda *both: (__import__('time').sleep(0.02), f(*both))[1]"
+    )
     program(
         "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2",
         patch=f"ic.REPORT_SECONDS = 3{slower}",
