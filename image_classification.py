@@ -62,6 +62,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+__version__ = "0.9.0"
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
 PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
 try:
@@ -1714,7 +1715,10 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
 
 # ==== Report ==========================================================================================================
 
-VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform()}
+VERSIONS = {
+    "image_classification": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
+    "platform": platform.platform(),
+}  # fmt: skip
 
 
 @dataclass
@@ -1998,6 +2002,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
         usage="%(prog)s [options]",
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=", ".join(f"{name} {v}" for name, v in VERSIONS.items()))
     for entry in fields(Config):
         name, kind, default = entry.name, KINDS[entry.name], entry.default
         if name in GROUPS:

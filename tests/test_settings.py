@@ -234,3 +234,19 @@ def test_an_ablation_runs_beside_alternatives(monkeypatch, cifar10):
     monkeypatch.setitem(ablations.VARIANTS, "AdamW", (["--optimizer", "adamw", "--fast-dev-run"], []))
     result = ablations.run("AdamW", 0, str(cifar10), 1)
     assert result["seconds"] > 0 and 0 <= result["valid_accuracy"] <= 1
+
+
+def test_version_is_the_same_everywhere(inside):
+    version = inside("--version")[0].split()[1].rstrip(",")
+    newest = re.search(r"^## (\S+),", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    cited = re.search(r"^version: (\S+)", (REPOSITORY / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert version == newest == cited == ic.__version__
+
+
+def test_examples_of_additions_are_the_real_ones():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```diff\n\+\+\+ (\S+)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    for path, block in blocks:
+        there = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
+        assert all(line[1:] in there for line in block.splitlines()), path
