@@ -86,9 +86,7 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "fp32": (["--precision", "fp32"], []),
     "colours one after the other in memory": ([], [(".to(memory_format=torch.channels_last)", "")]),
     "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
-    "torch.compile": (
-        [], [("        self.augment = batch", "        self.model.compile()\n        self.augment = batch")],
-    ),
+    "torch.compile": (["--compile"], []),
     "one thread": ([], [("def main(", "torch.set_num_threads(1)\n\n\ndef main(")]),
     "threads bound to cores": (
         [], [("    import torch\n", "    os.environ['OMP_PROC_BIND'] = 'true'\n    import torch\n")],
