@@ -29,6 +29,7 @@ START = time.perf_counter()  # before the slow imports: --minutes counts them to
 
 import argparse
 import bisect
+import collections
 import contextlib
 import copy
 import csv
@@ -1202,7 +1203,7 @@ class Trainer:
         self.average: Any = None
         if config.ema:  # reaches back over about an epoch
             self.average = torch.optim.swa_utils.AveragedModel(
-                self.model, use_buffers=True,
+                self.model, device, use_buffers=True,
                 avg_fn=lambda mean, new, n: mean + (new - mean) / torch.as_tensor(n + 1).clamp(max=steps),
             )  # fmt: skip
         self.optimizers = build_optimizers(self.model, config, self.dtype)
@@ -1223,7 +1224,7 @@ class Trainer:
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
         self.pause = 0.0  # s that the end of an epoch takes; each shows it anew
-        self.scales: set[float] = set()  # of images whose first step is over
+        self.scales = collections.Counter[float]()  # of images: the steps that this process has done with each
         self.masks = {name for name, value in self.model.named_buffers() if not value.isfinite().all()}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -1306,12 +1307,13 @@ class Trainer:
         """Let the other processes, a compiler or CUDA's graphs take part in the steps to come."""
         if self.world > 1:
             self.join()
-        if self.config.compile:
+        config = self.config
+        if config.compile:
             self.parallel = torch.compile(self.parallel)
-        plain = self.config.optimizer == "muon" and not augmentation(self.config.augment or "none")[2]
-        plain = plain and self.config.model == "cnn" and isinstance(self.images, torch.Tensor)  # no draws, no looks
-        beside = importlib.util.find_spec("alternatives")
-        if self.device.type == "cuda" and self.world == 1 and plain and not self.scaler.is_enabled() and beside:
+        known = config.model == "cnn" and config.optimizer == "muon" and isinstance(self.images, torch.Tensor)
+        draws = config.dropout or augmentation(config.augment or "none")[2]
+        recordable = known and not draws and not self.scaler.is_enabled() and self.world == 1
+        if self.device.type == "cuda" and recordable and importlib.util.find_spec("alternatives"):
             self.graphs = alternative("graphs", "CUDA").Graphs(self)
 
     def join(self) -> None:
@@ -1452,10 +1454,9 @@ class Trainer:
         state, total_steps, parts = read_checkpoint(path, self.data.classes), self.total_steps, self.parts
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                group |= {name: own[name] for name in ("lr", "capturable") if name in own}  # these are this device's
             optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:  # these two may be of another device
-                group |= {"lr": float(group["lr"])}
-                group |= {"capturable": self.device.type == "cuda"} if "capturable" in group else {}
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.average:
@@ -1500,7 +1501,8 @@ def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1
         rank, count = 0, 1
     model.eval()
     with torch.no_grad():
-        for batch in images[rank::count].split(50 if device.type == "cpu" else 500):  # a GPU has more cores to fill
+        at_once = 50 if device.type == "cpu" else max(50, 500 * 32**2 // images.shape[-1] ** 2)  # a GPU has more cores
+        for batch in images[rank::count].split(at_once):
             seen = [(1.0, normalise(batch.to(device), model))]
             if views == 6:
                 padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
@@ -1549,8 +1551,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 trainer.check_finite(done)
                 loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
                 bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
-            if scale not in trainer.scales:  # the first step of a size sets up its convolutions
-                trainer.scales.add(scale)
+            trainer.scales[scale] += 1
+            if trainer.scales[scale] < 3:  # the first of a size sets up its convolutions, the second may be recorded
                 probed, cost = now, trainer.cost
             if probing and cost < trainer.cost and trainer.step < trainer.total_steps:
                 trainer.fit_minutes((now - probed) / (trainer.cost - cost))
@@ -2064,9 +2066,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif isinstance(error, ModuleNotFoundError):
             text += f": {INSTALL}"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            text = (
-                f"--compile does not work here, it needs a compiler: {str(error).partition(chr(10))[0]}: leave it out"
-            )
+            text = f"--compile does not work here: {str(error).partition(chr(10))[0]}: leave it out"
         elif "operator torchvision::" in text:
             text += f": {PAIR}"
         elif not isinstance(error, UserError):

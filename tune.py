@@ -77,6 +77,7 @@ def new_trainer(config: ic.Config, data: ic.Data, device: torch.device) -> ic.Tr
     """All that a step changes, in batches that fit into memory."""
     trainer = ic.Trainer(config, data, device)
     trainer.settle_batch()
+    trainer.prepare()
     return trainer
 
 

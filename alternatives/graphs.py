@@ -1,5 +1,6 @@
 """CUDA graphs: training steps that are recorded once and replayed, which spares the CPU hundreds of launches each."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,16 +19,19 @@ class Graphs:
     """Does a trainer's steps (`compute`) by replaying recordings, one for each size of batch and images.
 
     The first step of a size is done as ever, which sets up what is set up once; the second one is recorded. If a
-    recording does not change the weights as that step did, the trainer goes on without any.
+    recording does not change every tensor as that step did, the trainer goes on without any.
     """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.recorded = trainer, dict[Any, Any]()
+        self.trainer: Any = weakref.proxy(trainer)  # or its memory would be kept after it
+        self.recorded: dict[Any, Any] = {}
         self.pool = None
         if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(trainer.device)
             torch.cuda.set_stream(torch.cuda.Stream(trainer.device))  # the default one cannot be recorded
             self.pool = torch.cuda.graph_pool_handle()
+        for group in trainer.groups():  # a number would be recorded; a tensor is read anew each time
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=trainer.device)
 
     def __call__(self, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
         """What `trainer.compute(batch, scale)` does and returns."""
@@ -56,22 +60,19 @@ class Graphs:
             for tensor, value in zip(self.state(), values, strict=True):
                 tensor.copy_(value)
 
-        def distance(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-            return sum(float((a - b).float().square().sum()) for a, b in zip(ones, others, strict=True))
-
         inputs, before = [drawn.clone() for drawn in batch], [tensor.clone() for tensor in self.state()]
         expected = self.trainer.compute(inputs, scale)
-        after, why = [tensor.clone() for tensor in self.state()], "its steps differ"
+        after, why = [tensor.clone() for tensor in self.state()], "it does something else"
         take(before)
         try:
-            for group in self.trainer.groups():  # a number would be recorded; a tensor is read anew each time
-                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=self.trainer.device)
             replay, result = capture(lambda: self.trainer.compute(inputs, scale), self.pool)
             replay()
-            same = distance(self.state(), after) <= 0.01 * distance(after, before)
-            same = same and torch.allclose(result, expected, rtol=0.01)
-        except RuntimeError as error:
-            same, why = False, str(error).partition("\n")[0]
+            same = torch.allclose(result, expected, rtol=0.01)
+            for was, now, should in zip(before, self.state(), after, strict=True):
+                off, moved = (now - should).double().norm(), (should - was).double().norm()
+                same = same and bool(off <= 0.5 * moved)  # noise in small gradients turns some of AdamW's steps round
+        except Exception as error:  # whatever cannot be recorded; the cause comes before what ending it raises
+            same, why = False, str(error.__context__ or error).partition("\n")[0]
         take(after)
         if same:
             self.recorded[size] = inputs, replay, result

@@ -5,7 +5,7 @@
 
 Counts the operations of the network's forward and backward pass, times whole steps (images, gradients, optimisers) on
 each size of images that a run uses, and compares with what multiplying large matrices reaches in the same precision,
-measured before and after. Prints a Markdown table; writes results/utilisation.json.
+measured in turn with the steps, five times. Prints a Markdown table; writes results/utilisation.json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import image_classification as ic
 
 
-def timed(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+def timed(work: Callable[[], Any], device: torch.device, seconds: float = 2.0) -> float:
     """Median s that `work` takes, of as many times as fit into `seconds`, but three at least."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
@@ -37,23 +37,17 @@ def timed(work: Callable[[], Any], device: torch.device, seconds: float) -> floa
     return statistics.median(times)
 
 
-def peak(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Operations per second in multiplying two square matrices."""
-    size = 2048 if device.type == "cpu" else 8192
-    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / timed(lambda: one @ other, device, seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="default", help="as the program's (default: default)")
     parser.add_argument("--dataset", default="cifar10", help="as the program's (default: cifar10)")
     parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
     parser.add_argument("--device", default="auto", help="as the program's")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement (default: 10)")
+    parser.add_argument("--name", default="utilisation", help="of the result file")
     options = parser.parse_args()
 
     device = ic.choose_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # as in training
     config = ic.configure(recipe=options.recipe, dataset=options.dataset, data_dir=options.data_dir)
     data = ic.load_data(config)
     trainer = ic.Trainer(ic.settle(config, data), data, device)
@@ -63,8 +57,11 @@ def main() -> None:
     batch = [drawn[trainer.places[0]] for drawn in trainer.plan(0)]
     trainer.prepare()
     trainer.total_steps = 10**9  # more than will be done
+    size = 2048 if device.type == "cpu" else 8192
+    one, other = (torch.randn(size, size, device=device).to(trainer.dtype) for _ in range(2))
+    print(f"{ic.describe(device)}, {str(trainer.dtype)[6:]}, {len(batch[0])} images a step\n")
+    print("| images of | ms a step | images/s | TFLOP/s | matrices, TFLOP/s | share |\n" + "| --- " * 6 + "|")
     rows: list[dict[str, Any]] = []
-    rates = [peak(device, trainer.dtype, options.seconds)]
     for scale in (1.0, 0.75, 0.5) if trainer.config.low_res else (1.0,):
         trainer.scale = lambda scale=scale: scale  # type: ignore[method-assign,misc]
         with FlopCounterMode(display=False) as counter:
@@ -73,25 +70,20 @@ def main() -> None:
             optimizer.zero_grad()
         for _ in range(3):  # the first ones set up what is set up once
             trainer.advance(batch)
-        seconds = timed(lambda: trainer.advance(batch), device, options.seconds)
-        rows.append({"scale": scale, "seconds": seconds, "operations": counter.get_total_flops()})
-    rates.append(peak(device, trainer.dtype, options.seconds))
-    best = max(rates)
-    print(f"{ic.describe(device)}, {str(trainer.dtype)[6:]}, {len(batch[0])} images a step")
-    print(
-        f"Multiplying matrices: {best / 1e12:.2f} TFLOP/s (before {rates[0] / 1e12:.2f}, after {rates[1] / 1e12:.2f})\n"
-    )
-    print("| images of | ms a step | images/s | TFLOP/s | share |\n| --- | --- | --- | --- | --- |")
-    side = trainer.images.shape[-1]
-    for row in rows:
-        rate = row["operations"] / row["seconds"]
-        row |= {"side": int(side * row["scale"]), "rate": rate, "peak": best, "share": rate / best}
+        rounds = [(timed(lambda: trainer.advance(batch), device), timed(lambda: one @ other, device)) for _ in range(5)]
+        steps, products = ([each[place] for each in rounds] for place in (0, 1))
+        rates = [counter.get_total_flops() / seconds for seconds in steps]
+        peaks = [2 * size**3 / seconds for seconds in products]
+        shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
+        rows.append({"scale": scale, "seconds": steps, "rates": rates, "peaks": peaks, "shares": shares})
+        step, rate, peak, share = map(statistics.median, (steps, rates, peaks, shares))
+        spread = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
         print(
-            f"| {row['side']} | {1e3 * row['seconds']:.1f} | {len(batch[0]) / row['seconds']:.0f} | {rate / 1e12:.2f} "
-            f"| {100 * rate / best:.0f} % |"
+            f"| {int(trainer.images.shape[-1] * scale)} | {1e3 * step:.1f} | {len(batch[0]) / step:.0f} "
+            f"| {rate / 1e12:.2f} | {peak / 1e12:.2f} | {100 * share:.0f} % ({spread}) |"
         )
     content = {"recipe": options.recipe, "hardware": ic.describe(device), "versions": ic.VERSIONS, "steps": rows}
-    path = Path(__file__).resolve().parent / "results" / "utilisation.json"
+    path = Path(__file__).resolve().parent / "results" / f"{options.name}.json"
     path.write_text(json.dumps(content, indent=1))
 
 
