@@ -149,7 +149,8 @@ def trained(tmp_path_factory):
     )
     folder.mkdir(exist_ok=True)
     place = find_cifar10()
-    data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "5000"] if place else ["--dataset", "digits"]
+    data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "5000", "--batch-size", "250"]
+    data = data if place else ["--dataset", "digits"]
     with FileLock(folder / ".lock"):
         if not list(folder.glob("model_*.pth")):
             Program(folder)(*data, "--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run")

@@ -148,15 +148,12 @@ def test_tensorboard_has_it_all(digits):
     assert [event.value for event in valid.Scalars("loss")] == pytest.approx(losses)
 
 
-def test_learning_on_real_images(cifar10, folder, monkeypatch):
+def test_learning_on_real_images(cifar10, trained):
     """Fails for shuffled labels, wrong gradients, a dead schedule, unnormalised or garbled images."""
-    monkeypatch.chdir(folder)
-    report = ic.train(ic.Config(data_dir=str(cifar10), subset=5000, epochs=4, batch_size=250))
-    assert report.history[-1]["valid_accuracy"] > LEARNED
-    assert report.history[-1]["train_loss"] < report.history[0]["train_loss"] - 0.5
-
-
-LEARNED = 0.55
+    with (trained / "run" / "metrics.csv").open() as file:
+        first, *_, last = csv.DictReader(file)
+    assert float(last["valid_accuracy"]) > 0.55
+    assert float(last["train_loss"]) < float(first["train_loss"]) - 0.5
 
 
 def test_hints_and_worst_mistakes(inside, folder):
