@@ -190,6 +190,7 @@ class Config:
 
 
 KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(Config).items()}
+METAVARS = {"mirror": "URL", "init_from": "FILE.pth", "out": "FILE.pth", "resume": "DIR"}
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # each by its first setting
 # What None stands for, chosen on validation images: benchmarks/README.md.
 FOR_DATASET: dict[str, dict[str, Any]] = {
@@ -1224,6 +1225,7 @@ class Trainer:
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
         self.pause = 0.0  # s that the end of an epoch takes; each shows it anew
+        self.pace = 0.0  # s for a step on whole images, by the latest probes
         self.scales = collections.Counter[float]()  # of images: the steps that this process has done with each
         self.masks = {name for name, value in self.model.named_buffers() if not value.isfinite().all()}
 
@@ -1389,6 +1391,8 @@ class Trainer:
 
         per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
         """
+        # a single probe is not to end a run: the machine may have been busy for as long as it took
+        per_step = self.pace = (per_step + (self.pace or per_step)) / 2
         views = self.config.test_views
         # forward only: half of a step in fp32, measured; a third in bf16, and 0.3 s for files, until an epoch has ended
         test = per_step * self.data.test_images / self.places[0].stop / 2 * self.world  # the first process tests alone
@@ -1417,6 +1421,10 @@ class Trainer:
         work = self.total_steps * (self.work(1.0) - self.work(self.step / self.total_steps))
         return f"{tqdm.format_interval(self.seconds / self.cost * work)} left"
 
+    def seen(self) -> int:
+        """How many of the training images have been trained on."""
+        return min(len(self.labels), self.places[min(self.step, len(self.places)) - 1].stop)
+
     def tested(self) -> nn.Module:
         """The network that counts: the one in training, or with --ema the moving average of its weights."""
         return self.average.module if self.average else self.model
@@ -1426,7 +1434,7 @@ class Trainer:
         return {
             "model": self.tested().state_dict(), "config": asdict(self.config), "classes": self.data.classes,
             "mean": self.mean, "std": self.std, "image_size": self.images.shape[-1],
-            "dataset": self.data.name, "train_images": len(self.labels), "versions": VERSIONS,
+            "dataset": self.data.name, "train_images": self.seen(), "versions": VERSIONS,
             "metrics": dict(self.history[-1]) if self.history else {},
         }  # fmt: skip
 
@@ -1591,6 +1599,8 @@ def train_once(
     small = f"; the first {100 * config.low_res:.0f} % of the run on smaller images" if config.low_res else ""
     several = f"; {trainer.world} processes share each batch" if trainer.world > 1 else ""
     print(f"{data.name}: {counts}{small}{several}")
+    if trainer.step:
+        print(f"Going on after step {trainer.step} of {trainer.total_steps}")
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
             begun, before = time.perf_counter(), trainer.seconds
@@ -1900,15 +1910,16 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         "class_accuracy": recall,  # the share of a class that is recognised: both are this
         "precision": precision, "recall": recall, "f1": f1, "confusion_matrix": matrix.tolist(),
         "temperature": temperature, "calibration_error": errors[1], "calibration_error_before": errors[0],
-        "seconds": trainer.seconds, "dataset": data.name, "train_images": len(trainer.labels), "epochs": len(history),
+        "seconds": trainer.seconds, "dataset": data.name, "train_images": trainer.seen(), "epochs": len(history),
         "substituted_for": f"CIFAR10: {data.substitution}" if data.substitution else None, "commit": commit(),
         "hardware": describe(trainer.device), "versions": VERSIONS,
     }  # fmt: skip
     instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
     interval = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead}"
-    print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % ({interval})")
+    print(f"Accuracy of the network on the {count} test images: {100 * hits / count:.0f} % ({interval})")
     for name in classes:
         more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
+        more += f", {tested[name]} tested" if 0 < tested[name] < 30 else ""  # too few to say much
         print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  ({more})")
     if config.test_views > 1:
         share = evaluate(trainer.model, *test, config.test_views).accuracy
@@ -1918,7 +1929,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     before = f"{percent(errors[0])} before its calibration" if temperature else "not calibrated: no validation images"
     print(f"Confidence is off by {percent(errors[1])} on average ({before})")
-    print(f"Trained on {len(trainer.labels)} images for {tqdm.format_interval(trainer.seconds)}")
+    print(f"Trained on {trainer.seen()} images for {tqdm.format_interval(trainer.seconds)}")
     training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"]
     reached = training if reached is None else reached
     if config.fast_dev_run:
@@ -2018,9 +2029,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
             default += "; others: README" if default else ""
         text = entry.metadata["help"] + (f" (default: {default})" if default != "" else "")
         choices = entry.metadata["choices"] or None
-        metavar = {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind]
+        metavar = METAVARS.get(name) or {int: "N", float: "F", str: name.split("_")[-1].upper()}[kind]
         group.add_argument(option(name), type=kind, choices=choices, metavar=None if choices else metavar, help=text)
-    return parser, vars(parser.parse_args(arguments))
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [option(name) for name in KINDS], n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{f': did you mean {near[0]}?' if near else ''}")
+    return parser, vars(given)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -481,7 +481,11 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     classes = [path.name for path in class_folders(next(iter(parts.values())))]
     paths, part_of, label_of, keys, other = list_images(folder, parts, classes)
     if other:
-        print(f"note: {len(other)} files that Pillow knows no format of are left out, such as {other[0]}")
+        kinds = Counter(Path(name).suffix.lower() or "without an extension" for name in other).most_common(5)
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        print(
+            f"note: left out, of no format that Pillow knows: {many(len(other), 'file')} ({listed}), such as {other[0]}"
+        )
     size = image_size or suitable_size(folder, paths)
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
     print(
@@ -499,7 +503,8 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
         print(line)
     if len(store.unreadable) > UNREADABLE * len(paths):
         first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
-        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read: {first_ones}")
+        most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
+        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
 
     learned, validated, tested = (
         chosen[np.isin(kept.part[chosen], names)] for names in (["all", "train"], ["valid"], ["test"])
@@ -683,6 +688,10 @@ def used(kept: Images) -> np.ndarray:
     return np.flatnonzero(firsts(kept.label, kept.record["digest"]) == np.arange(len(kept.label)))
 
 
+def many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def describe(
     folder: Path, classes: list[str], size: int, kept: Images, chosen: np.ndarray, unreadable: dict[str, str],
     pairs: np.ndarray,
@@ -701,32 +710,30 @@ def describe(
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
         words.append(f"  {part}: {sum(table[part].values())} images ({listed})")
     sides = np.sort(np.minimum(kept.record["width"], kept.record["height"]))
-    words.append(f"  shorter sides from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}")
+    spread = f"from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}"
+    words.append(f"  shorter sides {spread if sides[0] < sides[-1] else f'of {sides[0]} pixels'}")
     if sides[0] < size / 2:
         words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
     learned = count(chosen)[parts[0]]
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words.append(
-            f"  fewer than {FEW} images: {listed}. Of 1 or 2, all are trained on; of 3, one is for testing where"
-        )
-        words.append("    there is no test/, and none for validation where there is no val/")
+        words.append(f"  fewer than {FEW} images: {listed}. Of 1 or 2, all are trained on, of less than 8 none is for")
+        words.append("    validation, unless test/ and val/ say otherwise. A test on so few says little of their class")
     if max(learned.values()) > 5 * max(1, min(learned.values())):
         words.append(
             "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"
         )
     if unreadable:
         listed = "; ".join(f"{folder / path} ({why})" for path, why in list(unreadable.items())[:5])
-        words.append(f"  {len(unreadable)} files cannot be read and are left out: {listed}")
+        words.append(f"  left out, because it cannot be read: {many(len(unreadable), 'file')}: {listed}")
     same = int(pairs[:, 2].sum())
     once = "; identical ones of a class are used once" if "all" in table else ""
     if (different := len(kept.label) - same) > MOST_COMPARED:
-        words.append(
-            f"  {same} pairs of identical images{once}. {different} are too many to look for near-identical ones"
-        )
+        more = f"{different} are too many to look for near-identical ones"
+        words.append(f"  {many(same, 'pair')} of identical images{once}. {more}")
     elif len(pairs):
-        words.append(f"  {same} pairs of identical and {len(pairs) - same} of near-identical images{once}")
+        words.append(f"  {many(same, 'pair')} of identical and {len(pairs) - same} of near-identical images{once}")
 
     def example(which: np.ndarray) -> str:
         return " and ".join(str(folder / kept.path[place]) for place in pairs[which][0, :2])
@@ -736,10 +743,12 @@ def describe(
         if (across := (sides_of == [one, other]).all(1)).any():
             better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
             names = f"{one} and {other}, such as {example(across)}"
-            words.append(f"  WARNING: {across.sum()} pairs lie across {names}: {better}")
+            words.append(f"  WARNING: {many(across.sum(), 'pair')} across {names}: {better}")
     labels = kept.label[pairs[:, :2]]
     if (crossed := labels[:, 0] != labels[:, 1]).any():
-        words.append(f"  {crossed.sum()} of these pairs have different classes, such as {example(crossed)}")
+        words.append(
+            f"  {crossed.sum()} of these in two classes, such as {example(crossed)}: both stay, one label is wrong"
+        )
     sizes = Counter(zip(kept.record["width"].tolist(), kept.record["height"].tolist(), strict=True))
     return {
         "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,

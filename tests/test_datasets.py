@@ -201,10 +201,10 @@ def test_faults_of_real_folders_are_reported(folder, photos, capsys):
     (photos / "blue" / "notes.txt").write_text("no image")
     data = ic.load_data(ic.Config(dataset=str(photos)))
     out = capsys.readouterr().out
-    assert "note: 1 files that Pillow knows no format of" in out
-    assert "1 files cannot be read" in out and "text.jpg" in out
+    assert "no format that Pillow knows: 1 file (1 .txt)" in out
+    assert "cannot be read: 1 file: " in out and "text.jpg" in out
     assert "fewer than 10 images: rare (3)" in out and "differ much in size" in out
-    assert "have different classes" in out and "near-identical" in out
+    assert "in two classes, such as " in out and "near-identical" in out
     kinds = [kind for *_, kind in data.report["twins"]]
     assert kinds.count("near-identical") == 1 and kinds.count("identical") == 3
     total = 110 + 3 + 4 - 2  # of the red copies one each is left
@@ -217,12 +217,17 @@ def test_twins_across_training_and_test_are_a_warning(folder, capsys):
     shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
     ic.load_data(ic.Config(dataset=str(folder / "photos")))
     out = capsys.readouterr().out
-    assert "WARNING: 1 pairs lie across train and test" in out and "leak.png" in out and "the test accuracy" in out
+    assert (
+        "WARNING: across train and test, such as " in out
+        and "leak.png: 1 pair: " in out
+        and "leak.png" in out
+        and "the test accuracy" in out
+    )
     shutil.copytree(folder / "photos" / "train", folder / "photos" / "val")
     (folder / "photos" / "test" / "red" / "leak.png").unlink()
     ic.load_data(ic.Config(dataset=str(folder / "photos")))
     out = capsys.readouterr().out
-    assert "WARNING: 24 pairs lie across train and valid" in out and "the test accuracy" not in out
+    assert "WARNING: 24 pairs across train and valid" in out and "the test accuracy" not in out
 
 
 @pytest.mark.parametrize(("count", "split"), [(1, (1, 0, 0)), (2, (2, 0, 0)), (3, (2, 0, 1)), (10, (7, 1, 2))])
@@ -347,7 +352,7 @@ def classes_below(photos):
         (loose, "loose.png lies in"),
         (loose_in_train, "loose.png lies in"),
         (untestable, "no class has enough images to test with"),
-        (damaged, "5 of 110 images cannot be read"),
+        (damaged, "5 of 110 images cannot be read, more than 1 %: mend or delete them"),
         (all_damaged, "no image of the class red can be read"),
     ],
 )

@@ -288,7 +288,6 @@ def test_many_images_are_not_compared_each_with_each(photos, monkeypatch, capsys
     monkeypatch.setattr(datasets, "MOST_COMPARED", 100)
     shutil.copy(photos / "red" / "0.png", photos / "red" / "copy.png")
     assert [kind for *_, kind in load().report["twins"]] == ["identical"]
-    assert (
-        "1 pairs of identical images; identical ones of a class are used once. 110 are too many to look for near"
-        in (capsys.readouterr().out)
+    assert "1 pair of identical images; identical ones of a class are used once. 110 are too many to look for near" in (
+        capsys.readouterr().out
     )

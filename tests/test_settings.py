@@ -64,7 +64,7 @@ def test_every_setting_is_in_help_and_readme():
         ("--augment crop=32", "out of sight"),
         ("--test-views 3", "invalid choice"),
         ("--mirror teacher:8000", "has to begin with http://"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3: did you mean --epochs?"),
     ],
 )
 def test_wrong_usage_is_status_2_and_one_line(arguments, words, capsys, folder, monkeypatch):
