@@ -1916,7 +1916,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     }  # fmt: skip
     instead = f"; {data.name}, because CIFAR-10 could not be had" if data.substitution else ""
     interval = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead}"
-    print(f"Accuracy of the network on the {count} test images: {100 * hits / count:.0f} % ({interval})")
+    # cut as in the reference: 100 % means all
+    print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % ({interval})")
     for name in classes:
         more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
         more += f", {tested[name]} tested" if 0 < tested[name] < 30 else ""  # too few to say much

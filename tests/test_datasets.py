@@ -217,12 +217,7 @@ def test_twins_across_training_and_test_are_a_warning(folder, capsys):
     shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
     ic.load_data(ic.Config(dataset=str(folder / "photos")))
     out = capsys.readouterr().out
-    assert (
-        "WARNING: across train and test, such as " in out
-        and "leak.png: 1 pair: " in out
-        and "leak.png" in out
-        and "the test accuracy" in out
-    )
+    assert "WARNING: 1 pair across train and test" in out and "leak.png" in out and "the test accuracy" in out
     shutil.copytree(folder / "photos" / "train", folder / "photos" / "val")
     (folder / "photos" / "test" / "red" / "leak.png").unlink()
     ic.load_data(ic.Config(dataset=str(folder / "photos")))

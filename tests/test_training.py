@@ -69,7 +69,7 @@ def test_report_and_metrics_agree_with_what_was_printed(digits):
     report = json.loads((run / "report.json").read_text())
     matrix = torch.tensor(report["confusion_matrix"])
     assert matrix.sum() == 359
-    assert f"on the 359 test images: {100 * matrix.trace() / 359:.0f} % (" in out
+    assert f"on the 359 test images: {int(100 * matrix.trace() / 359)} % (" in out
     assert report["test_accuracy"] == pytest.approx(matrix.trace().item() / 359)
     low, high = report["test_accuracy_interval"]
     share, z2 = report["test_accuracy"], 1.959964**2 / 359  # Wilson (1927)
