@@ -1422,8 +1422,9 @@ class Trainer:
         return f"{tqdm.format_interval(self.seconds / self.cost * work)} left"
 
     def seen(self) -> int:
-        """How many of the training images have been trained on."""
-        return min(len(self.labels), self.places[min(self.step, len(self.places)) - 1].stop)
+        """How many images have been trained on: all, once an epoch is over."""
+        drawn = self.places[self.step - 1].stop if self.step < len(self.places) else len(self.labels)
+        return min(drawn, len(self.labels))
 
     def tested(self) -> nn.Module:
         """The network that counts: the one in training, or with --ema the moving average of its weights."""

@@ -134,6 +134,7 @@ def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):
     out, _ = inside("--dataset", "photos", "--epochs", "12", "--width", "0.5")
     assert "becomes 48 by 48 pixels" in out
     assert "all: 110 images (blue 30, green 40, red 40)" in out
+    assert out.count(" 8 tested)") == 2 and out.count(" 6 tested)") == 1
     report = json.loads((only_run(folder) / "report.json").read_text())
     assert report["test_accuracy"] > 0.8 and report["train_images"] == 80
     assert sum(map(sum, report["confusion_matrix"])) == 22 and set(report["recall"]) == {"red", "green", "blue"}

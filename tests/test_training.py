@@ -167,6 +167,12 @@ def test_hints_and_worst_mistakes(inside, folder):
     assert "hardly better than guessing" in out
 
 
+def test_narrow_network_on_grey_images(inside, folder):
+    """What its few filters see first has to be more than noise, in bf16 too."""
+    inside(*QUICK, "--precision", "bf16")
+    assert json.loads((only_run(folder) / "report.json").read_text())["test_accuracy"] > 0.8
+
+
 def test_fast_dev_run_replaces_no_model(inside, folder):
     (folder / "model_cnn_digits.pth").write_text("precious")
     inside("--dataset", "digits", "--fast-dev-run")
@@ -475,7 +481,8 @@ def test_stopped_run_goes_on_bit_for_bit(program, inside, folder, unbroken, sign
     command = re.search(r"Go on with: .+image_classification.py\"? (--resume \S+)", out).group(1)
     stopped = torch.load(only_run(folder) / "last.pth", weights_only=True)
     assert 52 <= stopped["step"] < 5 * 26
-    inside(*command.split())
+    out, _ = inside(*command.split())
+    assert f"Going on after step {stopped['step']} of {stopped['total_steps']}\n" in out
     assert equal_state(torch.load(only_run(folder) / "last.pth", weights_only=True), unbroken)
     assert (folder / "model_cnn_digits.pth").exists()
 
@@ -690,6 +697,16 @@ def test_seeds_share_the_minutes(folder, monkeypatch):
     assert 6 < given[0] < 9 and given[1] < 18 - given[0] / 2
 
 
+def test_one_slow_probe_does_not_end_a_run():
+    data = ic.load_data(ic.Config(dataset="digits"))
+    config = ic.settle(ic.Config(dataset="digits", minutes=1, batch_size=16), data)
+    trainer = ic.Trainer(config, data, torch.device("cpu"))
+    trainer.step, trainer.deadline = 12, time.perf_counter() + 60
+    trainer.fit_minutes(0.05)
+    trainer.fit_minutes(3.0)  # the test alone would take longer than there is time
+    assert trainer.total_steps > trainer.step
+
+
 def test_minutes_shorter_than_an_epoch(program, inside, folder):
     slower = (
         "; f = ic.Trainer.advance; ic.Trainer.advance = lambda *both: (__import__('time').sleep(0.02), f(*both))[1]"
@@ -699,6 +716,9 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
         patch=f"ic.REPORT_SECONDS = 3{slower}",
     )  # fmt: skip
     assert epochs_of(only_run(folder)) == [0]
+    report = json.loads((only_run(folder) / "report.json").read_text())
+    steps = torch.load(only_run(folder) / "last.pth", weights_only=True)["step"]
+    assert report["train_images"] == steps < 1295  # of one image each
     (only_run(folder) / "report.json").unlink()  # as if killed before the report
     inside("--resume", "last")
     assert epochs_of(only_run(folder)) == [0]
