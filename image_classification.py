@@ -1209,7 +1209,7 @@ class Trainer:
             )  # fmt: skip
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.unused = False  # has the network weights that get no gradient?
-        self.parallel: Any = self.model  # what computes gradients: compiled; over several processes their mean
+        self.parallel: Any = self.model  # what computes gradients, perhaps compiled, or their mean over processes
         self.graphs: Any = None  # recordings of the step, on CUDA
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -1358,7 +1358,7 @@ class Trainer:
         return result
 
     def compute(self, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
-        """What the device does in a step: gradients, and what the optimisers make of them."""
+        """What the device does in a step: gradients, and what the optimisers make of them; returns backward()'s."""
         result = self.backward(self.parallel, batch, scale)
         if self.config.grad_clip:
             for optimizer in self.optimizers:

@@ -689,6 +689,7 @@ def used(kept: Images) -> np.ndarray:
 
 
 def many(count: int, what: str) -> str:
+    """1 image, 2 images."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
@@ -718,7 +719,7 @@ def describe(
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words.append(f"  fewer than {FEW} images: {listed}. Of 1 or 2, all are trained on, of less than 8 none is for")
+        words.append(f"  fewer than {FEW} images: {listed}. Of 1 or 2, all are trained on, of less than 7 none is for")
         words.append("    validation, unless test/ and val/ say otherwise. A test on so few says little of their class")
     if max(learned.values()) > 5 * max(1, min(learned.values())):
         words.append(

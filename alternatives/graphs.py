@@ -34,7 +34,7 @@ class Graphs:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=trainer.device)
 
     def __call__(self, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
-        """What `trainer.compute(batch, scale)` does and returns."""
+        """What `trainer.compute(batch, scale)` does; returns what it does, float32 (2,)."""
         size = len(batch[0]), scale
         if size not in self.recorded:
             self.recorded[size] = None
