@@ -28,8 +28,6 @@ import time
 START = time.perf_counter()  # before the slow imports: --minutes counts them too
 
 import argparse
-import bisect
-import collections
 import contextlib
 import copy
 import csv
@@ -1025,10 +1023,9 @@ def schedule(name: str, progress: float, losses: list[float]) -> float:
 # ==== One training run ================================================================================================
 
 SAVE_EVERY = 120.0  # s: what a power cut may cost inside a long epoch
+LOOK_EVERY = 12  # steps, after which processes on accelerators learn that one of them was asked to stop
 CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more memory; batch norm sees these
 COST = {0.5: 0.38, 0.75: 0.67, 1.0: 1.0}  # of a step on images of that scale; measured: 0.3 to 0.4, 0.5 to 0.75
-PROBE_STEPS, PROBE_EVERY = 12, 5.0  # s: --minutes times so many steps at once, or fewer that take so long
-REPORT_SECONDS = 4.5  # but for the test images
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "debug"}  # on resuming
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it started this process
 STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
@@ -1185,7 +1182,7 @@ class Trainer:
     """A network in training: all that a step changes. `state()` is what a resume needs."""
 
     def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0, model: Any = None):
-        self.config, self.data, self.device, self.deadline = config, data, device, deadline
+        self.config, self.data, self.device = config, data, device
         self.dtype = choose_precision(config.precision, device)
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment or "none", len(data.classes))
@@ -1224,9 +1221,7 @@ class Trainer:
         self.sums = torch.zeros(steps, 2, device=device)  # cross-entropy and hits of this epoch's steps
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
-        self.pause = 0.0  # s that the end of an epoch takes; each shows it anew
-        self.pace = 0.0  # s for a step on whole images, by the latest probes
-        self.scales = collections.Counter[float]()  # of images: the steps that this process has done with each
+        self.pace = alternative("minutes", "--minutes").Pace(self, deadline, from_first) if config.minutes else None
         self.masks = {name for name, value in self.model.named_buffers() if not value.isfinite().all()}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -1307,9 +1302,9 @@ class Trainer:
 
     def prepare(self) -> None:
         """Let the other processes, a compiler or CUDA's graphs take part in the steps to come."""
-        if self.world > 1:
-            self.join()
         config = self.config
+        if self.world > 1:
+            alternative("torchrun", "torchrun").parallelise(self)
         if config.compile:
             self.parallel = torch.compile(self.parallel)
         known = config.model == "cnn" and config.optimizer == "muon" and isinstance(self.images, torch.Tensor)
@@ -1318,28 +1313,12 @@ class Trainer:
         if self.device.type == "cuda" and recordable and importlib.util.find_spec("alternatives"):
             self.graphs = alternative("graphs", "CUDA").Graphs(self)
 
-    def join(self) -> None:
-        """Train with the other processes. On CPUs each one's batch norm sees its own images only."""
-        parts = torch.tensor([self.parts], device=self.device)
-        dist.all_reduce(parts, dist.ReduceOp.MAX)
-        self.parts = int(parts)
-        if self.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=self.unused)
-        if self.rank:
-            torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * self.world + self.rank) % 2**63)
-
     def agree(self, result: torch.Tensor, asked: bool, look: bool = True) -> bool:
         """Add up `result`, float32 (N,), over all processes, in place; was one of them asked to stop?
 
         On accelerators only to `look` is to wait for the device.
         """
-        if self.world == 1:
-            return asked
-        both = torch.cat([result, result.new_full((1,), float(asked))])
-        dist.all_reduce(both)
-        result.copy_(both[:-1])
-        return look and bool(both[-1] > 0)
+        return alternative("torchrun", "torchrun").agree(result, asked, look) if self.world > 1 else asked
 
     def advance(self, batch: list[torch.Tensor]) -> torch.Tensor:
         """One step, with that slice of all that plan() returns; returns what backward() does."""
@@ -1385,28 +1364,6 @@ class Trainer:
                 f"the loss is no longer finite at step {step} (epoch {step // len(self.places)}, lr "
                 f"{self.groups()[0]['lr']:.3g}): try --lr {(self.config.lr or 0) / 10:.2g} or --grad-clip 1"
             )
-
-    def fit_minutes(self, per_step: float) -> None:
-        """Fix the number of steps so that --minutes suffice for them, the ends of epochs and the report.
-
-        per_step: s for whole images. From small ones it is an estimate; the last part of a run, on whole images, knows.
-        """
-        # a single probe is not to end a run: the machine may have been busy for as long as it took
-        per_step = self.pace = (per_step + (self.pace or per_step)) / 2
-        views = self.config.test_views
-        # forward only: half of a step in fp32, measured; a third in bf16, and 0.3 s for files, until an epoch has ended
-        test = per_step * self.data.test_images / self.places[0].stop / 2 * self.world  # the first process tests alone
-        pause = self.pause or 0.3 + per_step * len(self.valid.labels) / self.places[0].stop / 3
-        test *= 1 + views * (views > 1) + len(self.valid.labels) / self.data.test_images  # these calibrate confidence
-        left = self.deadline - time.perf_counter() - REPORT_SECONDS - test
-        ended = (self.step - 1) // len(self.places)  # epochs
-
-        def seconds(total: int) -> float:
-            steps = total * (self.work(1.0) - self.work(self.step / total))
-            return per_step * steps + pause * (math.ceil(total / len(self.places)) - ended)
-
-        fitting = from_first(lambda: bisect.bisect(range(10**9), left, lo=self.step, key=seconds) - 1)
-        self.total_steps = max(self.step, fitting)
 
     def stalled(self) -> bool:
         patience = self.config.early_stopping
@@ -1502,16 +1459,13 @@ def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1
     both shifted by a pixel up and left, down and right (airbench's test-time augmentation). together: each process
     that trains classifies its share of them, as the first one's model would.
     """
-    device, was_training, results = next(model.parameters()).device, model.training, []
-    rank, count = processes() if together else (0, 1)
-    for buffer in model.buffers() if count > 1 else []:
-        dist.broadcast(buffer, 0)
-    if len(images) < count:
-        rank, count = 0, 1
-    model.eval()
-    with torch.no_grad():
-        at_once = 50 if device.type == "cpu" else max(50, 500 * 32**2 // images.shape[-1] ** 2)  # a GPU has more cores
-        for batch in images[rank::count].split(at_once):
+    device, was_training = next(model.parameters()).device, model.training
+    at_once = 50 if device.type == "cpu" else max(50, 500 * 32**2 // images.shape[-1] ** 2)  # a GPU has more cores
+
+    @torch.no_grad()
+    def classify(images: Any) -> torch.Tensor:
+        results = []
+        for batch in images.split(at_once):
             seen = [(1.0, normalise(batch.to(device), model))]
             if views == 6:
                 padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
@@ -1519,14 +1473,12 @@ def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1
             if views > 1:
                 seen = [(weight / 2, view) for weight, image in seen for view in (image, image.flip(3))]
             results.append(torch.stack([weight * model(view).float() for weight, view in seen]).sum(0))
+        return torch.cat(results).cpu()
+
+    model.eval()
+    shared = together and processes()[1] > 1
+    logits = alternative("torchrun", "torchrun").share(model, images, classify) if shared else classify(images)
     model.train(was_training)
-    logits = torch.cat(results).cpu()
-    if count > 1:
-        shares = [torch.empty(0)] * count
-        dist.all_gather_object(shares, logits)
-        logits = logits.new_empty(len(images), logits.shape[1])
-        for i, share in enumerate(shares):
-            logits[i::count] = share
     accuracy = (logits.argmax(1) == labels.cpu()).float().mean().item()
     return Evaluation(F.cross_entropy(logits, labels.cpu()).item(), accuracy, logits)
 
@@ -1538,21 +1490,19 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
     """
     config, count = trainer.config, trainer.count
     begun, before = time.perf_counter(), trainer.seconds
-    looked, probed, cost = begun, begun, trainer.cost
+    looked, on_cpu = begun, trainer.device.type == "cpu"
     epoch, first = divmod(trainer.step, len(trainer.places))
     plan, passed = trainer.plan(epoch), trainer.places[first].start
     trainer.model.train(not config.freeze)  # what is frozen keeps its statistics too
+    if trainer.pace:
+        trainer.pace.begin()
     with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
               disable=True if trainer.rank else None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
-            scale, on_cpu = trainer.scale(), trainer.device.type == "cpu"
+            scale = trainer.scale()
             result = trainer.advance([drawn[place] for drawn in plan])
-            stop = trainer.agree(result, bool(signals), on_cpu or done % PROBE_STEPS == 0)
+            stop = trainer.agree(result, bool(signals), on_cpu or done % LOOK_EVERY == 0)
             trainer.sums[done - 1] = result
-            due = done % PROBE_STEPS == 0 or done == len(trainer.places)
-            due = due or trainer.world == 1 and time.perf_counter() - probed > PROBE_EVERY
-            if probing := config.minutes and due:
-                float(trainer.sums[done - 1, 0])  # wait for the device
             now = time.perf_counter()
             trainer.seconds = before + now - begun
             bar.update(place.stop - place.start)
@@ -1560,12 +1510,8 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 trainer.check_finite(done)
                 loss, looked = float(trainer.sums[done - 1, 0]) / (place.stop - place.start), now
                 bar.set_postfix_str(f"loss {loss:.3f}, run {trainer.left()}", refresh=False)
-            trainer.scales[scale] += 1
-            if trainer.scales[scale] < 3:  # the first of a size sets up its convolutions, the second may be recorded
-                probed, cost = now, trainer.cost
-            if probing and cost < trainer.cost and trainer.step < trainer.total_steps:
-                trainer.fit_minutes((now - probed) / (trainer.cost - cost))
-                probed, cost = now, trainer.cost
+            if trainer.pace:
+                trainer.pace.step(done, scale)
             if done == len(trainer.places) or trainer.step == trainer.total_steps:
                 break  # what ends an epoch is saved with its validation
             if stop or now - trainer.saved_at > SAVE_EVERY:
@@ -1628,7 +1574,8 @@ def train_once(
                 save_checkpoint(run / f"epoch-{epoch:04d}.pth", trainer.finished())
             log.epoch(trainer.history, rate)  # before what a resume goes on from, or a kill between would lose it
             trainer.save(last)
-            trainer.pause = time.perf_counter() - trained
+            if trainer.pace:
+                trainer.pace.pause = time.perf_counter() - trained
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
                 f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}"
@@ -1653,6 +1600,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
+    if config.minutes:
+        alternative("minutes", "--minutes")
     together = alternative("torchrun", "torchrun") if TORCHRUN else None
     data = data or (together.after_first(lambda: load_data(config)) if together else load_data(config))
     config = settle(config, data)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 RUN, PART = "image_classification/run", "image_classification/part"  # where these are named in the store
 PATIENCE = timedelta(minutes=30)  # of processes with each other
@@ -112,6 +113,41 @@ def fresh_part(shared: Any, rank: int, world: int) -> Any:
         there = shared.check([f"{part}/answer to {rank}"])
         answer = shared.get(f"{part}/answer to {rank}").decode() if there else ""
     return dist.PrefixStore(part, shared)
+
+
+def parallelise(trainer: Any) -> None:
+    """Let a trainer's steps compute gradients over all processes. On CPUs each one's batch norm sees its own images."""
+    parts = torch.tensor([trainer.parts], device=trainer.device)
+    dist.all_reduce(parts, dist.ReduceOp.MAX)
+    trainer.parts = int(parts)
+    if trainer.device.type == "cuda":
+        trainer.model = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
+    trainer.parallel = nn.parallel.DistributedDataParallel(trainer.model, find_unused_parameters=trainer.unused)
+    if trainer.rank:
+        torch.manual_seed(((trainer.config.seed * 1_000_003 + trainer.step) * trainer.world + trainer.rank) % 2**63)
+
+
+def agree(result: torch.Tensor, asked: bool, look: bool) -> bool:
+    """Add up `result`, float32 (N,), over all processes, in place; only to `look` whether one was `asked` may wait."""
+    both = torch.cat([result, result.new_full((1,), float(asked))])
+    dist.all_reduce(both)
+    result.copy_(both[:-1])
+    return look and bool(both[-1] > 0)
+
+
+def share(model: nn.Module, images: Any, classify: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """`classify(images)`, of which each process does its share, as the first one's model would."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    if len(images) < count:
+        return classify(images)
+    shares = [torch.empty(0)] * count
+    dist.all_gather_object(shares, classify(images[rank::count]))
+    logits = torch.empty(len(images), shares[0].shape[1])
+    for i, part in enumerate(shares):
+        logits[i::count] = part
+    return logits
 
 
 def leave() -> None:

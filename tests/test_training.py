@@ -16,6 +16,7 @@ from conftest import QUICK, SCRIPT, SMALL, Program, only_run, weights
 from test_data import wait_for
 
 import image_classification as ic
+from alternatives import minutes
 from alternatives.datasets import UNSAFE
 
 FILES = {"config.json", "metrics.csv", "last.pth", "best.pth", "training_results.png", "confusion_matrix.png",
@@ -421,12 +422,12 @@ def test_minutes_are_planned_to_the_step(per_step, batch_size):
 
     def taken(total):
         scales = [ic.COST[0.5 if i < 0.35 * total else 0.75 if i < 0.7 * total else 1.0] for i in range(12, total)]
-        test = per_step * (len(data.test.labels) + len(data.valid.labels)) / batch_size / 2
-        return per_step * sum(scales) + trainer.pause * -(-total // len(trainer.places)) + ic.REPORT_SECONDS + test
+        tested, pauses = len(data.test.labels) + len(data.valid.labels), -(-total // len(trainer.places))
+        return per_step * (sum(scales) + tested / batch_size / 2) + 0.9 * pauses + minutes.REPORT_SECONDS
 
-    trainer.deadline, trainer.pause = time.perf_counter() + 60, 0.9
-    trainer.fit_minutes(per_step)
-    assert taken(trainer.total_steps) == pytest.approx(60, abs=trainer.pause + 2 * per_step + 0.5)
+    trainer.pace.deadline, trainer.pace.pause = time.perf_counter() + 60, 0.9
+    trainer.pace.fit(per_step)
+    assert taken(trainer.total_steps) == pytest.approx(60, abs=trainer.pace.pause + 2 * per_step + 0.5)
 
 
 def test_test_labels_change_nothing_but_the_report(folder, monkeypatch):
@@ -651,11 +652,11 @@ def test_minutes_of_a_slow_network_are_looked_at_before_they_are_over(folder, mo
     (folder / "mine.py").write_text(
         NETWORK.format(limit=1000).replace("if self", "__import__('time').sleep(0.2)\n        if self")
     )
-    monkeypatch.setattr(ic, "PROBE_EVERY", 0.3)
+    monkeypatch.setattr(minutes, "PROBE_EVERY", 0.3)
     monkeypatch.chdir(folder)
     ic.train(ic.Config(dataset="digits", batch_size=50, model="mine.py:small", minutes=0.13))
     state = torch.load(only_run(folder) / "last.pth", weights_only=True)
-    assert 3 < state["step"] < ic.PROBE_STEPS  # 7.8 s, of which the report is to have 4.5, and a step 0.2
+    assert 3 < state["step"] < minutes.PROBE_STEPS  # 7.8 s, of which the report is to have 4.5, and a step 0.2
 
 
 def test_small_images_count_less_in_what_is_planned(folder, monkeypatch):
@@ -677,10 +678,10 @@ def test_minutes_count_every_view_of_the_test_images(views):
     config = ic.Config(dataset="digits", minutes=1)
     trainer = ic.Trainer(ic.settle(config, data), data, torch.device("cpu"))
     trainer.config = ic.replace(trainer.config, test_views=views)
-    trainer.deadline, trainer.pause = time.perf_counter() + 600, 1e-9
-    trainer.fit_minutes(1.0)
+    trainer.pace.deadline, trainer.pace.pause = time.perf_counter() + 600, 1e-9
+    trainer.pace.fit(1.0)
     seen = 359 * (7 if views == 6 else 1) + len(data.valid.labels)
-    spent = ic.REPORT_SECONDS + seen / trainer.places[0].stop / 2
+    spent = minutes.REPORT_SECONDS + seen / trainer.places[0].stop / 2
     assert trainer.total_steps == pytest.approx(600 - spent, abs=2)
 
 
@@ -701,9 +702,9 @@ def test_one_slow_probe_does_not_end_a_run():
     data = ic.load_data(ic.Config(dataset="digits"))
     config = ic.settle(ic.Config(dataset="digits", minutes=1, batch_size=16), data)
     trainer = ic.Trainer(config, data, torch.device("cpu"))
-    trainer.step, trainer.deadline = 12, time.perf_counter() + 60
-    trainer.fit_minutes(0.05)
-    trainer.fit_minutes(3.0)  # the test alone would take longer than there is time
+    trainer.step, trainer.pace.deadline = 12, time.perf_counter() + 60
+    trainer.pace.fit(0.05)
+    trainer.pace.fit(3.0)  # the test alone would take longer than there is time
     assert trainer.total_steps > trainer.step
 
 
@@ -713,7 +714,7 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
     )
     program(
         "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2",
-        patch=f"ic.REPORT_SECONDS = 3{slower}",
+        patch=f"import alternatives.minutes as m; m.REPORT_SECONDS = 3{slower}",
     )  # fmt: skip
     assert epochs_of(only_run(folder)) == [0]
     report = json.loads((only_run(folder) / "report.json").read_text())
@@ -726,7 +727,7 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
 
 def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder, monkeypatch):
     whole, log = [], ic.RunLog.epoch
-    monkeypatch.setattr(ic.Trainer, "fit_minutes", lambda self, per_step: setattr(self, "total_steps", 10))
+    monkeypatch.setattr(minutes.Pace, "fit", lambda self, per_step: setattr(self.trainer, "total_steps", 10))
     inside(*QUICK, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
     monkeypatch.setattr(ic.RunLog, "epoch", lambda self, *rest: (whole.append(self.trainer.sums), log(self, *rest)))
     inside("--resume", "last", "--epochs", "4")
