@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 EPOCHS = "default --epochs 2 --low-res 0 --val-fraction 0"
 SILENT = [  # what makes the processes talk in a step, and what takes its place
-    ("self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=self.unused)", "pass"),
-    ("if self.world == 1:\n            return asked", "if True:\n            return asked"),
+    ('alternative("torchrun", "torchrun").parallelise(self)', "pass"),
+    ("agree(result, asked, look) if self.world > 1", "agree(result, asked, look) if False"),
 ]
 
 

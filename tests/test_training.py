@@ -1119,3 +1119,36 @@ def test_training_benchmark_tells_what_a_run_did(monkeypatch, cifar10):
     assert result["variant"] == "default --fast-dev-run" and result["seed"] == 3 and len(result["epochs"]) == 1
     assert 0 < result["start_up"] < result["whole_run"] and result["train_images"] == 500
     assert 0 <= result["test_accuracy"] <= 1 and result["epochs"][0]["train_loss"] > 0
+
+
+RECORD = """
+import time
+print("|  run     |  epoch  |  val_acc  |  tta_val_acc  |  time_seconds  |", flush=True)
+for run in range(200):
+    print(f"|  {run:6d}  |      0  |   0.8000  |               |        0.1000  |", flush=True)
+    print(f"|          |   eval  |   0.9300  |       0.940{run}  |        {2 + run / 10:.4f}  |", flush=True)
+    time.sleep(0.2)
+"""
+
+
+def test_records_are_run_in_turns_and_their_first_run_does_not_count(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent / "benchmarks")
+    import records
+
+    (folder / "record.py").write_text(RECORD)
+    ours = "default --dataset digits --width 0.25 --epochs 1 --subset 100"
+    options = ["--variant", ours, "--runs", "2", "--rounds", "2", "--name", "records_tried"]
+    monkeypatch.setattr(sys, "argv", ["records.py", str(folder / "record.py"), *options])
+    path = SCRIPT.parent / "benchmarks" / "results" / "records_tried.json"
+    try:
+        records.main()
+        results = json.loads(path.read_text())
+    finally:
+        path.unlink(missing_ok=True)
+    assert [result["contender"] for result in results] == [str(folder / "record.py"), ours] * 2
+    assert [(run["seconds"], run["accuracy"]) for run in results[0]["runs"]] == [(2.1, 0.9401), (2.2, 0.9402)]
+    for run in results[1]["runs"] + results[3]["runs"]:
+        assert 0 < run["seconds"] < run["with_test"] < run["since"] and 0 <= run["accuracy"] <= 1
+    assert results[1]["runs"] != results[3]["runs"]  # other seeds
+    table = capsys.readouterr().out
+    assert f"| `{folder / 'record.py'}` | 4 | 2.150 ± 0.092 |" in table and f"| `{ours}` | 4 |" in table
