@@ -51,7 +51,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import typing
 import urllib.request
 import uuid
 import warnings
@@ -59,7 +58,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
 __version__ = "0.9.0"
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
@@ -106,10 +105,8 @@ def setting(default: Any, help: str, *choices: str | int, low: float = -math.inf
 class Config:
     """Every setting of a run: the command line, config.json and the checkpoint are made from it.
 
-    `configure(...)` makes one of a recipe or of the run to resume; here these two are only recorded.
-
     None stands for what suits the data set, the network or the optimiser (tables below and in alternatives/). Nonsense
-    raises UsageError.
+    raises UsageError. `recipe` and `resume` are only recorded here: `configure(...)` makes a Config of them.
     """
 
     dataset: str = setting("auto", "cifar10, digits, a name in alternatives/datasets.py, a folder of images, or auto: "
@@ -118,11 +115,8 @@ class Config:
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(0.1, "share of the training images kept for validation", low=0, below=1)
     subset: int = setting(0, "train on N of the training images only; 0: all", low=0)
-    image_size: int | None = setting(
-        None, "width and height that images get (default: their own; of a folder up to 64)", low=8
-    )
-    make_imbalanced: float = setting(0.0, "share of its training images that the last class keeps; 0: all keep theirs",
-                                     low=0, below=1)  # fmt: skip
+    image_size: int | None = setting(None, "width and height of images (default: their own; in folders to 64)", low=8)
+    make_imbalanced: float = setting(0.0, "share of its images that the last class keeps; 0: all", low=0, below=1)
 
     model: str = setting("cnn", "cnn, a name in alternatives/networks.py, torchvision:NAME, or FILE.py:FACTORY")
     width: float | None = setting(None, "channels of cnn, as a multiple of its own", low=0.05)
@@ -132,9 +126,7 @@ class Config:
     init_from: str = setting("", "model file whose weights to start from; other classes get a new last layer")
     freeze: bool = setting(False, "train only the last layer")
 
-    recipe: str = setting(
-        "", "default, accuracy94, accuracy96, a name in alternatives/recipes.py, or FILE.json; other options win"
-    )
+    recipe: str = setting("", "default, accuracy94, accuracy96, one of alternatives/recipes.py, FILE.json; options win")
     epochs: int | None = setting(None, "passes over the training images", low=1)
     minutes: float = setting(0.0, "train for so long that all is done in F minutes; 0: by epochs", low=0)
     batch_size: int | None = setting(None, "images a step", low=1)
@@ -147,10 +139,8 @@ class Config:
     augment: str | None = setting(None, "none, or a list: flip, crop=N (shift by up to N pixels), more in the README")
     low_res: float | None = setting(None, "share of the run on smaller images: half as wide, then 3/4", low=0, below=1)
     grad_clip: float = setting(0.0, "largest norm of the gradient; 0: any", low=0)
-    class_balance: str = setting(
-        "none", "rarer classes: weights: count more in the loss; oversample, undersample: come as often as the others",
-        "none", "weights", "oversample", "undersample",
-    )  # fmt: skip
+    class_balance: str = setting("none", "rare classes count more in the loss (weights) or come as often as the others",
+                                 "none", "weights", "oversample", "undersample")  # fmt: skip
     ema: bool = setting(False, "test and keep the moving average of the weights over about an epoch")
     early_stopping: int = setting(0, "stop after N epochs without a lower validation loss; 0: never", low=0)
 
@@ -187,7 +177,7 @@ class Config:
             raise UsageError("--early-stopping needs validation images: leave --val-fraction above 0")
 
 
-KINDS = {name: (typing.get_args(hint) or (hint,))[0] for name, hint in typing.get_type_hints(Config).items()}
+KINDS = {name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Config).items()}
 METAVARS = {"mirror": "URL", "init_from": "FILE.pth", "out": "FILE.pth", "resume": "DIR"}
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}  # each by its first setting
 # What None stands for, chosen on validation images: benchmarks/README.md.
@@ -236,7 +226,7 @@ def batch_augmentation(text: str, classes: int) -> Callable[..., Any]:
 def alternative(kind: str, asker: str) -> Any:
     """The module alternatives/<kind>.py, wanted by the option `asker`; a script copied alone does without it."""
     if not importlib.util.find_spec("alternatives"):
-        raise UserError(f"{asker}: mistyped? If not, it needs the folder alternatives/ beside this program")
+        raise UserError(f"{asker} needs the folder alternatives/ beside this program, or is mistyped")
     try:
         return importlib.import_module(f"alternatives.{kind}")
     except ModuleNotFoundError as error:
@@ -250,10 +240,9 @@ def configure(**given: Any) -> Config:
     recipe = given.get("recipe", "default")
     settings = read_recipe(recipe) if recipe.endswith(".json") else RECIPES.get(recipe)
     if settings is None:
-        recipes = alternative("recipes", f"--recipe {recipe}").RECIPES
-        if recipe not in recipes:
-            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, RECIPES | recipes)}")
-        settings = recipes[recipe]
+        recipes = RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
+        if (settings := recipes.get(recipe)) is None:
+            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
     if given.get("model", own := settings.get("model", "cnn")) != own:  # these three are for the recipe's own network
         settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
     return Config(**settings | given)
@@ -302,10 +291,9 @@ def settle(config: Config, data: "Data") -> Config:
     suitable = FOR_DATASET.get(data.name)
     if not suitable or config.pretrained:  # a network's own epochs are for training on CIFAR-10
         own = {key: value for key, value in own.items() if key != "epochs"}
-        suits_data = alternative("datasets", f"data set {data.name}").settings
-        suitable = suits_data(count, size, data.mirrored, config.pretrained)
+        suitable = alternative("datasets", "--dataset").settings(count, size, data.mirrored, config.pretrained)
     # the network's own rate is for the network's own optimiser
-    values = suitable | (suits | own if name == own["optimizer"] else own | suits | {"optimizer": name})
+    values = suitable | (suits | own if name == own["optimizer"] else own | suits)
     values["batch_size"] = min(values["batch_size"], suitable["batch_size"])
     if (config.batch_size or 0) > count:
         raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
@@ -354,11 +342,8 @@ NETWORK_ERRORS = (OSError, ValueError, http.client.HTTPException)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever meets half of it; an OSError names the file and leaves the old one.
-
-    Of several processes that train together, the first one writes.
-    """
-    if processes()[0]:
+    """Write a file so that nobody ever meets half of it; an OSError names the file and leaves the old one."""
+    if processes()[0]:  # of several that train together, the first one writes
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -594,14 +579,11 @@ def resized(split: Split, size: int) -> Split:
     return Split(F.interpolate(split.images, (size, size), mode="bicubic", antialias=True), split.labels)
 
 
-def make_data(
-    config: Config, name: str, classes: list[str], given: Split, valid: Split | None = None, **rest: Any
-) -> Data:
+def make_data(config: Config, given: Split, valid: Split | None = None, **rest: Any) -> Data:
     """Split validation images off the given ones unless `valid` holds some; measure what is left to train on."""
-    labels = given.labels
-    kept, held_out = split_off(labels, 0.0 if valid else config.val_fraction)
+    kept, held_out = split_off(given.labels, 0.0 if valid else config.val_fraction)
     if config.make_imbalanced:
-        kept = kept[alternative("sampling", "--make-imbalanced").imbalanced(labels[kept], config.make_imbalanced)]
+        kept = kept[alternative("sampling", "--make-imbalanced").imbalanced(given.labels[kept], config.make_imbalanced)]
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     valid = valid or given.only(held_out)
@@ -615,7 +597,7 @@ def make_data(
     values, counts = torch.arange(256) / 255.0, counts / counts.sum(1, keepdim=True)
     mean = counts @ values.double()
     std = (counts @ values.double() ** 2 - mean**2).clamp(min=1e-6).sqrt()
-    return Data(name, classes, train, valid, mean=mean.tolist(), std=std.tolist(), kept=kept, **rest)
+    return Data(train=train, valid=valid, mean=mean.tolist(), std=std.tolist(), kept=kept, **rest)
 
 
 def load_cifar10(folder: Path, config: Config) -> Data:
@@ -631,16 +613,13 @@ def load_cifar10(folder: Path, config: Config) -> Data:
             batches = Batches(str(folder), train=train)
         except RuntimeError:
             files = [*Batches.train_list, *Batches.test_list, [Batches.meta["filename"], Batches.meta["md5"]]]
-            damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
-            path = folder / damaged[0]
+            path = next(folder / name for name, md5 in files if not check_integrity(folder / name, md5))
             mend = "damaged: delete it and run again" if path.exists() else "no longer there: put it back and run again"
             raise UserError(f"{path} is {mend}") from None
         return Split(torch.from_numpy(batches.data).permute(0, 3, 1, 2), torch.tensor(batches.targets))
 
-    return make_data(
-        config, "CIFAR10", CLASSES, read(train=True),
-        load_test=lambda: read(train=False), test_images=10_000, mirrored=True,
-    )  # fmt: skip
+    return make_data(config, read(train=True), name="CIFAR10", classes=CLASSES, mirrored=True, test_images=10_000,
+                     load_test=lambda: read(train=False))  # fmt: skip
 
 
 def load_digits(config: Config, substitution: str = "") -> Data:
@@ -650,18 +629,15 @@ def load_digits(config: Config, substitution: str = "") -> Data:
     digits = embedded()
     images, labels = torch.from_numpy(digits.images)[:, None].float() * (255 / 16), torch.from_numpy(digits.target)
     images = F.interpolate(images, size=32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
-    kept, tested = split_off(labels, 0.2)
-    test = Split(images[tested], labels[tested])
-    return make_data(
-        config, "digits", [str(digit) for digit in range(10)], Split(images[kept], labels[kept]),
-        load_test=lambda: test, test_images=len(tested), mirrored=False, substitution=substitution,
-    )  # fmt: skip
+    whole, (kept, tested) = Split(images, labels), split_off(labels, 0.2)
+    return make_data(config, whole.only(kept), name="digits", classes=[str(digit) for digit in range(10)],
+                     load_test=lambda: whole.only(tested), test_images=len(tested), mirrored=False,
+                     substitution=substitution)  # fmt: skip
 
 
 def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
-
     if wanted not in datasets.NAMES and not Path(wanted).expanduser().is_dir():
         near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
         raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
@@ -672,11 +648,9 @@ def load_other(config: Config) -> Data:
         found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
-    train, valid, test = (part and Split(*part) for part in (found.train, found.valid, found.test))
-    return make_data(
-        config, found.name, found.classes, train, valid, load_test=lambda: test, test_images=len(test.labels),
-        mirrored=found.mirrored, report=found.report, files=found.files,
-    )  # fmt: skip
+    rest = found._asdict()
+    train, valid, test = (part and Split(*part) for part in map(rest.pop, ("train", "valid", "test")))
+    return make_data(config, train, valid, load_test=lambda: test, test_images=len(test.labels), **rest)
 
 
 def load_data(config: Config) -> Data:
@@ -822,9 +796,11 @@ def build_network(
         sizes = [] if tried else [size, size // 2] if config.low_res else [size]
         for seen in sizes:  # rather now than after the run has begun
             with torch.no_grad():  # lazy layers get their shapes
-                shape = tuple(network.eval()(torch.zeros(2, len(mean), seen, seen)).shape)
-            if shape != (2, classes):
+                logits = network.eval()(torch.zeros(2, len(mean), seen, seen))
+            if (shape := tuple(logits.shape)) != (2, classes):
                 raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
+            if is_own(config.model) and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
+                raise ValueError("its numbers add up to 1: leave the softmax at its end out, the loss has one")
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
@@ -842,20 +818,18 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
-    if not fresh:
-        pass
-    elif config.pretrained:
+    if fresh and config.pretrained:
         try:
             alternative("networks", "--pretrained").load_pretrained(model, data.classes, config.init_from)
         except ValueError as error:
             raise UserError(f"--pretrained: {error}") from None
-    elif config.init_from:
+    elif fresh and config.init_from:
         content = read_checkpoint(config.init_from)
         if content["classes"] != data.classes:
             print(f"note: {config.init_from} is for other classes: the head starts anew")
             content["model"] |= alternative("networks", "--init-from").head_weights(model)
         load_weights(model, content["model"], config.init_from)
-    elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
+    elif fresh and isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
         set_whitening(layer, normalise(images[torch.arange(0, len(images), max(1, len(images) // 500))], model))
     if config.freeze:
         if not (config.init_from or config.pretrained):
@@ -876,11 +850,8 @@ def print_summary(model: nn.Module, shape: tuple[int, ...]) -> None:
 
 
 def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
-    """Save tensors, numbers, texts, lists and dicts for `torch.load(path, weights_only=True)`.
-
-    Serialised in memory first: a full disk then leaves the old file as it was and surfaces as an OSError.
-    """
-    torch.save(content, buffer := io.BytesIO())
+    """Save tensors, numbers, texts, lists and dicts for `torch.load(path, weights_only=True)`."""
+    torch.save(content, buffer := io.BytesIO())  # in memory first: a full disk then leaves the old file as it was
     write_atomically(Path(path), buffer.getvalue())
 
 
@@ -977,16 +948,15 @@ def orthogonal(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     They are polynomials in the Gram matrix, which is smaller: half the multiplications, and less is rounded off. Those
     of one size go through them at once: fewer, larger pieces of work for a GPU.
     """
-    wide = [matrix.T if len(matrix) > matrix.shape[1] else matrix for matrix in matrices]
-    wide = [x / (x.norm() + 1e-7) for x in wide]
+    wide = [(matrix.T if len(matrix) > matrix.shape[1] else matrix) / (matrix.norm() + 1e-7) for matrix in matrices]
     results: list[Any] = [None] * len(wide)
     for size in {len(x) for x in wide}:
         places = [i for i, x in enumerate(wide) if len(x) == size]
-        one = torch.eye(size, device=wide[0].device)
-        gram, product = torch.stack([wide[i] @ wide[i].T for i in places]).float(), one
-        for _ in range(3):
+        one = product = torch.eye(size, device=wide[0].device)
+        gram = torch.stack([wide[i] @ wide[i].T for i in places]).float()
+        for step in range(3):
             factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-            gram, product = factor @ gram @ factor, factor @ product
+            gram, product = factor @ gram @ factor, factor @ product if step else factor
         for i, each in zip(places, product, strict=True):
             x = each.to(wide[i].dtype) @ wide[i]
             results[i] = x.T if len(matrices[i]) > matrices[i].shape[1] else x
@@ -1041,24 +1011,20 @@ def processes() -> tuple[int, int]:
 
 def from_first(make: Callable[[], Any]) -> Any:
     """What the first process makes, in all of them; the others wait for it."""
-    rank, count = processes()
-    content = [None if rank else make()]
-    if count > 1:
-        dist.broadcast_object_list(content)
-    return content[0]
+    return alternative("torchrun", "torchrun").from_first(make) if processes()[1] > 1 else make()
 
 
 def choose_device(name: str) -> torch.device:
     """The device that --device names; auto: the accelerator that there is, else the CPU."""
-    stranded = ""
     if TORCHRUN:
         try:
             name = alternative("torchrun", "torchrun").device(name)
         except ValueError as error:
             raise UserError(f"--device {name}: {error}") from None
-    if not (torch.version.cuda or torch.version.hip) and shutil.which("nvidia-smi"):
-        mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
-        stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
+    mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
+    stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
+    if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
+        stranded = ""
     if name == "auto" and stranded:
         print(f"note: {stranded}")
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -1095,13 +1061,10 @@ def describe(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed tensors for the next step: giving them back and faulting them in took a third of it.
-
-    What is free at this moment is given back.
-    """
+    """Let glibc keep freed tensors for the next step: giving them back and faulting them in took a third of it."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # only in glibc; elsewhere mallopt is missing too, or takes other numbers
+        libc.malloc_trim(0)  # what is free now; only in glibc: elsewhere mallopt is missing, or takes other numbers
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is not given back
 
@@ -1159,7 +1122,7 @@ def resume_config(resume: str, **changes: Any) -> Config:
         try:
             saved = json.loads(path.read_text())
             trained = json.loads(report.read_text())["epochs"] if report.exists() else -1
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             raise UserError(f"{path} or report.json beside it is damaged: delete it") from None
         settings = asdict(Config()) | {name: value for name, value in saved.items() if name in KINDS}
         if trained < 0 or epochs > trained and not settings["fast_dev_run"]:
@@ -1179,11 +1142,13 @@ def resume_config(resume: str, **changes: Any) -> Config:
 
 
 class Trainer:
-    """A network in training: all that a step changes. `state()` is what a resume needs."""
+    """A network in training: all that a step changes."""
 
     def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0, model: Any = None):
         self.config, self.data, self.device = config, data, device
         self.dtype = choose_precision(config.precision, device)
+        # what has to be the same for a resumed run to repeat an unbroken one bit for bit
+        self.environment = {"torch": str(torch.__version__), "hardware": describe(device), "precision": str(self.dtype)}
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment or "none", len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
@@ -1193,7 +1158,7 @@ class Trainer:
         self.rank, self.world = processes()
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
-        self.count = count = len(self.plan(0)[0])  # of the images in an epoch
+        count = len(self.plan(0)[0])  # of the images in an epoch
         steps = math.ceil(count / (config.batch_size or count))
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
@@ -1236,8 +1201,7 @@ class Trainer:
         length = len(batch[0])
         own = slice(length * self.rank // self.world, length * (self.rank + 1) // self.world)
         result = torch.zeros(2, device=self.device)
-        everyone = self.labels[batch[0]]
-        size = len(everyone) if self.class_weights is None else self.class_weights[everyone].sum()
+        size = length if self.class_weights is None else self.class_weights[self.labels[batch[0]]].sum()
         parts = min(math.ceil(self.parts * scale**2), length // self.world)  # memory grows with the pixels
         pieces = zip(*(drawn[own].tensor_split(parts) for drawn in batch), strict=True)
         for number, (chosen, flips, shifts) in enumerate(pieces, 1):
@@ -1314,10 +1278,7 @@ class Trainer:
             self.graphs = alternative("graphs", "CUDA").Graphs(self)
 
     def agree(self, result: torch.Tensor, asked: bool, look: bool = True) -> bool:
-        """Add up `result`, float32 (N,), over all processes, in place; was one of them asked to stop?
-
-        On accelerators only to `look` is to wait for the device.
-        """
+        """Add up `result`, float32 (N,), over all processes; was one asked to stop? To `look` may wait for a GPU."""
         return alternative("torchrun", "torchrun").agree(result, asked, look) if self.world > 1 else asked
 
     def advance(self, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -1325,10 +1286,7 @@ class Trainer:
         losses = [row["train_loss" if row["valid_loss"] is None else "valid_loss"] for row in self.history]
         factor, scale = schedule(self.config.scheduler, self.step / self.total_steps, losses), self.scale()
         for group, peak in zip(self.groups(), self.peaks, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(peak * factor)
-            else:
-                group["lr"] = peak * factor
+            group["lr"] = group["lr"].fill_(peak * factor) if isinstance(group["lr"], torch.Tensor) else peak * factor
         result = (self.graphs or self.compute)(batch, scale)
         if self.average:
             self.average.update_parameters(self.model)
@@ -1389,31 +1347,21 @@ class Trainer:
 
     def finished(self) -> dict[str, Any]:
         """What a model file holds, with the weights of this moment or their average."""
-        return {
-            "model": self.tested().state_dict(), "config": asdict(self.config), "classes": self.data.classes,
-            "mean": self.mean, "std": self.std, "image_size": self.images.shape[-1],
-            "dataset": self.data.name, "train_images": self.seen(), "versions": VERSIONS,
-            "metrics": dict(self.history[-1]) if self.history else {},
-        }  # fmt: skip
+        return {"model": self.tested().state_dict(), "config": asdict(self.config), "classes": self.data.classes,
+                "mean": self.mean, "std": self.std, "image_size": self.images.shape[-1],
+                "dataset": self.data.name, "train_images": self.seen(), "versions": VERSIONS,
+                "metrics": dict(self.history[-1]) if self.history else {}}  # fmt: skip
 
-    def state(self) -> dict[str, Any]:
-        """All that a resume needs."""
-        return self.finished() | {name: getattr(self, name) for name in STATE} | {
+    def save(self, path: Path) -> None:
+        """Write all that a resume needs; OSError where that fails, and the old file stays."""
+        save_checkpoint(path, self.finished() | {name: getattr(self, name) for name in STATE} | {
             "model": self.model.state_dict(), "average": self.average.state_dict() if self.average else None,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "environment": self.environment(), "measured": [len(self.data.train.labels), *self.data.mean],
-        }  # fmt: skip
-
-    def save(self, path: Path) -> None:
-        """Write all that a resume needs; OSError where that fails, and the old file stays."""
-        save_checkpoint(path, self.state())
+            "environment": self.environment, "measured": [len(self.data.train.labels), *self.data.mean],
+        })  # fmt: skip
         self.saved_at = time.perf_counter()
-
-    def environment(self) -> dict[str, Any]:
-        """What has to be the same for a resumed run to repeat an unbroken one bit for bit."""
-        return {"torch": str(torch.__version__), "hardware": describe(self.device), "precision": str(self.dtype)}
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
@@ -1438,7 +1386,7 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        for name, now in self.environment().items():
+        for name, now in self.environment.items():
             if (then := state["environment"][name]) != now:
                 print(f"note: {name} was {then}, is {now}: the last digits will differ from an unbroken run's")
                 self.parts = parts
@@ -1488,16 +1436,15 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
 
     signals: see stop_requests; one there: saves and raises Stopped.
     """
-    config, count = trainer.config, trainer.count
     begun, before = time.perf_counter(), trainer.seconds
     looked, on_cpu = begun, trainer.device.type == "cpu"
     epoch, first = divmod(trainer.step, len(trainer.places))
     plan, passed = trainer.plan(epoch), trainer.places[first].start
-    trainer.model.train(not config.freeze)  # what is frozen keeps its statistics too
+    trainer.model.train(not trainer.config.freeze)  # what is frozen keeps its statistics too
     if trainer.pace:
         trainer.pace.begin()
-    with tqdm(total=count, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True, leave=False,
-              disable=True if trainer.rank else None) as bar:  # fmt: skip
+    with tqdm(total=trainer.places[-1].stop, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True,
+              leave=False, disable=True if trainer.rank else None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
             scale = trainer.scale()
             result = trainer.advance([drawn[place] for drawn in plan])
@@ -1602,6 +1549,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     network_settings(config.model)
     if config.minutes:
         alternative("minutes", "--minutes")
+    if config.repeat > 1:
+        alternative("repeats", "--repeat")
     together = alternative("torchrun", "torchrun") if TORCHRUN else None
     data = data or (together.after_first(lambda: load_data(config)) if together else load_data(config))
     config = settle(config, data)
@@ -1609,11 +1558,11 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         together.join(device)
     rank, count = processes()
     measured = [len(data.train.labels), *data.mean]
-    if any(abs(here - there) > 1e-9 for here, there in zip(measured, from_first(lambda: measured), strict=True)):
+    if math.dist(measured, from_first(lambda: measured)) > 1e-9:
         raise UserError("the processes have found other images each: give all machines the same data set")
     if (config.batch_size or 0) < 4 * count > 4:
         raise UsageError(f"--batch-size {config.batch_size} is too small for {count} processes: 4 images each")
-    model = None
+    model: Any = None if config.resume else build_model(config, data)
     if config.resume:
         run, saved = Path(config.resume), saved_states(Path(config.resume))
         if (run / "report.json").exists() and not saved:
@@ -1621,12 +1570,10 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         for path in saved:  # before anything is changed
             content = read_checkpoint(path, data.classes)
             load_weights(build_model(config, data, fresh=False), content["model"], path)
-            before = content.get("measured", measured)  # older versions did not save it
-            if any(abs(now - then) > 1e-9 for now, then in zip(measured, before, strict=True)):
+            if math.dist(measured, content.get("measured", measured)) > 1e-9:  # older versions did not save it
                 raise UserError(f"the images are others than when {run} began: start a new run")
         data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
     else:
-        model = build_model(config, data)
         print_summary(model, tuple(data.train.images.shape[1:]))
         run = from_first(lambda: new_run_folder(config, data))  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
@@ -1634,18 +1581,17 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         held = contextlib.nullcontext() if rank else FileLock(run / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training in {run}") from None
-    if not rank:
-        (run / "report.json").unlink(missing_ok=True)  # unfinished again
-        for path in run.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            path.unlink()
-    settings = asdict(replace(config, resume="")) | {"substitution": data.substitution}
-    write_json(run / "config.json", settings)
-    if together and not rank:
-        together.remember(run)
-    if data.report:
-        write_json(run / "data_report.json", data.report)
     reports: list[Report] = []
     with held, stop_requests() as signals:
+        if not rank:
+            (run / "report.json").unlink(missing_ok=True)  # unfinished again
+            for path in run.rglob(".*.tmp"):  # of a process that was killed while it wrote
+                path.unlink()
+        write_json(run / "config.json", asdict(config) | {"resume": "", "substitution": data.substitution})
+        if together and not rank:
+            together.remember(run)
+        if data.report:
+            write_json(run / "data_report.json", data.report)
         for left in range(config.repeat, 0, -1):
             seed = config.seed + len(reports)
             folder = run / f"seed-{seed}" if config.repeat > 1 else run
@@ -1666,7 +1612,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 raise
             if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
                 raise Stopped(*signals[:1] or [signal.SIGTERM], run)
-        report = reports[0] if config.repeat == 1 else write_summary(reports, run)
+        report = reports[0] if config.repeat == 1 else alternative("repeats", "--repeat").summary(reports, run)
         report = from_first(lambda: keep_model(report, config, data))
         write_json(run / "report.json", report.results)  # the last: it says that the run is finished
     if together:
@@ -1677,10 +1623,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
 
 # ==== Report ==========================================================================================================
 
-VERSIONS = {
-    "image_classification": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
-    "platform": platform.platform(),
-}  # fmt: skip
+VERSIONS = {"image_classification": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
+            "platform": platform.platform()}  # fmt: skip
 
 
 @dataclass
@@ -1758,21 +1702,17 @@ class RunLog:
 
     def show_input(self, board: Any) -> None:
         """samples.png, the same in TensorBoard, and the network's graph."""
-        trainer = self.trainer
+        trainer, rows = self.trainer, dict[str, torch.Tensor]()
         order, flips, shifts = (part[:10] for part in trainer.plan(0))
-        labels, names = trainer.labels[order], trainer.data.classes
-        rows = {"": gather(trainer.images, order, torch.zeros_like(flips), torch.zeros_like(shifts))}
-        mirror, shift, steps = augmentation(trainer.config.augment or "none")
-        if mirror:
-            rows["flip"] = gather(trainer.images, order, torch.ones_like(flips), torch.zeros_like(shifts))
-        if shift:
-            rows["crop"] = gather(trainer.images, order, torch.zeros_like(flips), shifts)
+        labels, names, augment = trainer.labels[order], trainer.data.classes, trainer.config.augment or "none"
         used = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(used):  # the training goes on as if nothing had been drawn
-            for name, value in steps.items():
-                rows[name] = batch_augmentation(f"{name}={value}", len(names))(rows[""], labels)[0]
+            for step in ["none", *augment.split(",")]:
+                mirror, shift, _ = augmentation(step)
+                images = gather(trainer.images, order, torch.full_like(flips, mirror), shifts * bool(shift))
+                rows[step.partition("=")[0].strip()] = batch_augmentation(step, len(names))(images, labels)[0]
             rows["augmented"] = trainer.augment(gather(trainer.images, order, flips, shifts), labels)[0]
-        titles = [title or names[label] for title in rows for label in labels.tolist()]
+        titles = [names[label] if title == "none" else title for title in rows for label in labels.tolist()]
         images = torch.cat([row.clamp(0, 255).byte() for row in rows.values()])
         figure = draw_images(images, titles, len(order))
         save_figure(figure, self.run / "samples.png")
@@ -1791,9 +1731,8 @@ class RunLog:
 
     def epoch(self, history: list[Row], rate: float) -> None:
         """Log the newest epoch. metrics.csv is written whole: one that was locked is complete an epoch later."""
-        writer, row = csv.DictWriter(text := io.StringIO(newline=""), COLUMNS), history[-1]
-        writer.writeheader()
-        writer.writerows(history)
+        row = history[-1]
+        csv.writer(text := io.StringIO(newline="")).writerows([COLUMNS, *(row.values() for row in history)])
         for pause in (0.2, 0.5, 0.0):
             try:
                 write_atomically(self.run / "metrics.csv", text.getvalue().encode())
@@ -1902,9 +1841,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
         figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
-    table = csv.writer(text := io.StringIO(newline=""))
-    table.writerow(["label", "prediction", "confidence"])
-    table.writerows(zip([classes[i] for i in test.labels], [classes[i] for i in guess], sure.tolist(), strict=True))
+    found = zip([classes[i] for i in test.labels], [classes[i] for i in guess], sure.tolist(), strict=True)
+    csv.writer(text := io.StringIO(newline="")).writerows([["label", "prediction", "confidence"], *found])
     write_atomically(run / "test_predictions.csv", text.getvalue().encode())
     log.report(config, len(history) - 1, {"test accuracy": hits / count, "test loss": result.loss}, figures)
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss, "temperature": temperature}
@@ -1918,27 +1856,6 @@ def commit() -> str | None:
     with contextlib.suppress(OSError):
         return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return None
-
-
-def write_summary(reports: list[Report], run: Path) -> Report:
-    """Mean, standard deviation and 95 % interval (Student's t) over seeds; keeps the model of the lowest loss."""
-    from scipy.stats import t
-
-    best = min(reports, key=lambda report: min(row["valid_loss"] or 0.0 for row in report.history))
-    results = best.results | {"seconds": sum(report.results["seconds"] for report in reports), "kept": best.run.name}
-    print()
-    for key, what in {"test_accuracy": "", "test_views_accuracy": f" with {results.get('test_views')} views"}.items():
-        if key in results:
-            values = torch.tensor([report.results[key] for report in reports], dtype=torch.float64)
-            mean, std = values.mean().item(), values.std().item()
-            half = float(t.ppf(0.975, len(reports) - 1)) * std / math.sqrt(len(reports))
-            low, high = max(0.0, mean - half), min(1.0, mean + half)
-            results |= {key: mean, f"{key}_std": std, f"{key}_interval": [low, high]}
-            spread = f"standard deviation {100 * std:.2f}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-            print(f"Mean test accuracy of {len(reports)} seeds{what}: {100 * mean:.2f} %, {spread}")
-    print(f"All else is of the kept model: {best.run.name}")
-    results["repeats"] = [report.results for report in reports]
-    return Report(results, best.history, run, best.checkpoint)
 
 
 def keep_model(report: Report, config: Config, data: Data) -> Report:

@@ -30,7 +30,8 @@ try:
 except ImportError as problem:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {problem}: pip install -r requirements.txt, or for ONNX: pip install onnxruntime pillow tqdm")
+    mend = "pip install -r requirements.txt, or for ONNX: pip install onnxruntime pillow tqdm"
+    sys.exit(f"error: {problem}: {'copy that folder too' if problem.name == 'alternatives' else mend}")
 
 AT_ONCE = 250  # images in memory
 SHOWN = 60  # images in one picture

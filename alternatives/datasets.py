@@ -372,7 +372,7 @@ def decode_missing(
                 failed[str(keys[which])] = why, not passes
         return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
 
-    print(f"Decoding {len(missing)} images, once, into {own}")
+    print(f"Decoding {many(len(missing), 'image')}, once, into {own}")
     pieces = np.array_split(missing, math.ceil(len(missing) / max(1, min(16, PIECE // (3 * size**2)))))
     at_once = max(4 * THREADS, WRITTEN // (len(pieces[0]) * 3 * size**2))
     try:

@@ -4,6 +4,7 @@ import bisect
 import collections
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ class Pace:
     """
 
     def __init__(self, trainer: Any, deadline: float, agreed: Callable[[Callable[[], int]], int]):
-        self.trainer, self.deadline, self.agreed = trainer, deadline, agreed
+        self.trainer: Any = weakref.proxy(trainer)  # or its memory would be kept after it
+        self.deadline, self.agreed = deadline, agreed
         self.pause = 0.0  # s that the end of an epoch takes; each shows it anew
         self.per_step = 0.0  # s for a step on whole images, by the latest probes
         self.steps = collections.Counter[float]()  # that this process has done with images of each scale

@@ -115,6 +115,13 @@ def fresh_part(shared: Any, rank: int, world: int) -> Any:
     return dist.PrefixStore(part, shared)
 
 
+def from_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes, in all of them; the others wait for it."""
+    content = [None if dist.get_rank() else make()]
+    dist.broadcast_object_list(content)
+    return content[0]
+
+
 def parallelise(trainer: Any) -> None:
     """Let a trainer's steps compute gradients over all processes. On CPUs each one's batch norm sees its own images."""
     parts = torch.tensor([trainer.parts], device=trainer.device)

@@ -1,5 +1,6 @@
 """What the tests share: the program as a user runs it, real data where there is some, folders with awkward names."""
 
+import csv
 import functools
 import importlib
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,23 @@ def only_run(folder):
 
 def weights(path):
     return torch.load(path, weights_only=True)["model"]
+
+
+def same(first, second):
+    """Have two networks the same weights?"""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def epochs_of(run):
+    with (run / "metrics.csv").open() as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 class Program:

@@ -50,6 +50,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif manner == "stall":
                 self.wfile.write(content[start : start + 50_000])
                 time.sleep(30)
+            elif manner == "tire":  # after more than a probe takes
+                self.wfile.write(content[start : start + 700_000])
+                time.sleep(30)
             elif manner == "cut":
                 self.wfile.write(content[start : start + len(content) // 3])
             elif manner.endswith("crawl"):  # 200 kB/s

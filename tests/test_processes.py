@@ -4,12 +4,13 @@ import csv
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, Program, only_run, weights
+from conftest import QUICK, Program, only_run, same, wait_for, weights
+
+from alternatives import torchrun as launched
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 
@@ -46,13 +47,12 @@ def curve(run):
 
 def wait_for_epoch(process, folder, number):
     """Until that many epochs are done."""
-    for _ in range(1200):
-        for path in folder.glob("runs/*/*/metrics.csv"):
-            if len(path.read_text().splitlines()) > number:
-                return
+
+    def done():
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    pytest.fail("no epoch has ended in a minute")
+        return any(len(path.read_text().splitlines()) > number for path in folder.glob("runs/*/*/metrics.csv"))
+
+    wait_for(done)
 
 
 def workers(process):
@@ -115,8 +115,7 @@ def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(insid
     run = only_run(folder)
     assert torch.load(run / "last.pth", weights_only=True)["step"] < 12 * 20
     together("--resume", "last")
-    whole, other = weights(undisturbed / "best.pth"), weights(run / "best.pth")
-    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert same(weights(undisturbed / "best.pth"), weights(run / "best.pth"))
     assert curve(undisturbed) == curve(run)
     inside("--resume", "last", "--epochs", "13")  # goes on with one process, too
     assert len(curve(run)) == 13
@@ -128,3 +127,13 @@ def test_error_of_all_is_one_line_of_the_program(together, folder):
     assert process.returncode == 1 and "exitcode  : 2" in err
     assert len([line for line in err.splitlines() if "too small for 2 processes" in line]) == 1
     assert not list(folder.glob("runs/*/*/config.json"))
+
+
+def test_command_and_device_of_a_process(monkeypatch):
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "99"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched.command(["python", "x.py"]) == ["torchrun", "--nnodes=2", "--nproc-per-node=2", "x.py"]
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError):
+            launched.device(name)
+    assert launched.device("cpu") == "cpu"

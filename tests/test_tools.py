@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Program, save, tool
+from conftest import REPOSITORY, Program, save, tool
 from PIL import Image
 
 import image_classification as ic
@@ -144,25 +145,26 @@ def test_functions_of_the_reference(model, data, folder):
     assert inference.predict(model, []) == []
 
 
-def test_thousands_of_images_in_bounded_memory(pictures, data):
-    peaks = []
-    for count in (250, 2500):
-        many = pictures / f"many-{count}"
-        many.mkdir()
-        for i in range(count):
-            save(data.test.images[i % 300], many / f"{i:04}.png", compress_level=0)
-        process = tool("inference", pictures).start(many.name, "--format", "csv")
-        out = process.stdout.read()
-        peaks.append(os.wait4(process.pid, 0)[2].ru_maxrss / 2**10)  # MiB
-        rows = list(csv.DictReader(io.StringIO(out)))
-        assert [row["file"][-8:-4] for row in rows] == [f"{i:04}" for i in range(count)]
-    assert rows[0]["class_1"] == rows[300]["class_1"] == rows[2400]["class_1"]
-    assert peaks[1] < peaks[0] + 40
+def test_images_are_classified_in_batches(pictures, tool_inside, monkeypatch):
+    """So that thousands need no more memory than a few."""
+    read, seen, decode, ranked = [], [], datasets.decode, inference.ranked
+
+    def watched(model, images, top_k):
+        seen.append((len(images), len(read)))
+        return ranked(model, images, top_k)
+
+    monkeypatch.setattr(inference, "AT_ONCE", 4)
+    monkeypatch.setattr(datasets, "decode", lambda *given: (read.append(given), decode(*given))[1])
+    monkeypatch.setattr(inference, "ranked", watched)
+    out, _ = tool_inside("inference")("images", "--format", "csv")
+    assert seen == [(4, 4), (2, 6)] and len(out.splitlines()) == 7
 
 
 def test_checkpoint_of_a_folder_and_what_is_newest(pictures, trained, tool_inside):
     out, _ = tool_inside("inference")("images/0.png", "--checkpoint", trained)
     assert out.startswith("model_cnn")
+    shutil.copy(*trained.glob("model_*.pth"), old := pictures / "model_old.pth")
+    os.utime(old, (0, 0))
     run = pictures / "runs" / "CIFAR10" / "now"
     run.mkdir(parents=True)
     shutil.copy(*trained.glob("model_*.pth"), run / "model_other.pth")
@@ -383,7 +385,7 @@ def test_label_issues_and_data_that_moved(folder, tool_inside):
 
 @pytest.mark.parametrize(
     "name",
-    ["cnn", "beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "fftnet", "convnet", "resnet18", "resnet50",
+    ["cnn", "beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "fftnet", "convnet", "resnet18",
      "resnet18-dropout", "airbench94", "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small"],
 )  # fmt: skip
 def test_every_network_is_exported_and_explained(name, folder, monkeypatch):
@@ -424,12 +426,20 @@ def test_help_of_the_tools(name, tool_inside):
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("inference", "PIL"), ("export", "onnx"), ("explain", "captum"), ("app", "gradio"), ("compare", "tqdm")],
-)
+    [("inference", "PIL"), ("export", "onnx"), ("explain", "captum"), ("app", "gradio"), ("compare", "tqdm"),
+     ("image_classification", "torch"), ("tune", "optuna")],
+)  # fmt: skip
 def test_missing_package_is_named(name, package, folder):
     (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package} here', name='{package}')")
-    line = tool(name, folder).error("x", env={"PYTHONPATH": str(folder)})
-    assert package in line and "pip install" in line
+    line = tool(name, folder).error(env={"PYTHONPATH": str(folder)})
+    assert package in line and "pip install -r requirements" in line
+
+
+def test_inference_copied_without_alternatives_says_so(folder):
+    shutil.copy(REPOSITORY / "inference.py", folder)
+    command = [sys.executable, "inference.py", "cat.jpg"]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 1 and "No module named 'alternatives': copy that folder too" in process.stderr
 
 
 def test_own_network_is_named_again(folder, monkeypatch, tool_inside):
