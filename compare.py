@@ -52,6 +52,7 @@ class Run:
     seconds: float  # of training, the mean over seeds
     seeds: dict[int, float]  # the test accuracy of each, [0, 1]
     interval: tuple[float, float]  # 95 %, [0, 1]; of one seed over test images (Wilson), of several over seeds (t)
+    script: str = ""  # digest of the image_classification.py that trained it; older ones did not say
 
     @property
     def accuracy(self) -> float:
@@ -101,6 +102,7 @@ def read_run(path: Path, name: str) -> Run:
             tested=sum(map(sum, report["confusion_matrix"])), interval=(low, high),
             seconds=statistics.fmean(float(part["seconds"]) for part in parts),
             seeds={seed + i: float(part["test_accuracy"]) for i, part in enumerate(parts)},
+            script=str(report.get("versions", {}).get("script", "")),
         )  # fmt: skip
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged(path / "report.json", " or config.json beside it") from None
@@ -265,6 +267,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
         lines.append(f"accuracies on different test images cannot be compared ({', '.join(tested)})")
     if len({len(each.seeds) > 1 for each in runs}) > 1:
         lines.append("an interval is over the seeds where there are several, else over the test images")
+    if len({each.script for each in runs if each.script}) > 1:
+        lines.append("image_classification.py was changed between these runs")
     return lines
 
 
@@ -293,7 +297,8 @@ def main() -> int:
     options = arguments.parse_args()
     runs, others = read_runs(options.runs)
     if others:
-        print(f"note: without report.json, so unfinished or no run: {', '.join(others)}", file=sys.stderr)
+        alone = "; that leaves nothing to compare the other with" if len(runs) == 1 else ""
+        print(f"note: without report.json, so unfinished or no run: {', '.join(others)}{alone}", file=sys.stderr)
     if not runs:
         raise InferenceError("no finished run among these: name folders that hold a report.json, like runs/CIFAR10/*")
     for note in notes(runs):

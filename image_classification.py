@@ -18,6 +18,9 @@
     python image_classification.py --minutes 1          the best that one minute gives
     python image_classification.py --dataset digits     no download: 1,797 embedded handwritten digits
     python image_classification.py --resume last        go on with a run that was stopped
+    torchrun --nproc-per-node=2 image_classification.py on two GPUs
+
+Two minutes on two cores of a server's CPU, 90.26 +- 0.17 % of the test images (5 seeds; README, "Measured").
 
 Read it from top to bottom, as the data flows: settings, finding and verifying the data, batches on the device,
 network, optimisation, one training run, report, command line.
@@ -1613,6 +1616,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
             if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
                 raise Stopped(*signals[:1] or [signal.SIGTERM], run)
         report = reports[0] if config.repeat == 1 else alternative("repeats", "--repeat").summary(reports, run)
+        print_classes(report, config.fast_dev_run)
         report = from_first(lambda: keep_model(report, config, data))
         write_json(run / "report.json", report.results)  # the last: it says that the run is finished
     if together:
@@ -1624,7 +1628,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
 # ==== Report ==========================================================================================================
 
 VERSIONS = {"image_classification": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
-            "platform": platform.platform()}  # fmt: skip
+            "platform": platform.platform(),
+            "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}  # fmt: skip
 
 
 @dataclass
@@ -1766,7 +1771,7 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
-    """Test the best weights, or the last without validation images, once, in fp32; print, draw and write it."""
+    """Test the best weights, or the last without validation images, once, in fp32; draw and write what comes out."""
     log.open()
     config, data, history, classes = trainer.config, trainer.data, trainer.history, trainer.data.classes
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
@@ -1791,7 +1796,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     numbers, count = range(len(classes)), len(guess)
     matrix = confusion_matrix(test.labels, guess, labels=numbers)
     scores = precision_recall_fscore_support(test.labels, guess, labels=numbers, zero_division=0)
-    precision, recall, f1, tested = (dict(zip(classes, each.tolist(), strict=True)) for each in scores)
+    precision, recall, f1, _ = (dict(zip(classes, each.tolist(), strict=True)) for each in scores)
     hits = int(matrix.trace())
     low, high = binomtest(hits, count).proportion_ci(method="wilson")
     results = {
@@ -1807,27 +1812,10 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     interval = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}{instead}"
     # cut as in the reference: 100 % means all
     print(f"Accuracy of the network on the {count} test images: {100 * hits // count} % ({interval})")
-    for name in classes:
-        more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
-        more += f", {tested[name]} tested" if 0 < tested[name] < 30 else ""  # too few to say much
-        print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  ({more})")
     if config.test_views > 1:
         share = evaluate(trainer.model, *test, config.test_views).accuracy
         results |= {"test_views": config.test_views, "test_views_accuracy": share}
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
-    ranked = sorted((name for name in classes if tested[name]), key=lambda name: (recall[name], f1[name]))
-    print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
-    before = f"{percent(errors[0])} before its calibration" if temperature else "not calibrated: no validation images"
-    print(f"Confidence is off by {percent(errors[1])} on average ({before})")
-    print(f"Trained on {trainer.seen()} images for {tqdm.format_interval(trainer.seconds)}")
-    training, reached = history[-1]["train_accuracy"], history[-1]["valid_accuracy"]
-    reached = training if reached is None else reached
-    if config.fast_dev_run:
-        print("This was a trial of one batch: its figures mean nothing")
-    elif reached < min(2 / len(classes), 0.1 + 0.9 / len(classes)):
-        print("This is hardly better than guessing: look at samples.png, try a tenth of --lr, or more --epochs")
-    elif training - reached > 0.1:
-        print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
     save_figure(draw_curves(history), run / "training_results.png")
     many = len(classes) > 30  # numbers would be too small to read, and take long to draw
     figures = {"confusion matrix": draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))}
@@ -1848,6 +1836,31 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss, "temperature": temperature}
     save_checkpoint(run / "best.pth", content)
     return Report(results, history, run, run / "best.pth")
+
+
+def print_classes(report: Report, trial: bool) -> None:
+    """What a report says beyond accuracy: of each class, of confidence, and of what to try next."""
+    results, row = report.results, report.history[-1]
+    precision, recall, f1 = (results[name] for name in ("precision", "recall", "f1"))
+    tested = dict(zip(recall, map(sum, results["confusion_matrix"]), strict=True))
+    for name in recall:
+        more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
+        more += f", {tested[name]} tested" if 0 < tested[name] < 30 else ""  # too few to say much
+        print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  ({more})")
+    ranked = sorted((name for name in recall if tested[name]), key=lambda name: (recall[name], f1[name]))
+    print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
+    before = f"{percent(results['calibration_error_before'])} before its calibration"
+    before = before if results["temperature"] else "not calibrated: no validation images"
+    print(f"Confidence is off by {percent(results['calibration_error'])} on average ({before})")
+    print(f"Trained on {results['train_images']} images for {tqdm.format_interval(results['seconds'])}")
+    training, reached = row["train_accuracy"], row["valid_accuracy"]
+    reached = training if reached is None else reached
+    if trial:
+        print("This was a trial of one batch: its figures mean nothing")
+    elif reached < min(2 / len(recall), 0.1 + 0.9 / len(recall)):
+        print("This is hardly better than guessing: look at samples.png, try a tenth of --lr, or more --epochs")
+    elif training - reached > 0.1:
+        print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
 
 
 def commit() -> str | None:

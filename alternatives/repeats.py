@@ -24,6 +24,6 @@ def summary(reports: Sequence[Any], run: Path) -> Any:
             results |= {key: mean, f"{key}_std": std, f"{key}_interval": [low, high]}
             spread = f"standard deviation {100 * std:.2f}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
             print(f"Mean test accuracy of {len(reports)} seeds{what}: {100 * mean:.2f} %, {spread}")
-    print(f"All else is of the kept model: {best.run.name}")
+    print(f"All else but the time is of the kept model: {best.run.name}")
     results["repeats"] = [report.results for report in reports]
     return dataclasses.replace(best, results=results, run=run)

@@ -264,6 +264,18 @@ def test_no_verdict_without_the_same_test_images(compared, folder):
     assert "cannot be said: b has no test_predictions.csv" in out.splitlines()[-1] and not err
 
 
+def test_a_changed_script_and_an_unfinished_run_are_remarked(compared, folder):
+    a, b = pair(folder)
+    changed = "note: image_classification.py was changed between these runs"
+    for digests, said in ((["x", ""], False), (["x", "x"], False), (["x", "y"], True)):
+        for run, digest in zip((a, b), digests, strict=True):
+            report = json.loads((run / "report.json").read_text())
+            (run / "report.json").write_text(json.dumps(report | {"versions": {"script": digest}}))
+        assert (changed in compared("a", "b")[1]) == said
+    (b / "report.json").unlink()
+    assert f"unfinished or no run: {b.name}; that leaves nothing to compare the other with" in compared("a", "b")[1]
+
+
 # ---- the table ----
 
 

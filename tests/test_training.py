@@ -1,6 +1,7 @@
 """Training: the whole program on real images, stopping, going on, and what goes wrong on the way."""
 
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -381,10 +382,12 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
     scores = torch.tensor([each["test_accuracy"] for each in one], dtype=torch.float64)
     assert scores.std() > 0
     assert report["test_accuracy"] == pytest.approx(scores.mean().item())
+    assert report["versions"]["script"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
     assert report["test_accuracy_std"] == pytest.approx(scores.std().item())
     half = 4.302653 * scores.std().item() / 3**0.5  # Student's t, 2 degrees of freedom
     assert report["test_accuracy_interval"] == pytest.approx([scores.mean().item() - half, scores.mean().item() + half])
     assert f"Mean test accuracy of 3 seeds: {100 * scores.mean():.2f} %" in out
+    assert out.count("Accuracy of the network") == 3 and out.count("Accuracy for class 3 ") == 1  # of the kept model
     losses = []
     for seed in range(3):
         with (run / f"seed-{seed}" / "metrics.csv").open() as file:
