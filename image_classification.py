@@ -18,7 +18,7 @@
     python image_classification.py --minutes 1          the best that one minute gives
     python image_classification.py --dataset digits     no download: 1,797 embedded handwritten digits
     python image_classification.py --resume last        go on with a run that was stopped
-    torchrun --nproc-per-node=2 image_classification.py on two GPUs
+    torchrun --nproc-per-node=2 image_classification.py   on two GPUs
 
 Two minutes on two cores of a server's CPU, 90.26 +- 0.17 % of the test images (5 seeds; README, "Measured").
 
@@ -229,7 +229,8 @@ def batch_augmentation(text: str, classes: int) -> Callable[..., Any]:
 def alternative(kind: str, asker: str) -> Any:
     """The module alternatives/<kind>.py, wanted by the option `asker`; a script copied alone does without it."""
     if not importlib.util.find_spec("alternatives"):
-        raise UserError(f"{asker} needs the folder alternatives/ beside this program, or is mistyped")
+        mistyped = ", or is mistyped" if " " in asker else ""
+        raise UserError(f"{asker} needs the folder alternatives/ beside this program{mistyped}")
     try:
         return importlib.import_module(f"alternatives.{kind}")
     except ModuleNotFoundError as error:
@@ -799,11 +800,9 @@ def build_network(
         sizes = [] if tried else [size, size // 2] if config.low_res else [size]
         for seen in sizes:  # rather now than after the run has begun
             with torch.no_grad():  # lazy layers get their shapes
-                logits = network.eval()(torch.zeros(2, len(mean), seen, seen))
-            if (shape := tuple(logits.shape)) != (2, classes):
+                shape = tuple(network.eval()(torch.zeros(2, len(mean), seen, seen)).shape)
+            if shape != (2, classes):
                 raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
-            if is_own(config.model) and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
-                raise ValueError("its numbers add up to 1: leave the softmax at its end out, the loss has one")
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
@@ -821,6 +820,12 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
+    if fresh and is_own(config.model):
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, len(data.mean), *images.shape[2:]))
+        model.train()
+        if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
+            raise UserError(f"--model {config.model} ends in a softmax, but the loss has one: leave it out")
     if fresh and config.pretrained:
         try:
             alternative("networks", "--pretrained").load_pretrained(model, data.classes, config.init_from)
@@ -1123,9 +1128,9 @@ def resume_config(resume: str, **changes: Any) -> Config:
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
         report, epochs = path.with_name("report.json"), changes.get("epochs") or 0
         try:
-            saved = json.loads(path.read_text())
+            saved = dict(json.loads(path.read_text()).items())
             trained = json.loads(report.read_text())["epochs"] if report.exists() else -1
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} or report.json beside it is damaged: delete it") from None
         settings = asdict(Config()) | {name: value for name, value in saved.items() if name in KINDS}
         if trained < 0 or epochs > trained and not settings["fast_dev_run"]:
@@ -1442,10 +1447,10 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
     begun, before = time.perf_counter(), trainer.seconds
     looked, on_cpu = begun, trainer.device.type == "cpu"
     epoch, first = divmod(trainer.step, len(trainer.places))
-    plan, passed = trainer.plan(epoch), trainer.places[first].start
-    trainer.model.train(not trainer.config.freeze)  # what is frozen keeps its statistics too
     if trainer.pace:
         trainer.pace.begin()
+    plan, passed = trainer.plan(epoch), trainer.places[first].start
+    trainer.model.train(not trainer.config.freeze)  # what is frozen keeps its statistics too
     with tqdm(total=trainer.places[-1].stop, initial=passed, desc=f"Epoch {epoch:04d}", unit="img", unit_scale=True,
               leave=False, disable=True if trainer.rank else None) as bar:  # fmt: skip
         for done, place in enumerate(trainer.places[first:], first + 1):
@@ -1502,8 +1507,9 @@ def train_once(
         while trainer.step < trainer.total_steps and not trainer.stalled():
             begun, before = time.perf_counter(), trainer.seconds
             rate = train_one_epoch(trainer, last, signals)
-            log.open()
-            trained = time.perf_counter()
+            opening = time.perf_counter()
+            log.open()  # which draws, once a run: no part of training
+            begun += (trained := time.perf_counter()) - opening
             epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
             loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
@@ -1550,9 +1556,9 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
-    if config.minutes:
+    if config.minutes and not config.fast_dev_run:
         alternative("minutes", "--minutes")
-    if config.repeat > 1:
+    if config.repeat > 1 and not config.fast_dev_run:
         alternative("repeats", "--repeat")
     together = alternative("torchrun", "torchrun") if TORCHRUN else None
     data = data or (together.after_first(lambda: load_data(config)) if together else load_data(config))
@@ -1629,7 +1635,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
 
 VERSIONS = {"image_classification": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
             "platform": platform.platform(),
-            "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}  # fmt: skip
+            "script": hashlib.sha256(Path(__file__).read_text(encoding="utf-8").encode()).hexdigest()[:12]}  # fmt: skip
 
 
 @dataclass

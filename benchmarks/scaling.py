@@ -17,7 +17,7 @@ from time_to_accuracy import SCRIPT, run, spread
 from tqdm import tqdm
 
 EPOCHS = "default --epochs 2 --low-res 0 --val-fraction 0"
-SILENT = [  # what makes the processes talk in a step, and what takes its place
+SILENT = [  # what makes the processes talk in a step, on GPUs by batch norm too, and what takes its place
     ('alternative("torchrun", "torchrun").parallelise(self)', "pass"),
     ("agree(result, asked, look) if self.world > 1", "agree(result, asked, look) if False"),
 ]

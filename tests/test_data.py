@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import re
 import signal
 import ssl
 import subprocess
@@ -55,7 +56,8 @@ def test_archive_arrives_from_a_single_source(fetch, manner):
 def test_source_that_stalls_later_is_left(fetch, mirror, capsys):
     began = time.monotonic()
     fetch("good", mirror_url=f"{mirror.url}/tire/a.tar.gz")
-    assert time.monotonic() - began < 20 and f"leaving {mirror.url}/tire/a.tar.gz: timed out" in capsys.readouterr().out
+    assert time.monotonic() - began < 20
+    assert re.search(r"leaving \S+/tire/a.tar.gz: (timed out|it is slow)", capsys.readouterr().out)
 
 
 def test_quickest_source_is_taken(fetch, mirror, monkeypatch):

@@ -84,7 +84,7 @@ def test_recording_that_fails_is_not_used(trained, capsys, capture):
 
 def test_recordings_go_with_their_trainer():
     data = ic.load_data(ic.Config(dataset="digits"))
-    trainer = ic.Trainer(ic.settle(ic.Config(dataset="digits"), data), data, torch.device("cpu"))
+    trainer = ic.Trainer(ic.settle(ic.Config(dataset="digits", minutes=1.0), data), data, torch.device("cpu"))
     trainer.graphs = graphs.Graphs(trainer)
     kept = weakref.ref(trainer)
     gc.disable()  # a seed's memory is needed by the next one, at once

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,9 +148,11 @@ def test_functions_of_the_reference(model, data, folder):
 
 def test_images_are_classified_in_batches(pictures, tool_inside, monkeypatch):
     """So that thousands need no more memory than a few."""
-    read, seen, decode, ranked = [], [], datasets.decode, inference.ranked
+    read, seen, held, decode, ranked = [], [], [], datasets.decode, inference.ranked
 
     def watched(model, images, top_k):
+        assert not any(earlier() is not None for earlier in held)  # those of the batches before are gone
+        held.append(weakref.ref(images))
         seen.append((len(images), len(read)))
         return ranked(model, images, top_k)
 
@@ -425,14 +428,16 @@ def test_help_of_the_tools(name, tool_inside):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"),
-    [("inference", "PIL"), ("export", "onnx"), ("explain", "captum"), ("app", "gradio"), ("compare", "tqdm"),
-     ("image_classification", "torch"), ("tune", "optuna")],
+    ("name", "package", "file"),
+    [("inference", "PIL", "requirements.txt"), ("compare", "tqdm", "requirements.txt"),
+     ("image_classification", "torch", "requirements.txt"), ("export", "onnx", "requirements-extras.txt"),
+     ("explain", "captum", "requirements-extras.txt"), ("app", "gradio", "requirements-extras.txt"),
+     ("tune", "optuna", "requirements-extras.txt")],
 )  # fmt: skip
-def test_missing_package_is_named(name, package, folder):
+def test_missing_package_is_named(name, package, file, folder):
     (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package} here', name='{package}')")
     line = tool(name, folder).error(env={"PYTHONPATH": str(folder)})
-    assert package in line and "pip install -r requirements" in line
+    assert package in line and f"pip install -r {file}" in line
 
 
 def test_inference_copied_without_alternatives_says_so(folder):
