@@ -126,9 +126,12 @@ def test_usage_of_inference(pictures, folder, tool_inside):
     assert "--top-k" in run.error("images", "--top-k", "0", status=2)
     assert "--threshold" in run.error("images", "--threshold", "2", status=2)
     assert "nowhere.pth" in run.error("images", "--checkpoint", "nowhere.pth")
+    assert "nowhere.onnx: No such file" in run.error("images", "--checkpoint", "nowhere.onnx")
     (folder / "rubbish.pth").write_bytes(b"rubbish")
     assert "rubbish.pth is damaged" in run.error("images", "--checkpoint", "rubbish.pth")
     (folder / "rubbish.onnx").write_bytes(b"rubbish")
+    assert "cannot be had for ONNX" in run.error("images", "--checkpoint", "rubbish.onnx", "--device", "mps")
+    assert len(run("images/*.png", "--format", "csv")[0].splitlines()) == 1 + len(list(folder.glob("images/*.png")))
     assert "rubbish.onnx is damaged" in run.error("images", "--checkpoint", "rubbish.onnx")
     for path in folder.glob("model_*.pth"):
         path.unlink()
