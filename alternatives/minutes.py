@@ -26,7 +26,7 @@ class Pace:
         self.steps = collections.Counter[float]()  # that this process has done with images of each scale
 
     def begin(self) -> None:
-        """An epoch begins: here a probe does too."""
+        """A probe begins: with an epoch, and where the one before has ended."""
         self.probed, self.cost = time.perf_counter(), self.trainer.cost
 
     def step(self, done: int, scale: float) -> None:
