@@ -18,7 +18,7 @@
     python image_classification.py --minutes 1          the best that one minute gives
     python image_classification.py --dataset digits     no download: 1,797 embedded handwritten digits
     python image_classification.py --resume last        go on with a run that was stopped
-    torchrun --nproc-per-node=2 image_classification.py   on two GPUs
+    torchrun --nproc-per-node=2 image_classification.py     on two GPUs
 
 Two minutes on two cores of a server's CPU, 90.26 +- 0.17 % of the test images (5 seeds; README, "Measured").
 
@@ -1029,10 +1029,10 @@ def choose_device(name: str) -> torch.device:
             name = alternative("torchrun", "torchrun").device(name)
         except ValueError as error:
             raise UserError(f"--device {name}: {error}") from None
-    mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
-    stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
-    if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
-        stranded = ""
+    stranded = ""
+    if not (torch.version.cuda or torch.version.hip) and shutil.which("nvidia-smi"):
+        mend = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
+        stranded = f"this torch {torch.__version__} cannot use the NVIDIA GPU; one that can: {mend}"
     if name == "auto" and stranded:
         print(f"note: {stranded}")
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"

@@ -391,7 +391,7 @@ def test_label_issues_and_data_that_moved(folder, tool_inside):
 
 @pytest.mark.parametrize(
     "name",
-    ["cnn", "beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "fftnet", "convnet", "resnet18",
+    ["cnn", "beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "fftnet", "convnet", "resnet18", "resnet50",
      "resnet18-dropout", "airbench94", "torchvision:squeezenet1_1", "torchvision:mobilenet_v3_small"],
 )  # fmt: skip
 def test_every_network_is_exported_and_explained(name, folder, monkeypatch):
