@@ -202,7 +202,8 @@ def option(name: str) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known := list(known), n=1)
+    known, asked = list(known), name.lower()
+    near = [each for each in known if asked and each.startswith(asked)] or difflib.get_close_matches(asked, known, n=1)
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
@@ -561,6 +562,10 @@ class Data:
     @functools.cached_property
     def test(self) -> Split:
         return resized(self.load_test(), self.train.images.shape[-1])
+
+    def measured(self) -> list[float]:
+        """What tells these training images from others: their number and mean."""
+        return [len(self.train.labels), *self.mean]
 
 
 SPLIT_SEED = 0  # not the run's seed: all runs share their validation images, so that none trains on another's
@@ -1149,6 +1154,18 @@ def resume_config(resume: str, **changes: Any) -> Config:
     return Config(**settings | changes | {"resume": str(path.parent)})
 
 
+def check_saved(run: Path, config: Config, data: Data) -> None:
+    """UserError, before anything is changed, unless the run can go on with these settings and images."""
+    if not (saved := saved_states(run)) and (run / "report.json").exists():
+        raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
+    for path in saved:
+        content = read_checkpoint(path, data.classes)
+        load_weights(build_model(config, data, fresh=False), content["model"], path)
+        if math.dist(data.measured(), content.get("measured", data.measured())) > 1e-9:  # older versions saved none
+            raise UserError(f"the images are others than when {run} began: start a new run")
+    data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
+
+
 class Trainer:
     """A network in training: all that a step changes."""
 
@@ -1367,7 +1384,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "environment": self.environment, "measured": [len(self.data.train.labels), *self.data.mean],
+            "environment": self.environment, "measured": self.data.measured(),
         })  # fmt: skip
         self.saved_at = time.perf_counter()
 
@@ -1566,24 +1583,15 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if together:  # only now: getting the data may take longer than processes wait for each other
         together.join(device)
     rank, count = processes()
-    measured = [len(data.train.labels), *data.mean]
-    if math.dist(measured, from_first(lambda: measured)) > 1e-9:
+    if math.dist(data.measured(), from_first(data.measured)) > 1e-9:
         raise UserError("the processes have found other images each: give all machines the same data set")
     if (config.batch_size or 0) < 4 * count > 4:
         raise UsageError(f"--batch-size {config.batch_size} is too small for {count} processes: 4 images each")
-    model: Any = None if config.resume else build_model(config, data)
+    model: Any = None
     if config.resume:
-        run, saved = Path(config.resume), saved_states(Path(config.resume))
-        if (run / "report.json").exists() and not saved:
-            raise UserError(f"{run} has no last.pth any more, from which a finished run could go on")
-        for path in saved:  # before anything is changed
-            content = read_checkpoint(path, data.classes)
-            load_weights(build_model(config, data, fresh=False), content["model"], path)
-            if math.dist(measured, content.get("measured", measured)) > 1e-9:  # older versions did not save it
-                raise UserError(f"the images are others than when {run} began: start a new run")
-        data.substitution = json.loads((run / "config.json").read_text()).get("substitution", "")
+        check_saved(run := Path(config.resume), config, data)
     else:
-        print_summary(model, tuple(data.train.images.shape[1:]))
+        print_summary(model := build_model(config, data), tuple(data.train.images.shape[1:]))
         run = from_first(lambda: new_run_folder(config, data))  # only now: a network that fails leaves no run behind
     print(f"Writing to {run}")
     try:
@@ -1776,6 +1784,46 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return gaps.abs().sum().item() / len(labels)
 
 
+def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The temperature that logits are to be divided by, so that confidence is about accuracy (Guo et al., 2017).
+
+    logits, labels: of validation images, as in calibration_error.
+    """
+    from scipy.optimize import minimize_scalar
+
+    # as if one more image had been of any class (Laplace): where all are right, confidence would grow beyond bounds
+    loss = nn.CrossEntropyLoss(label_smoothing=1 / (1 + len(labels)))
+    fit = minimize_scalar(lambda sharpness: loss(logits * sharpness, labels).item(), bounds=(0.01, 100))
+    return 1 / float(fit.x)
+
+
+def draw_report(
+    results: dict[str, Any], history: list[Row], test: Split, guess: torch.Tensor, sure: torch.Tensor, run: Path
+) -> dict[str, Any]:
+    """Draw the curves and the confusion matrix into `run`; returns what TensorBoard is to show, by its title.
+
+    results: as in report.json; guess, sure: of each test image the predicted class, int64 (N,), and its confidence.
+    """
+    import numpy as np
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    save_figure(draw_curves(history), run / "training_results.png")
+    classes, matrix = list(results["class_accuracy"]), np.array(results["confusion_matrix"])
+    many = len(classes) > 30  # numbers would be too small to read, and take long to draw
+    figures = {"confusion matrix": draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))}
+    ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
+        ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, include_values=not many,
+        xticks_rotation="vertical" if many else 45,
+    )  # fmt: skip
+    save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
+    wrong = [i for i in sure.argsort(descending=True).tolist() if guess[i] != test.labels[i]][:20]
+    if wrong:
+        pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
+        titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
+        figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
+    return figures
+
+
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     """Test the best weights, or the last without validation images, once, in fp32; draw and write what comes out."""
     log.open()
@@ -1783,20 +1831,15 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     test = Split(*(part[: config.batch_size if config.fast_dev_run else None] for part in data.test))
     if trainer.device.type == "cpu":
         keep_freed_memory()  # training and reading are over, and what follows imports much
-    from scipy.optimize import minimize_scalar
     from scipy.stats import binomtest
-    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     content = read_checkpoint(run / "best.pth")
     load_weights(trainer.model, content["model"], run / "best.pth")
     result, temperature = evaluate(trainer.model, *test), None
     if len(trainer.valid.labels):
         with trainer.autocast():
-            logits, labels = evaluate(trainer.model, *trainer.valid).logits, trainer.valid.labels.cpu()
-        # as if one more image had been of any class (Laplace): where all are right, confidence would grow beyond bounds
-        loss = nn.CrossEntropyLoss(label_smoothing=1 / (1 + len(labels)))
-        fit = minimize_scalar(lambda sharpness: loss(logits * sharpness, labels).item(), bounds=(0.01, 100))
-        temperature = 1 / float(fit.x)  # Guo et al., 2017
+            temperature = calibrate(evaluate(trainer.model, *trainer.valid).logits, trainer.valid.labels.cpu())
     sure, guess = (result.logits / (temperature or 1)).softmax(1).max(1)
     errors = [calibration_error(result.logits / each, test.labels) for each in (1, temperature or 1)]
     numbers, count = range(len(classes)), len(guess)
@@ -1822,19 +1865,7 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         share = evaluate(trainer.model, *test, config.test_views).accuracy
         results |= {"test_views": config.test_views, "test_views_accuracy": share}
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
-    save_figure(draw_curves(history), run / "training_results.png")
-    many = len(classes) > 30  # numbers would be too small to read, and take long to draw
-    figures = {"confusion matrix": draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))}
-    ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
-        ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, include_values=not many,
-        xticks_rotation="vertical" if many else 45,
-    )  # fmt: skip
-    save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
-    wrong = (sure * (guess != test.labels)).argsort(descending=True)[: min(20, count - hits)].tolist()
-    if wrong:
-        pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
-        titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
-        figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
+    figures = draw_report(results, history, test, guess, sure, run)
     found = zip([classes[i] for i in test.labels], [classes[i] for i in guess], sure.tolist(), strict=True)
     csv.writer(text := io.StringIO(newline="")).writerows([["label", "prediction", "confidence"], *found])
     write_atomically(run / "test_predictions.csv", text.getvalue().encode())
@@ -1925,6 +1956,26 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
     return parser, vars(given)
 
 
+def in_words(error: Exception) -> str:
+    """One line that says what is wrong and what to do."""
+    text = " ".join(str(error).split())
+    if "operator torchvision::" in text:
+        return f"{text}: {PAIR}"
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename}: there is no such file or folder"
+    if isinstance(error, OSError):
+        named = ": ".join(filter(None, [error.filename, error.strerror or text]))
+        others = (FileExistsError, IsADirectoryError, NotADirectoryError)
+        return named if isinstance(error, others) else f"{named}: is there space, and the right to write?"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}: {INSTALL}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile does not work here: {str(error).partition(chr(10))[0]}: leave it out"
+    return f"{text}: {PAIR}" if "torchvision" in text else f"{error!r} (--debug shows where)"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run as from the command line; returns the exit status."""
     for console in (sys.stdout, sys.stderr):
@@ -1958,23 +2009,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if given.get("debug"):
             raise
-        text = " ".join(str(error).split())
-        if isinstance(error, FileNotFoundError):
-            text = f"{error.filename}: there is no such file or folder"
-        elif isinstance(error, OSError):
-            text = ": ".join(filter(None, [error.filename, error.strerror or text]))
-            others = (FileExistsError, IsADirectoryError, NotADirectoryError)
-            text += ": is there space, and the right to write?" if not isinstance(error, others) else ""
-        elif isinstance(error, ModuleNotFoundError):
-            text += f": {INSTALL}"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            text = f"--compile does not work here: {str(error).partition(chr(10))[0]}: leave it out"
-        elif "operator torchvision::" in text:
-            text += f": {PAIR}"
-        elif not isinstance(error, UserError):
-            text = f"{text}: {PAIR}" if "torchvision" in text else f"{error!r} (--debug shows where)"
         time.sleep(3 * not_first)
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 1
 
 
