@@ -311,7 +311,7 @@ def main() -> int:
             print("", *lines, sep="\n")
         else:
             print(*lines, sep="\n", file=sys.stderr)  # what is piped on is to be the table only
-    return 0
+    return int(bool(others) and len(runs) == 1)  # then the question has no answer
 
 
 if __name__ == "__main__":

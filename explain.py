@@ -190,7 +190,7 @@ def feature_maps(model: Classifier, image: torch.Tensor, out: Path) -> None:
             axes.imshow(maps[0, channel].float().cpu().numpy(), cmap="viridis")
             axes.set_title(str(channel), fontsize=7)
     ic.save_figure(figure, out / "feature_maps.png")
-    print(f"{out / 'feature_maps.png'}: {len(found)} stages")
+    print(f"{out / 'feature_maps.png'}: {label} {100 * share:.1f} %, {len(found)} stages")
 
 
 def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:

@@ -186,7 +186,8 @@ def main() -> int:
         print(f"Compared with PyTorch {check(model.logits(images), found)}")
         ic.write_atomically(out, new.read_bytes())
         if options.int8 and data:
-            quantise(new, out.with_name(f"{out.stem}-int8.onnx"), data)
+            quantise(new, small := out.with_name(f"{out.stem}-int8.onnx"), data)
+            print(f"\nIn 8 bits: {small}")
     if options.format == "onnx":
         print(f'\nUse it: python inference.py --checkpoint "{out}" IMAGE')
     return 0

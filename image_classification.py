@@ -54,6 +54,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import traceback
 import urllib.request
 import uuid
 import warnings
@@ -173,7 +174,8 @@ class Config:
             if rule["choices"] and value not in rule["choices"]:
                 raise UsageError(f"{name} {value}: {suggest(str(value), map(str, rule['choices']))}")
             if kind in (int, float) and not rule["low"] <= value < rule["below"]:
-                raise UsageError(f"{name} {value}: must be at least {rule['low']:g} and below {rule['below']:g}")
+                most = f" and below {rule['below']:g}" if rule["below"] < math.inf or value == math.inf else ""
+                raise UsageError(f"{name} {value}: must be at least {rule['low']:g}{most}")
         if self.mirror and not self.mirror.startswith(("http://", "https://")):
             raise UsageError(f"--mirror {self.mirror}: it has to begin with http:// or https://")
         if self.early_stopping and not self.val_fraction:
@@ -201,10 +203,11 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str], others: str = "") -> str:
+    """What somebody who typed `name` may have meant; others: what else there is, as a sentence goes on."""
     known, asked = list(known), name.lower()
     near = [each for each in known if asked and each.startswith(asked)] or difflib.get_close_matches(asked, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}{others}"
 
 
 def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
@@ -257,8 +260,9 @@ def read_recipe(path: str) -> dict[str, Any]:
     """The settings in a JSON file, such as tune.py writes."""
     try:
         settings = dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError):
-        raise UserError(f'--recipe {path}: it has to hold settings and values, like {{"epochs": 5}}') from None
+    except (ValueError, AttributeError) as error:
+        why = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f'--recipe {path}: it has to hold settings and values, like {{"epochs": 5}}{why}') from None
     known = KINDS.keys() - {"recipe", "resume", "run_dir", "out", "fast_dev_run", "debug"}  # these are of one run
     if unknown := settings.keys() - known:
         raise UserError(f"--recipe {path}: no setting {min(unknown)}: {suggest(min(unknown), sorted(known))}")
@@ -276,8 +280,8 @@ def network_settings(model: str) -> dict[str, Any]:
         return FOR_NETWORK
     networks = alternative("networks", f"--model {model}")
     if ":" not in model and model not in networks.SETTINGS:
-        near = suggest(model, ["cnn", *networks.SETTINGS])
-        raise UsageError(f"unknown model {model}: {near}, torchvision:NAME or FILE.py:FACTORY")
+        known = ["cnn", *networks.SETTINGS]
+        raise UsageError(f"unknown model {model}: {suggest(model, known, ', torchvision:NAME or FILE.py:FACTORY')}")
     try:
         return networks.settings(model)
     except ValueError as error:
@@ -416,8 +420,9 @@ def probe(urls: list[str], start: int) -> dict[str, float | str]:
 
 
 def explain(error: Exception) -> str:
-    if not isinstance(reason := getattr(error, "reason", error), ssl.SSLCertVerificationError):
-        return str(error)
+    reason = getattr(error, "reason", error)
+    if not isinstance(reason, ssl.SSLCertVerificationError):
+        return str(error if isinstance(error, urllib.request.HTTPError) else reason)
     mend = "on macOS run Python's 'Install Certificates.command'; behind a proxy set SSL_CERT_FILE to its certificates"
     return f"its certificate was refused, {reason.verify_message}: {mend}"
 
@@ -481,9 +486,15 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             failures |= dict.fromkeys(helpers, "what came is not the archive")
             sources = [url for url in sources if not clean or url not in helpers]  # else it is an older piece's fault
             before, slowest, clean, helpers = -1, SLOW, True, set()
+    if not part.stat().st_size:
+        part.unlink()
+    tried = [
+        f"{', '.join(url for url in failures if failures[url] == why)} ({why})"
+        for why in dict.fromkeys(failures.values())
+    ]
     raise Unreachable(
-        f"CIFAR-10 could not be downloaded. Tried {'; '.join(f'{url} ({why})' for url, why in failures.items())}. Put "
-        f"{ARCHIVE} (SHA-256 {ARCHIVE_SHA256}) into {path.parent.absolute()} by hand, or name a place with --mirror URL"
+        f"CIFAR-10 could not be downloaded. Put {ARCHIVE} (SHA-256 {ARCHIVE_SHA256}) into {path.parent.absolute()} by "
+        f"hand, or name a place with --mirror URL. Tried: {'; '.join(tried)}"
     )
 
 
@@ -501,6 +512,8 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
         return data_dir if complete(data_dir) else folder
     if data_dir.is_file():
         raise UserError(f"--data-dir {data_dir} is a file: name the folder that it is in")
+    if not data_dir.exists() and data_dir != Path(Config.data_dir):
+        print(f"note: there is no folder {data_dir} yet, so this makes it: is its name right?")
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(data_dir / ".cifar-10.lock")
     try:
@@ -648,8 +661,10 @@ def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
     if wanted not in datasets.NAMES and not Path(wanted).expanduser().is_dir():
-        near = suggest(wanted, ["auto", "cifar10", "digits", *datasets.NAMES])
-        raise UsageError(f"unknown data set {wanted}: {near}, or name a folder of images")
+        if Path(wanted).name != wanted:
+            raise UsageError(f"there is no folder {wanted}")
+        known = ["auto", "cifar10", "digits", *datasets.NAMES]
+        raise UsageError(f"unknown data set {wanted}: {suggest(wanted, known, ', or name a folder of images')}")
     try:
         size = config.image_size
         if config.pretrained and not size:
@@ -798,21 +813,27 @@ def build_network(
         if config.model != "cnn":
             factory = alternative("networks", f"--model {config.model}").factory(config.model)
         if unknown := given.keys() - inspect.signature(factory).parameters.keys():
-            raise UsageError(f"{option(min(unknown))} is nothing that the network {config.model} has")
+            raise UsageError(f"{option(min(unknown))} is no option of the network {config.model}")
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
         if not isinstance(network, nn.Module):
             raise ValueError(f"it is a {type(network).__name__}, not a torch.nn.Module")
         sizes = [] if tried else [size, size // 2] if config.low_res else [size]
         for seen in sizes:  # rather now than after the run has begun
             with torch.no_grad():  # lazy layers get their shapes
-                shape = tuple(network.eval()(torch.zeros(2, len(mean), seen, seen)).shape)
-            if shape != (2, classes):
+                logits = network.eval()(torch.zeros(2, len(mean), seen, seen))
+            if not isinstance(logits, torch.Tensor):
+                raise ValueError(f"it gives a {type(logits).__name__}, not a tensor with a number for each class")
+            if (shape := tuple(logits.shape)) != (2, classes):
                 raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
         half = f", which become {size // 2} in the first --low-res of a run" if config.low_res else ""
-        why = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        why = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        file = Path(config.model.rpartition(":")[0]).name
+        places = traceback.extract_tb((error.__cause__ or error).__traceback__)
+        if is_own(config.model) and (lines := [each.lineno for each in places if Path(each.filename).name == file]):
+            why += f" ({file}, line {lines[-1]})"
         raise UserError(f"--model {config.model} gives no network for images of {size} pixels{half}: {why}") from error
     if config.pretrained:
         mean, std = cast(Any, network).normalisation
@@ -839,14 +860,14 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     elif fresh and config.init_from:
         content = read_checkpoint(config.init_from)
         if content["classes"] != data.classes:
-            print(f"note: {config.init_from} is for other classes: the head starts anew")
+            print(f"note: {config.init_from} is for other classes: the last layer starts anew")
             content["model"] |= alternative("networks", "--init-from").head_weights(model)
         load_weights(model, content["model"], config.init_from)
     elif fresh and isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
         set_whitening(layer, normalise(images[torch.arange(0, len(images), max(1, len(images) // 500))], model))
     if config.freeze:
         if not (config.init_from or config.pretrained):
-            raise UsageError("--freeze trains the head alone, and so needs --init-from FILE or --pretrained")
+            raise UsageError("--freeze trains the last layer alone, and so needs --init-from FILE or --pretrained")
         alternative("networks", "--freeze").freeze(model)
     return model
 
@@ -1128,8 +1149,10 @@ def resume_config(resume: str, **changes: Any) -> Config:
 
     A finished run goes on only towards more `epochs`. Changes outside MAY_CHANGE raise UsageError.
     """
-    named = Path(resume).parent if Path(resume).is_file() else Path(resume)
-    configs = Path("runs").glob("*/*/config.json") if resume == "last" else [named / "config.json"]
+    folder, last = Path(resume).parent if Path(resume).is_file() else Path(resume), resume == "last"
+    configs = list(Path("runs").glob("*/*/config.json") if last else folder.glob("config.json"))
+    if not configs:
+        raise UserError(f"--resume {resume}: there is no run in {'runs' if last else folder}")
     for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
         report, epochs = path.with_name("report.json"), changes.get("epochs") or 0
         try:
@@ -1138,11 +1161,11 @@ def resume_config(resume: str, **changes: Any) -> Config:
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{path} or report.json beside it is damaged: delete it") from None
         settings = asdict(Config()) | {name: value for name, value in saved.items() if name in KINDS}
-        if trained < 0 or epochs > trained and not settings["fast_dev_run"]:
+        if not settings["fast_dev_run"] and epochs > trained or trained < 0 and not last:
             break
     else:
         more = "--epochs N trains a finished one, if it was no trial, on to N"
-        raise UserError(f"--resume {resume}: no unfinished run there; {more}")
+        raise UserError(f"--resume {resume}: no unfinished run in {'runs' if last else folder}; {more}")
     for name in changes.keys() - MAY_CHANGE:
         found_again = name == "dataset" and settings[name] == str(Path(changes[name]).expanduser().resolve())
         if settings[name] != changes[name] and not found_again:
@@ -1514,7 +1537,9 @@ def train_once(
     trainer.prepare()
     steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
-    counts = f"{len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch"
+    counts = (
+        f"{len(trainer.labels)} training and {validation} validation images, {steps} step{'s' * (steps > 1)} an epoch"
+    )
     small = f"; the first {100 * config.low_res:.0f} % of the run on smaller images" if config.low_res else ""
     several = f"; {trainer.world} processes share each batch" if trainer.world > 1 else ""
     print(f"{data.name}: {counts}{small}{several}")
@@ -1549,9 +1574,10 @@ def train_once(
             trainer.save(last)
             if trainer.pace:
                 trainer.pace.pause = time.perf_counter() - trained
+            part = f" for {done} of {steps} steps" if done < steps else ""
             print(
                 f"Epoch {epoch:04d}: train loss {loss:.4f}, valid loss {valid_loss}, train acc {percent(hits)}"
-                f"{valid_accuracy}, {row['seconds']:.1f} s, {trainer.left()}{', saved' if better else ''}"
+                f"{valid_accuracy}, {row['seconds']:.1f} s{part}, {trainer.left()}{', saved' if better else ''}"
             )
             if trainer.agree(torch.zeros(0, device=device), bool(signals)):
                 raise Stopped(*signals[:1] or [signal.SIGTERM])
@@ -1578,7 +1604,9 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if config.repeat > 1 and not config.fast_dev_run:
         alternative("repeats", "--repeat")
     together = alternative("torchrun", "torchrun") if TORCHRUN else None
-    data = data or (together.after_first(lambda: load_data(config)) if together else load_data(config))
+    if not data:
+        data = together.after_first(lambda: load_data(config)) if together else load_data(config)
+        print(*(data.report or {}).get("words", []), sep="\n", end="\n" if data.report else "")
     config = settle(config, data)
     if together:  # only now: getting the data may take longer than processes wait for each other
         together.join(device)
@@ -1635,7 +1663,11 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
         write_json(run / "report.json", report.results)  # the last: it says that the run is finished
     if together:
         together.leave()
-    print(f"Done in {tqdm.format_interval(time.perf_counter() - begun)}")
+    taken, asked = time.perf_counter() - begun, 60 * config.minutes
+    late = (
+        f": --minutes {config.minutes:g} is too short for a step and the test here" if taken > 1.1 * asked > 0 else ""
+    )
+    print(f"Done in {tqdm.format_interval(taken)}{late}")
     return report
 
 
@@ -1678,10 +1710,11 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
     """A figure of uint8 images (N, C, H, W), each below its title; on one pair of axes, because many are slow."""
     rows = math.ceil(len(images) / columns)
     (axes,) = draw(1, 1, 1.25 * columns, 1.6 * rows).axes
+    font = min(7, 154 / max(len(line) for title in titles for line in title.splitlines() or [""]))  # 22 letters fit
     for place, (image, title) in enumerate(zip(images, titles, strict=False)):
         left, top = 1.25 * (place % columns), 1.6 * (place // columns)
         axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(left, left + 1.15, top + 1.55, top + 0.4))
-        axes.text(left + 0.575, top + 0.35, title, fontsize=7, ha="center", parse_math=False)
+        axes.text(left + 0.575, top + 0.35, title, fontsize=font, ha="center", parse_math=False)
     axes.set(xlim=(0, 1.25 * columns), ylim=(1.6 * rows, 0))
     axes.axis("off")
     return axes.figure
@@ -1880,11 +1913,13 @@ def print_classes(report: Report, trial: bool) -> None:
     results, row = report.results, report.history[-1]
     precision, recall, f1 = (results[name] for name in ("precision", "recall", "f1"))
     tested = dict(zip(recall, map(sum, results["confusion_matrix"]), strict=True))
+    width = max(5, min(20, max(map(len, recall))))
     for name in recall:
         more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
         more += f", {tested[name]} tested" if 0 < tested[name] < 30 else ""  # too few to say much
-        print(f"Accuracy for class {name:5s} is: {percent(recall[name])}  ({more})")
-    ranked = sorted((name for name in recall if tested[name]), key=lambda name: (recall[name], f1[name]))
+        print(f"Accuracy for class {name:{width}s} is: {percent(recall[name])}  ({more})")
+    enough = [name for name in recall if tested[name] >= 30] or [name for name in recall if tested[name]]
+    ranked = sorted(enough, key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     before = f"{percent(results['calibration_error_before'])} before its calibration"
     before = before if results["temperature"] else "not calibrated: no validation images"
@@ -1897,7 +1932,8 @@ def print_classes(report: Report, trial: bool) -> None:
     elif reached < min(2 / len(recall), 0.1 + 0.9 / len(recall)):
         print("This is hardly better than guessing: look at samples.png, try a tenth of --lr, or more --epochs")
     elif training - reached > 0.1:
-        print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: try fewer --epochs")
+        more = "try more images, more --augment, or --init-from a trained model"
+        print(f"Overfitting: {percent(training)} in training, {percent(reached)} in validation: {more}")
 
 
 def commit() -> str | None:
@@ -1913,9 +1949,11 @@ def keep_model(report: Report, config: Config, data: Data) -> Report:
     kind = config.model.replace("torchvision:", "torchvision-").rpartition(":")[2]
     inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
     out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
-    replaced = " (replaced)" if out.exists() else ""
+    replaced = " (replaced; each run's folder keeps its own)" if out.exists() else ""
     for path in dict.fromkeys([inside, out]):
         write_atomically(path, report.checkpoint.read_bytes())
+    if data.substitution:
+        print(f"*** This model knows {data.name}, not CIFAR-10, which could not be had: the reason is at the top ***")
     logs = f'"{report.run}"' if config.run_dir else "runs"
     print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir {logs}")
     if Path(__file__).with_name("inference.py").exists():
@@ -1951,7 +1989,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
         group.add_argument(option(name), type=kind, choices=choices, metavar=None if choices else metavar, help=text)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
+        words = unknown[0].strip("-").replace("-", " ")  # --learning-rate is explained by --lr
         near = difflib.get_close_matches(unknown[0], [option(name) for name in KINDS], n=1)
+        near += [option(entry.name) for entry in fields(Config) if len(words) > 4 and words in entry.metadata["help"]]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{f': did you mean {near[0]}?' if near else ''}")
     return parser, vars(given)
 

@@ -67,7 +67,12 @@ def newest_checkpoint(folder: Path | str = ".") -> Path:
     """The model file that was written last in the folder, else in runs/ there; InferenceError where there is none."""
     for pattern in ("model_*.pth", "runs/*/*/model_*.pth"):
         if found := list(Path(folder).glob(pattern)):
-            return max(found, key=lambda path: path.stat().st_mtime)
+            newest = max(found, key=lambda path: path.stat().st_mtime)
+            if len(found) > 1:
+                print(
+                    f"note: {newest} is the newest of {len(found)} models; --checkpoint names another", file=sys.stderr
+                )
+            return newest
     raise InferenceError(f"no model_*.pth in {Path(folder).resolve()}: train one, or name it with --checkpoint FILE")
 
 
@@ -87,6 +92,10 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         raise InferenceError(f"{path} needs PyTorch ({error}): pip install -r requirements.txt") from None
     try:
         network, content = ic.load_checkpoint(path, model)
+        made_by = content.get("versions", {})
+        if made_by.get("image_classification") == ic.__version__ and made_by.get("script") != ic.VERSIONS["script"]:
+            other = "was made by another image_classification.py; if its network differs, only that one reads it right"
+            print(f"note: {path} {other}", file=sys.stderr)
         network.to(ic.choose_device(str(device)))
     except ic.UserError as error:
         raise InferenceError(str(error)) from None
@@ -257,7 +266,7 @@ def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
     for place, (name, pixels, classes) in enumerate(shown):
         image, bars = axes[2 * place : 2 * place + 2]
         image.imshow(pixels.transpose(1, 2, 0))
-        image.set_title(Path(name).name[-24:], fontsize=8, parse_math=False)
+        image.set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
         bars.barh(range(len(classes)), [share for _, share in classes], color=["#8fc1ea"] + ["#d5d5d5"] * len(classes))
         for row, (label, share) in enumerate(classes):
             bars.text(0.02, row, f"{label} {100 * share:.1f} %", va="center", fontsize=8, parse_math=False)
@@ -332,8 +341,10 @@ def main() -> int:
         "--save", metavar="FILE.png", help=f"a picture of the first {SHOWN} images and their classes"
     )
     options = arguments.parse_args()
-    if options.top_k < 1 or not 0 <= options.threshold <= 1:
-        arguments.error("--top-k must be at least 1, --threshold between 0 and 1")
+    if options.top_k < 1:
+        arguments.error(f"--top-k {options.top_k}: must be at least 1")
+    if not 0 <= options.threshold <= 1:
+        arguments.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
     return classify(load_model(options.checkpoint or newest_checkpoint(), options.device, options.model), options)
 
 
@@ -356,7 +367,10 @@ def classify(model: Classifier, options: argparse.Namespace) -> int:
                     found = ranked(model, np.stack([image for _, image in images]), options.top_k)
                     rows += [(name, classes) for (name, _), classes in zip(images, found, strict=True)]
                     some = zip(images[: SHOWN - len(shown)], found, strict=False)
-                    shown += [(name, image, classes) for (name, image), classes in some]
+                    shown += [
+                        (name if classes[0][1] >= options.threshold else f"{name}: unsure", image, classes)
+                        for (name, image), classes in some
+                    ]
                 bar.update(len(batch))
     except KeyboardInterrupt:
         status = 130

@@ -266,12 +266,13 @@ def report(study: optuna.Study, folder: Path, given: dict[str, Any], data: ic.Da
     trials = study.get_trials(deepcopy=False)
     done, ended = (sum(trial.state == state for trial in trials) for state in COUNTED[:2])
     board = subprocess.list2cmdline(["tensorboard", "--logdir", str(folder)])
-    print(f"\n{done} trials complete, {ended} stopped early or diverged: {board}")
+    print(f"\nTrials: {done} complete, {ended} stopped early or diverged: {board}")
     where = f"{ic.percent(best.value)} of the {len(data.valid.labels)} validation images"
     print(f"Best: trial {best.number}, {where}: {describe(best.user_attrs['settings'])}")
     usual = [trial for trial in trials if "defaults" in trial.user_attrs and trial.state == TrialState.COMPLETE]
     if "defaults" in best.user_attrs:
-        print("No trial was better than the defaults")
+        print(f"No trial was better than the defaults: train with these, {command(changed(config))}")
+        return True
     elif usual:
         gain = 100 * (best.value - (usual[0].value or 0.0))
         print(f"That is {gain:.1f} percentage points better than the defaults ({ic.percent(best.value - gain / 100)})")
@@ -402,7 +403,7 @@ def main() -> int:
     if not options.worker:
         prepare(study, folder, ic.configure(**given))
         there = len(study.get_trials(deepcopy=False, states=COUNTED))
-        print(f"Searching in {folder}: {there} trials are there already")
+        print(f"Searching in {folder}" + f", which has {there} of the trials already" * bool(there))
     failed = False
     with ic.stop_requests() as signals:
         if options.workers > 1 and not options.worker:

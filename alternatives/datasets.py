@@ -473,7 +473,7 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     """A folder with train/, test/ and val/ of class folders, or with class folders alone.
 
     Every image is decoded once, to image_size or to what suits the images, at most LARGEST, into a map in data_dir.
-    Prints what it found. Raises ValueError for a folder that is no such data set, or of which too much cannot be read.
+    Raises ValueError for a folder that is no such data set, or of which too much cannot be read.
     """
     import torch
 
@@ -499,8 +499,6 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     pairs = twins(kept, store)
     chosen = used(kept) if "all" in parts else np.arange(len(kept.label))
     report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs) | {"left_out": other}
-    for line in report["words"]:
-        print(line)
     if len(store.unreadable) > UNREADABLE * len(paths):
         first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
         most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
@@ -562,7 +560,7 @@ def list_images(
                 else:
                     other.append(str(folder / path))
             if not found and part != "valid":
-                raise ValueError(f"the class folder {place / name} holds no image")
+                raise ValueError(f"the class folder {place / name} holds no image: put some into it, or delete it")
             found.sort(key=lambda each: os.path.normcase(each[0]).split(os.sep))  # as paths compare
             paths, keys = np.array([path for path, _ in found], object), np.array([key for _, key in found], np.uint64)
             columns.append((paths, np.full(len(found), part), np.full(len(found), classes.index(name), np.int64), keys))
@@ -719,8 +717,12 @@ def describe(
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words.append(f"  fewer than {FEW} images: {listed}. Of 1 or 2, all are trained on, of less than 7 none is for")
-        words.append("    validation, unless test/ and val/ say otherwise. A test on so few says little of their class")
+        words.append(
+            f"  fewer than {FEW} images: {listed}. Without test/ and val/, classes of 1 or 2 are trained on only;"
+        )
+        words.append(
+            "    those of 3 to 6 are tested, too, and only larger ones also validated. So small a test says little"
+        )
     if max(learned.values()) > 5 * max(1, min(learned.values())):
         words.append(
             "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"

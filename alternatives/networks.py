@@ -320,8 +320,8 @@ def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> N
         if path:
             raise
         raise ValueError(
-            f"the ImageNet weights could not be had ({error}): fetch {network.weights.url} elsewhere and name the file "
-            "with --init-from"
+            f"the ImageNet weights could not be downloaded ({getattr(error, 'reason', error)}): fetch "
+            f"{network.weights.url} elsewhere and name the file with --init-from"
         ) from None
     except Exception as error:
         raise ValueError(f"{path or network.weights.url} is damaged or no file of weights") from error

@@ -132,7 +132,7 @@ def test_pretrained_weights_that_cannot_be_had(inside, folder, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies of its first use
     error = inside.error(*QUICK[:2], "--model", "torchvision:squeezenet1_1", "--pretrained")
-    assert "ImageNet weights could not be had" in error and "squeezenet1_1-" in error and "--init-from" in error
+    assert "ImageNet weights could not be downloaded" in error and "squeezenet1_1-" in error and "--init-from" in error
     assert not (folder / "runs").exists()
 
 
@@ -184,7 +184,7 @@ def test_own_model_is_tuned_to_other_classes(inside, folder, monkeypatch):
     content["model"]["classifier.weight"] = content["model"]["classifier.weight"][:7]
     ic.save_checkpoint(folder / "seven.pth", content)
     out, _ = inside(*QUICK, "--init-from", "seven.pth", "--freeze", "--out", "tuned.pth")
-    assert "seven.pth is for other classes: the head starts anew" in out
+    assert "seven.pth is for other classes: the last layer starts anew" in out
     tuned = ic.load_checkpoint("tuned.pth")[1]["model"]
     changed = {name for name, value in content["model"].items() if not torch.equal(tuned[name], value)}
     assert changed == {"classifier.weight"} and tuned["classifier.weight"].shape[0] == 10

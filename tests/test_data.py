@@ -96,13 +96,27 @@ def test_wrong_partial_file_starts_clean(fetch, folder, damage):
     fetch("good")
 
 
-def test_all_sources_failing_is_named(fetch, mirror):
+def test_all_sources_failing_is_named(fetch, mirror, folder):
     with pytest.raises(ic.Unreachable) as caught:
         fetch("gone", "page", "lie")
     text = str(caught.value)
     for part in ("404", "/page/", "not the archive", "--mirror", ic.ARCHIVE_SHA256, ic.ARCHIVE):
         assert part in text
-    assert "\n" not in text
+    assert "\n" not in text and not (folder / f"{ic.ARCHIVE}.part").exists()  # of which nothing came
+
+
+def test_reason_of_several_sources_is_said_once(fetch):
+    with pytest.raises(ic.Unreachable) as caught:
+        fetch("gone/1", "gone/2")
+    assert str(caught.value).count("404") == 1 and "/gone/2" in str(caught.value)
+
+
+def test_folder_that_has_to_be_made_is_named(inside, folder, monkeypatch):
+    monkeypatch.setattr(ic, "SOURCES", [])
+    (folder / "there").mkdir()
+    small = ["--subset", "400", "--epochs", "1", "--width", "0.25"]
+    outs = [inside(*small, "--data-dir", name)[0] for name in ("there", "new")]
+    assert ["there is no folder" in out for out in outs] == [False, True]
 
 
 def test_proxy_is_honoured(fetch, mirror, monkeypatch):

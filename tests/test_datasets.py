@@ -133,7 +133,8 @@ def test_data_set_that_cannot_be_downloaded(inside, folder, monkeypatch):
 def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):
     out, _ = inside("--dataset", "photos", "--epochs", "12", "--width", "0.5")
     assert "becomes 48 by 48 pixels" in out
-    assert "all: 110 images (blue 30, green 40, red 40)" in out
+    assert out.count("all: 110 images (blue 30, green 40, red 40)") == 1
+    assert "Accuracy for class green is: " in out and "Accuracy for class red   is: " in out
     assert out.count(" 8 tested)") == 2 and out.count(" 6 tested)") == 1
     report = json.loads((only_run(folder) / "report.json").read_text())
     assert report["test_accuracy"] > 0.8 and report["train_images"] == 80
@@ -201,7 +202,7 @@ def test_faults_of_real_folders_are_reported(folder, photos, capsys):
     (photos / "blue" / ".hidden.png").write_text("no image")
     (photos / "blue" / "notes.txt").write_text("no image")
     data = ic.load_data(ic.Config(dataset=str(photos)))
-    out = capsys.readouterr().out
+    out = "\n".join([capsys.readouterr().out, *data.report["words"]])
     assert "no format that Pillow knows: 1 file (1 .txt)" in out
     assert "cannot be read: 1 file: " in out and "text.jpg" in out
     assert "fewer than 10 images: rare (3)" in out and "differ much in size" in out
@@ -212,29 +213,28 @@ def test_faults_of_real_folders_are_reported(folder, photos, capsys):
     assert sum(len(part.labels) for part in (data.train, data.valid, data.test)) == total
 
 
-def test_twins_across_training_and_test_are_a_warning(folder, capsys):
+def test_twins_across_training_and_test_are_a_warning(folder):
     for part, seed in (("train", 1), ("test", 2)):
         write_images(folder / "photos" / part, {"red": 12, "green": 12}, seed=seed)
     shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
-    ic.load_data(ic.Config(dataset=str(folder / "photos")))
-    out = capsys.readouterr().out
+    out = "\n".join(ic.load_data(ic.Config(dataset=str(folder / "photos"))).report["words"])
     assert "WARNING: 1 pair across train and test" in out and "leak.png" in out and "the test accuracy" in out
     shutil.copytree(folder / "photos" / "train", folder / "photos" / "val")
     (folder / "photos" / "test" / "red" / "leak.png").unlink()
-    ic.load_data(ic.Config(dataset=str(folder / "photos")))
-    out = capsys.readouterr().out
+    out = "\n".join(ic.load_data(ic.Config(dataset=str(folder / "photos"))).report["words"])
     assert "WARNING: 24 pairs across train and valid" in out and "the test accuracy" not in out
 
 
 @pytest.mark.parametrize(("count", "split"), [(1, (1, 0, 0)), (2, (2, 0, 0)), (3, (2, 0, 1)), (10, (7, 1, 2))])
-def test_how_few_images_of_a_class_are_split(folder, photos, capsys, count, split):
+def test_how_few_images_of_a_class_are_split(folder, photos, count, split):
     write_images(photos, {"rare": count}, seed=7)
     for i in range(12):  # identical ones are used once
         shutil.copy(photos / "rare" / "0.png", photos / "rare" / f"copy {i}.png")
     data = ic.load_data(ic.Config(dataset=str(photos)))
     rare = data.classes.index("rare")
     assert tuple(int((part.labels == rare).sum()) for part in (data.train, data.valid, data.test)) == split
-    assert (f"fewer than 10 images: rare ({count})" in capsys.readouterr().out) == (count < 10)
+    words = "\n".join(data.report["words"])
+    assert (f"fewer than 10 images: rare ({count})" in words) == (count < 10)
 
 
 def test_images_are_known_by_what_they_hold(folder, photos):
@@ -330,7 +330,7 @@ def classes_below(photos):
     [
         (no_class, "has no class folders"),
         (one_class, "has 1 class folder: at least two"),
-        (empty_class, "yellow holds no image"),
+        (empty_class, "yellow holds no image: put some into it, or delete it"),
         (unsafe_class, "'red?' in"),
         (both, "train/ and blue/ side by side"),
         (two_validations, "has both val and valid"),
@@ -380,6 +380,7 @@ def test_unseen_class_is_not_called_the_worst(inside, folder):
     write_images(folder / "photos" / "test", {"red": 5, "green": 5}, seed=1)
     out, _ = inside("--dataset", "photos", "--width", "0.25", "--epochs", "3")
     assert "Accuracy for class accuracy is: 0.0 %  (not tested)" in out and "worst class: accuracy" not in out
+    assert "Accuracy for class red      is: " in out  # as wide as the longest
 
 
 def test_changed_folder_is_not_resumed(inside, folder, photos):

@@ -174,7 +174,8 @@ def test_checkpoint_of_a_folder_and_what_is_newest(pictures, trained, tool_insid
     run = pictures / "runs" / "CIFAR10" / "now"
     run.mkdir(parents=True)
     shutil.copy(*trained.glob("model_*.pth"), run / "model_other.pth")
-    assert "model_cnn" in tool_inside("inference")("images/0.png")[0].splitlines()[0]
+    out, err = tool_inside("inference")("images/0.png")
+    assert "model_cnn" in out.splitlines()[0] and "is the newest of 2 models; --checkpoint names another" in err
     for path in pictures.glob("model_*.pth"):
         path.unlink()
     assert "model_other" in tool_inside("inference")("images/0.png")[0].splitlines()[0]
@@ -232,6 +233,17 @@ def test_onnx_computes_the_same(exported, model, data):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == model.classes and json.loads(metadata["image_size"]) == 32
     assert "bicubic" in metadata["resize"] and json.loads(metadata["temperature"]) == model.temperature
+
+
+def test_model_of_a_changed_script_is_remarked(trained, folder, tool_inside, model, data):
+    (path,) = trained.glob("model_*.pth")
+    content = torch.load(path, weights_only=True)
+    save(data.test.images[0], folder / "0.png")
+    for script, said in ((ic.VERSIONS["script"], False), ("other", True)):
+        content["versions"] |= {"script": script}
+        torch.save(content, folder / "changed.pth")
+        err = tool_inside("inference")("0.png", "--checkpoint", "changed.pth")[1]
+        assert ("made by another image_classification.py" in err) == said
 
 
 def test_int8_is_smaller_and_as_good(exported):

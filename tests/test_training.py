@@ -160,7 +160,7 @@ def test_hints_and_worst_mistakes(inside, folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, _ = inside(*QUICK[:4], "--subset", "30", "--epochs", "15", "--batch-size", "10")
-    assert "Overfitting: " in out
+    assert re.search("Overfitting: .* or --init-from a trained model", out)
     events = EventAccumulator(str(only_run(folder)), size_guidance={"images": 0}).Reload()
     assert "worst mistakes" in events.Tags()["images"]
     out, _ = inside(*QUICK, "--optimizer", "sgd", "--lr", "0")
@@ -189,7 +189,7 @@ def test_all_training_images_without_validation(inside, folder):
 def test_replacing_a_model_is_said(inside, folder):
     (folder / "mine.pth").write_text("old")
     out, _ = inside(*QUICK, "--out", "mine.pth")
-    assert "mine.pth (replaced)" in out
+    assert "mine.pth (replaced; each run's folder keeps its own)" in out
     assert weights(folder / "mine.pth")
 
 
@@ -398,9 +398,15 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
 
 def test_minutes_are_kept(program, folder):
     began = time.monotonic()
-    program("--dataset", "digits", "--epochs", "1000", "--minutes", "0.4")  # the epochs alone would take far longer
+    narrow = ["--dataset", "digits", "--width", "0.25"]  # of which every machine trains some epochs
+    out, _ = program(*narrow, "--epochs", "10000", "--minutes", "0.4")  # the epochs would take far longer
     assert 16 < time.monotonic() - began < 35
+    assert "too short" not in out or time.monotonic() - began > 26
     assert len(epochs_of(only_run(folder))) > 3
+
+
+def test_minutes_that_are_too_short_are_said(inside):
+    assert re.search(r"^Done in \d\d:\d\d: --minutes 0.001 is too short", inside(*QUICK, "--minutes", "0.001")[0], re.M)
 
 
 @pytest.mark.parametrize("views", [1, 6])
@@ -574,6 +580,7 @@ def test_offline_trains_on_digits_and_stays_with_them(inside, folder, monkeypatc
     outs += [inside("--resume", "last", *more)[0] for more in ([], ["--epochs", "3"])]
     for out in outs:
         assert "digits, because CIFAR-10 could not be had" in re.search("Accuracy of the network.*", out)[0]
+        assert out.index("*** This model knows digits, not CIFAR-10") > out.index("Trained on")
     why = json.loads((run / "report.json").read_text())["substituted_for"]
     assert why.startswith("CIFAR10: ") and epochs_of(run) == [0, 1, 2]
     assert ("actively refused" if sys.platform == "win32" else "Connection refused") in why
@@ -613,6 +620,9 @@ def test_trial_run_is_not_trained_on(inside, folder):
     out, _ = inside("--resume", "last", "--epochs", "3")
     assert "Writing to runs/digits/real" in out.replace(os.sep, "/")
     assert "no unfinished run" in inside.error("--resume", "runs/digits/trial", "--epochs", "3")
+    (folder / "runs" / "digits" / "trial" / "report.json").unlink()  # as if stopped
+    assert "no unfinished run" in inside.error("--resume", "last")
+    inside("--resume", "runs/digits/trial")
 
 
 def test_interrupted_repeat_goes_on(inside, folder, stopped):
@@ -676,11 +686,11 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
     slower = (
         "; f = ic.Trainer.advance; ic.Trainer.advance = lambda *both: (__import__('time').sleep(0.02), f(*both))[1]"
     )
-    program(
+    out, _ = program(
         "--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2",
         patch=f"import alternatives.minutes as m; m.REPORT_SECONDS = 3{slower}",
     )  # fmt: skip
-    assert epochs_of(only_run(folder)) == [0]
+    assert epochs_of(only_run(folder)) == [0] and re.search(r"^Epoch 0000: .* s for \d+ of 1295 steps, ", out, re.M)
     report = json.loads((only_run(folder) / "report.json").read_text())
     steps = torch.load(only_run(folder) / "last.pth", weights_only=True)["step"]
     assert report["train_images"] == steps < 1295  # of one image each
@@ -815,7 +825,9 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("def small(**k): raise KeyError('boom')", "KeyError('boom')"),
+        ("def small(**k): raise KeyError('boom')", "KeyError('boom') (mine.py, line 1)"),
+        ("import torch\nclass small(torch.nn.Flatten):\n    def __init__(self, **k): super().__init__()\n"
+         "    def forward(self, x): return x, x", "it gives a tuple, not a tensor"),
         ("def small(**k): pass", "it is a NoneType, not a torch.nn.Module"),
         ("import torch\ndef small(**k): return torch.nn.Flatten()", "2 images give (2, 3072), not (2, 10)"),
         ("from torch import nn\ndef small(**k): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10), nn.Softmax(1))",
@@ -834,7 +846,7 @@ def test_broken_own_network(inside, folder, text, words):
 
 
 def test_run_that_failed_at_once_is_not_resumed(inside, folder):
-    inside(*QUICK, "--fast-dev-run")
+    inside(*QUICK, "--epochs", "1")
     (only_run(folder) / "report.json").unlink()  # as if it had been killed
     failing = (
         NETWORK.format(limit=0).replace("self.training", "torch.is_grad_enabled()").replace("OutOfMemory", "Runtime")

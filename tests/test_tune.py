@@ -62,7 +62,11 @@ def test_best_is_named_and_is_what_the_program_then_trains(searched):
     assert trials[0].user_attrs["defaults"] and not trials[0].params
     assert f"Best: trial {best.number}, {ic.percent(best.value)} of the " in out
     gain = 100 * (best.value - trials[0].value)
-    better = f"That is {gain:.1f} percentage points better" if best.number else "No trial was better than the defaults"
+    better = (
+        f"That is {gain:.1f} percentage points better"
+        if best.number
+        else "No trial was better than the defaults: train with these"
+    )
     assert better in out
     assert f"python image_classification.py --recipe {path.relative_to(folder)}" in out
     options = out.partition("The same: python image_classification.py ")[2].split("\n")[0].split()
@@ -97,7 +101,7 @@ def test_more_trials_go_on_and_other_settings_are_refused(searched, folder):
     program = tool("tune", folder)
     out, _ = program(*FAST, "--trials", "6")
     assert numbers(out) == [4, 5]
-    assert "4 trials are there already" in out
+    assert "which has 4 of the trials already" in out
     params = [tuple(trial.user_attrs["settings"].items()) for trial in trials_of(folder)]
     assert len(set(params)) == 6  # nothing is drawn twice
     line = program.error(*FAST, "--epochs", "3", status=2)
@@ -127,7 +131,7 @@ def test_stopped_search_goes_on(folder):
     done = numbers(out)
     again, _ = program(*settings, "--trials", len(done) + 2)
     assert len(numbers(again)) == 2 and min(numbers(again)) >= len(states)
-    assert f"{len(done)} trials are there already" in again
+    assert f"which has {len(done)} of the trials already" in again
 
 
 @POSIX
@@ -187,7 +191,7 @@ def test_test_images_are_never_read(here, monkeypatch):
 def test_diverging_trials_do_not_end_the_search(here, folder):
     out, _ = here(*FAST, "--optimizer", "sgd", "--learning-rates", "1e30", "1e31", "--trials", "3")
     assert len(re.findall(r"^Trial [12]: diverged \(best .*, trial 0\)  lr \d[.\d]*e\+3", out, re.MULTILINE)) == 2
-    assert "1 trials complete, 2 stopped early or diverged" in out
+    assert "Trials: 1 complete, 2 stopped early or diverged" in out
     assert "Best: trial 0, " in out and "No trial was better than the defaults" in out
     assert [trial.state for trial in trials_of(folder)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
 
