@@ -64,7 +64,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
-__version__ = "0.9.0"
+__version__ = "0.9.1"
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
 PAIR = "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
 try:
@@ -488,10 +488,8 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             before, slowest, clean, helpers = -1, SLOW, True, set()
     if not part.stat().st_size:
         part.unlink()
-    tried = [
-        f"{', '.join(url for url in failures if failures[url] == why)} ({why})"
-        for why in dict.fromkeys(failures.values())
-    ]
+    reasons = dict.fromkeys(failures.values())
+    tried = [f"{', '.join(url for url in failures if failures[url] == why)} ({why})" for why in reasons]
     raise Unreachable(
         f"CIFAR-10 could not be downloaded. Put {ARCHIVE} (SHA-256 {ARCHIVE_SHA256}) into {path.parent.absolute()} by "
         f"hand, or name a place with --mirror URL. Tried: {'; '.join(tried)}"
@@ -1537,9 +1535,7 @@ def train_once(
     trainer.prepare()
     steps, validation = len(trainer.places), len(trainer.valid.labels)
     print(f"Start Training  {device} ({describe(device)}, {str(trainer.dtype)[6:]})")
-    counts = (
-        f"{len(trainer.labels)} training and {validation} validation images, {steps} step{'s' * (steps > 1)} an epoch"
-    )
+    counts = f"{len(trainer.labels)} training and {validation} validation images, {steps} steps an epoch"
     small = f"; the first {100 * config.low_res:.0f} % of the run on smaller images" if config.low_res else ""
     several = f"; {trainer.world} processes share each batch" if trainer.world > 1 else ""
     print(f"{data.name}: {counts}{small}{several}")
@@ -1664,9 +1660,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if together:
         together.leave()
     taken, asked = time.perf_counter() - begun, 60 * config.minutes
-    late = (
-        f": --minutes {config.minutes:g} is too short for a step and the test here" if taken > 1.1 * asked > 0 else ""
-    )
+    late = f": --minutes {config.minutes:g} is too short for a step and the test" if taken > 1.1 * asked > 0 else ""
     print(f"Done in {tqdm.format_interval(taken)}{late}")
     return report
 
@@ -1872,7 +1866,8 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
     result, temperature = evaluate(trainer.model, *test), None
     if len(trainer.valid.labels):
         with trainer.autocast():
-            temperature = calibrate(evaluate(trainer.model, *trainer.valid).logits, trainer.valid.labels.cpu())
+            logits = evaluate(trainer.model, *trainer.valid).logits
+        temperature = calibrate(logits, trainer.valid.labels.cpu())
     sure, guess = (result.logits / (temperature or 1)).softmax(1).max(1)
     errors = [calibration_error(result.logits / each, test.labels) for each in (1, temperature or 1)]
     numbers, count = range(len(classes)), len(guess)
