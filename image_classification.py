@@ -188,7 +188,7 @@ GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device":
 # What None stands for, chosen on validation images: benchmarks/README.md.
 FOR_DATASET: dict[str, dict[str, Any]] = {
     "CIFAR10": {"epochs": 10, "batch_size": 500, "augment": "flip,crop=2", "low_res": 0.7},
-    "digits": {"epochs": 12, "batch_size": 50, "augment": "crop=2", "low_res": 0.0},
+    "digits": {"epochs": 8, "batch_size": 50, "augment": "crop=2", "low_res": 0.7},  # 8×8 once: 16×16 loses nothing
 }
 FOR_NETWORK: dict[str, Any] = {"optimizer": "muon", "width": 1.0}  # for cnn; others: alternatives/networks.py
 FOR_OPTIMIZER = {"muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.0}}  # others: alternatives/optimizers.py
@@ -420,9 +420,10 @@ def probe(urls: list[str], start: int) -> dict[str, float | str]:
 
 
 def explain(error: Exception) -> str:
-    reason = getattr(error, "reason", error)
+    reason = getattr(error, "reason", None)  # HTTPError's and SSLError's is no exception but a part of their text
+    reason = reason if isinstance(reason, Exception) else error
     if not isinstance(reason, ssl.SSLCertVerificationError):
-        return str(error if isinstance(error, urllib.request.HTTPError) else reason)
+        return str(reason)
     mend = "on macOS run Python's 'Install Certificates.command'; behind a proxy set SSL_CERT_FILE to its certificates"
     return f"its certificate was refused, {reason.verify_message}: {mend}"
 
@@ -1163,7 +1164,7 @@ def resume_config(resume: str, **changes: Any) -> Config:
             break
     else:
         more = "--epochs N trains a finished one, if it was no trial, on to N"
-        raise UserError(f"--resume {resume}: no unfinished run in {'runs' if last else folder}; {more}")
+        raise UserError(f"--resume {resume}: no unfinished run in {'runs (trials aside)' if last else folder}; {more}")
     for name in changes.keys() - MAY_CHANGE:
         found_again = name == "dataset" and settings[name] == str(Path(changes[name]).expanduser().resolve())
         if settings[name] != changes[name] and not found_again:
@@ -1600,9 +1601,9 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if config.repeat > 1 and not config.fast_dev_run:
         alternative("repeats", "--repeat")
     together = alternative("torchrun", "torchrun") if TORCHRUN else None
-    if not data:
-        data = together.after_first(lambda: load_data(config)) if together else load_data(config)
-        print(*(data.report or {}).get("words", []), sep="\n", end="\n" if data.report else "")
+    data = data or (together.after_first(lambda: load_data(config)) if together else load_data(config))
+    if data.report:
+        print(*data.report["words"], sep="\n")
     config = settle(config, data)
     if together:  # only now: getting the data may take longer than processes wait for each other
         together.join(device)
@@ -1660,7 +1661,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if together:
         together.leave()
     taken, asked = time.perf_counter() - begun, 60 * config.minutes
-    late = f": --minutes {config.minutes:g} is too short for a step and the test" if taken > 1.1 * asked > 0 else ""
+    late = f", later than --minutes {config.minutes:g}" if taken > 1.1 * asked > 0 else ""
     print(f"Done in {tqdm.format_interval(taken)}{late}")
     return report
 
@@ -1704,9 +1705,9 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
     """A figure of uint8 images (N, C, H, W), each below its title; on one pair of axes, because many are slow."""
     rows = math.ceil(len(images) / columns)
     (axes,) = draw(1, 1, 1.25 * columns, 1.6 * rows).axes
-    font = min(7, 154 / max(len(line) for title in titles for line in title.splitlines() or [""]))  # 22 letters fit
     for place, (image, title) in enumerate(zip(images, titles, strict=False)):
         left, top = 1.25 * (place % columns), 1.6 * (place // columns)
+        font = 7 * min(1, 22 / max(map(len, title.split("\n")), default=1)) if title else 7  # so many letters fit
         axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(left, left + 1.15, top + 1.55, top + 0.4))
         axes.text(left + 0.575, top + 0.35, title, fontsize=font, ha="center", parse_math=False)
     axes.set(xlim=(0, 1.25 * columns), ylim=(1.6 * rows, 0))
@@ -1843,7 +1844,8 @@ def draw_report(
         xticks_rotation="vertical" if many else 45,
     )  # fmt: skip
     save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
-    wrong = [i for i in sure.argsort(descending=True).tolist() if guess[i] != test.labels[i]][:20]
+    mistaken = guess != test.labels
+    wrong = (sure * mistaken).argsort(descending=True)[: min(20, int(mistaken.sum()))].tolist()
     if wrong:
         pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
@@ -1913,8 +1915,7 @@ def print_classes(report: Report, trial: bool) -> None:
         more = f"precision {percent(precision[name])}, F1 {percent(f1[name])}" if tested[name] else "not tested"
         more += f", {tested[name]} tested" if 0 < tested[name] < 30 else ""  # too few to say much
         print(f"Accuracy for class {name:{width}s} is: {percent(recall[name])}  ({more})")
-    enough = [name for name in recall if tested[name] >= 30] or [name for name in recall if tested[name]]
-    ranked = sorted(enough, key=lambda name: (recall[name], f1[name]))
+    ranked = sorted((name for name in recall if tested[name]), key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {ranked[-1]}; worst class: {ranked[0]}")
     before = f"{percent(results['calibration_error_before'])} before its calibration"
     before = before if results["temperature"] else "not calibrated: no validation images"
@@ -1944,11 +1945,12 @@ def keep_model(report: Report, config: Config, data: Data) -> Report:
     kind = config.model.replace("torchvision:", "torchvision-").rpartition(":")[2]
     inside = report.run / (f"model_{kind}.pth" if data.name == "CIFAR10" else f"model_{kind}_{data.name}.pth")
     out = inside if config.fast_dev_run else Path(config.out or inside.name)  # a trial replaces no real model
-    replaced = " (replaced; each run's folder keeps its own)" if out.exists() else ""
+    kept = "" if config.out or inside.exists() else "; the run that made the old one has a copy"
+    replaced = f" (replaced{kept})" if out.exists() else ""
     for path in dict.fromkeys([inside, out]):
         write_atomically(path, report.checkpoint.read_bytes())
     if data.substitution:
-        print(f"*** This model knows {data.name}, not CIFAR-10, which could not be had: the reason is at the top ***")
+        print(f"*** This model knows {data.name}, not CIFAR-10, which could not be had: report.json says why ***")
     logs = f'"{report.run}"' if config.run_dir else "runs"
     print(f"Model: {out}{replaced}\nAll else: {report.run}\nLook at it: tensorboard --logdir {logs}")
     if Path(__file__).with_name("inference.py").exists():
@@ -1984,8 +1986,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, dict[st
         group.add_argument(option(name), type=kind, choices=choices, metavar=None if choices else metavar, help=text)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        words = unknown[0].strip("-").replace("-", " ")  # --learning-rate is explained by --lr
-        near = difflib.get_close_matches(unknown[0], [option(name) for name in KINDS], n=1)
+        typed = unknown[0].partition("=")[0]
+        words = typed.strip("-").replace("-", " ")  # --learning-rate is explained by --lr
+        near = difflib.get_close_matches(typed, [option(name) for name in KINDS], n=1)
         near += [option(entry.name) for entry in fields(Config) if len(words) > 4 and words in entry.metadata["help"]]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{f': did you mean {near[0]}?' if near else ''}")
     return parser, vars(given)

@@ -10,6 +10,7 @@ From Python, too: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
 
 import argparse
 import csv
+import functools
 import glob
 import io
 import json
@@ -92,10 +93,10 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         raise InferenceError(f"{path} needs PyTorch ({error}): pip install -r requirements.txt") from None
     try:
         network, content = ic.load_checkpoint(path, model)
-        made_by = content.get("versions", {})
+        made_by = content.get("versions")
+        made_by = made_by if isinstance(made_by, dict) else {}
         if made_by.get("image_classification") == ic.__version__ and made_by.get("script") != ic.VERSIONS["script"]:
-            other = "was made by another image_classification.py; if its network differs, only that one reads it right"
-            print(f"note: {path} {other}", file=sys.stderr)
+            remark("made by another image_classification.py: if its network differs, only that one reads it right")
         network.to(ic.choose_device(str(device)))
     except ic.UserError as error:
         raise InferenceError(str(error)) from None
@@ -112,6 +113,12 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         content.get("dataset", "some data"), metrics.get("test_accuracy"), logits, network,
         settings | ({"model": model} if model else {}),
     )  # fmt: skip
+
+
+@functools.cache
+def remark(text: str) -> None:
+    """Say it once, however many models of a run are loaded."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def is_folder(dataset: str) -> bool:

@@ -319,8 +319,10 @@ def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> N
     except OSError as error:
         if path:
             raise
+        reason = getattr(error, "reason", None)  # HTTPError's is no exception but a part of its text
+        why = reason if isinstance(reason, Exception) else error
         raise ValueError(
-            f"the ImageNet weights could not be downloaded ({getattr(error, 'reason', error)}): fetch "
+            f"the ImageNet weights could not be downloaded ({why}): fetch "
             f"{network.weights.url} elsewhere and name the file with --init-from"
         ) from None
     except Exception as error:

@@ -73,6 +73,7 @@ def test_every_setting_is_in_help_and_readme(inside):
         ("--mirror teacher:8000", "has to begin with http://"),
         ("--epoch 3", "unrecognized arguments: --epoch 3: did you mean --epochs?"),
         ("--learning-rate 3", "did you mean --lr?"),
+        ("--learning-rate=3", "did you mean --lr?"),
     ],
 )
 def test_wrong_usage_is_status_2_and_one_line(arguments, words, inside, folder):

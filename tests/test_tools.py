@@ -68,7 +68,9 @@ def test_images_and_folders_are_classified(pictures, model, data):
     assert lines[-1].split("  ")[-1].strip() == ", ".join(f"{name} {100 * sure:.1f} %" for name, sure in expected)
 
 
-def test_formats_are_data_only(pictures, model, tool_inside):
+def test_formats_are_data_only(pictures, model, tool_inside, monkeypatch):
+    drawn, draw = [], inference.draw
+    monkeypatch.setattr(inference, "draw", lambda shown: drawn.extend(shown) or draw(shown))
     out, err = tool_inside("inference")("images", "--format", "csv", "--top-k", "10")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 6 and "trained on" in err
@@ -77,6 +79,7 @@ def test_formats_are_data_only(pictures, model, tool_inside):
         assert sum(float(row[f"confidence_{i}"]) for i in range(1, 11)) == pytest.approx(1, abs=1e-4)
     out, _ = tool_inside("inference")("images", "--format", "json", "--threshold", "1.0", "--save", "look.png")
     found = json.loads(out)
+    assert [name.endswith(": unsure") for name, *_ in drawn] == [each["answer"] == "unsure" for each in found]
     assert [each["file"] for each in found] == [row["file"] for row in rows]
     assert {each["answer"] for each in found} <= {"unsure"} | {
         each["answer"] for each in found if each["classes"][0]["confidence"] == 1
@@ -239,11 +242,18 @@ def test_model_of_a_changed_script_is_remarked(trained, folder, tool_inside, mod
     (path,) = trained.glob("model_*.pth")
     content = torch.load(path, weights_only=True)
     save(data.test.images[0], folder / "0.png")
+    inference.remark.cache_clear()
     for script, said in ((ic.VERSIONS["script"], False), ("other", True)):
         content["versions"] |= {"script": script}
         torch.save(content, folder / "changed.pth")
         err = tool_inside("inference")("0.png", "--checkpoint", "changed.pth")[1]
         assert ("made by another image_classification.py" in err) == said
+
+
+def test_long_titles_get_smaller_letters():
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    sizes = [text.get_fontsize() for text in ic.draw_images(images, ["cat", "x" * 44, ""], 3).axes[0].texts]
+    assert sizes == [7, 3.5, 7]
 
 
 def test_int8_is_smaller_and_as_good(exported):
@@ -252,6 +262,7 @@ def test_int8_is_smaller_and_as_good(exported):
     (_, whole, size, _), (_, small, less, _) = rows
     assert float(less) < 0.5 * float(size)
     (path,) = folder.glob("model_*-int8.onnx")
+    assert f"In 8 bits: {path.name}" in out
     assert inference.load_model(path).test_accuracy is None  # it was not tested
     assert float(whole.split()[0]) - float(small.split()[0]) <= 1.0
 

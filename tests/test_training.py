@@ -189,8 +189,10 @@ def test_all_training_images_without_validation(inside, folder):
 def test_replacing_a_model_is_said(inside, folder):
     (folder / "mine.pth").write_text("old")
     out, _ = inside(*QUICK, "--out", "mine.pth")
-    assert "mine.pth (replaced; each run's folder keeps its own)" in out
+    assert "mine.pth (replaced)" in out
     assert weights(folder / "mine.pth")
+    outs = [inside(*QUICK, "--epochs", "1")[0] for _ in range(2)]
+    assert ["(replaced; the run that made the old one has a copy)" in out for out in outs] == [False, True]
 
 
 def test_test_views_are_mean_logits_of_mirrored_and_shifted_images():
@@ -399,14 +401,13 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
 def test_minutes_are_kept(program, folder):
     began = time.monotonic()
     narrow = ["--dataset", "digits", "--width", "0.25"]  # of which every machine trains some epochs
-    out, _ = program(*narrow, "--epochs", "10000", "--minutes", "0.4")  # the epochs would take far longer
+    program(*narrow, "--epochs", "10000", "--minutes", "0.4")  # the epochs would take far longer
     assert 16 < time.monotonic() - began < 35
-    assert "too short" not in out or time.monotonic() - began > 26
     assert len(epochs_of(only_run(folder))) > 3
 
 
 def test_minutes_that_are_too_short_are_said(inside):
-    assert re.search(r"^Done in \d\d:\d\d: --minutes 0.001 is too short", inside(*QUICK, "--minutes", "0.001")[0], re.M)
+    assert re.search(r"^Done in \d\d:\d\d, later than --minutes 0.001$", inside(*QUICK, "--minutes", "0.001")[0], re.M)
 
 
 @pytest.mark.parametrize("views", [1, 6])
@@ -702,7 +703,7 @@ def test_minutes_shorter_than_an_epoch(program, inside, folder):
 def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder, monkeypatch):
     whole, log = [], ic.RunLog.epoch
     monkeypatch.setattr(minutes.Pace, "fit", lambda self, per_step: setattr(self.trainer, "total_steps", 10))
-    inside(*QUICK, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
+    assert "later than" not in inside(*QUICK, "--minutes", "1", "--batch-size", "100")[0]  # epochs are 4 steps here
     monkeypatch.setattr(ic.RunLog, "epoch", lambda self, *rest: (whole.append(self.trainer.sums), log(self, *rest)))
     inside("--resume", "last", "--epochs", "4")
     assert epochs_of(only_run(folder)) == [0, 1, 2, 3] and len(whole) == 2
