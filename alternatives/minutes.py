@@ -33,11 +33,14 @@ class Pace:
         """This epoch's step number `done`, on images of that scale, is over."""
         trainer, since = self.trainer, time.perf_counter() - self.probed
         self.steps[scale] += 1
-        if self.steps[scale] < 3:  # the first of a size sets up its convolutions, the second may be recorded
+        last = trainer.step == trainer.total_steps
+        if (
+            self.steps[scale] < 3 and not last
+        ):  # the first of a size sets up its convolutions, the second may be recorded
             self.begin()
         elif done % PROBE_STEPS == 0 or done == len(trainer.places) or trainer.world == 1 and since > PROBE_EVERY:
             float(trainer.sums[done - 1, 0])  # wait for the device
-            if trainer.step < trainer.total_steps:
+            if not last or not self.per_step:  # few epochs may be over before anything was timed
                 self.fit((time.perf_counter() - self.probed) / (trainer.cost - self.cost))
             self.begin()
 

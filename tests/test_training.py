@@ -169,7 +169,7 @@ def test_hints_and_worst_mistakes(inside, folder):
 
 def test_narrow_network_on_grey_images(inside, folder):
     """What its few filters see first has to be more than noise, in bf16 too."""
-    inside(*QUICK, "--precision", "bf16")
+    inside(*QUICK, "--precision", "bf16", "--low-res", "0")
     assert json.loads((only_run(folder) / "report.json").read_text())["test_accuracy"] > 0.8
 
 
@@ -406,6 +406,12 @@ def test_minutes_are_kept(program, folder):
     assert len(epochs_of(only_run(folder))) > 3
 
 
+def test_minutes_are_used_where_few_epochs_end_before_a_step_was_timed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    report = ic.train(ic.Config(dataset="digits", subset=400, width=0.25, epochs=1, minutes=0.2))
+    assert len(report.history) > 1
+
+
 def test_minutes_that_are_too_short_are_said(inside):
     assert re.search(r"^Done in \d\d:\d\d, later than --minutes 0.001$", inside(*QUICK, "--minutes", "0.001")[0], re.M)
 
@@ -535,7 +541,7 @@ def test_interrupted_extension_goes_on(inside, folder, stopped):
 
 
 def test_run_with_minutes_goes_on(inside, folder, stopped):
-    stopped(15, *QUICK, "--minutes", "1000")
+    stopped(15, *QUICK, "--minutes", "1000", "--low-res", "0")
     total = torch.load(only_run(folder) / "last.pth", weights_only=True)["total_steps"]
     assert total > 16
     path = only_run(folder) / "config.json"
