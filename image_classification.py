@@ -1707,7 +1707,7 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
     (axes,) = draw(1, 1, 1.25 * columns, 1.6 * rows).axes
     for place, (image, title) in enumerate(zip(images, titles, strict=False)):
         left, top = 1.25 * (place % columns), 1.6 * (place // columns)
-        font = 7 * min(1, 22 / max(map(len, title.split("\n")), default=1)) if title else 7  # so many letters fit
+        font = 7 * 22 / max(22, *map(len, title.split("\n")))  # so many letters fit
         axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(left, left + 1.15, top + 1.55, top + 0.4))
         axes.text(left + 0.575, top + 0.35, title, fontsize=font, ha="center", parse_math=False)
     axes.set(xlim=(0, 1.25 * columns), ylim=(1.6 * rows, 0))

@@ -34,9 +34,8 @@ class Pace:
         trainer, since = self.trainer, time.perf_counter() - self.probed
         self.steps[scale] += 1
         last = trainer.step == trainer.total_steps
-        if (
-            self.steps[scale] < 3 and not last
-        ):  # the first of a size sets up its convolutions, the second may be recorded
+        # the first of a size sets up its convolutions, the second may be recorded
+        if self.steps[scale] < 3 and not last:
             self.begin()
         elif done % PROBE_STEPS == 0 or done == len(trainer.places) or trainer.world == 1 and since > PROBE_EVERY:
             float(trainer.sums[done - 1, 0])  # wait for the device
