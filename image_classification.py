@@ -824,6 +824,8 @@ def build_network(
                 raise ValueError(f"it gives a {type(logits).__name__}, not a tensor with a number for each class")
             if (shape := tuple(logits.shape)) != (2, classes):
                 raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
+            if is_own(config.model) and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
+                raise ValueError("it ends in a softmax, but the loss has one: leave it out")
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
@@ -845,12 +847,6 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
-    if fresh and is_own(config.model):
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, len(data.mean), *images.shape[2:]))
-        model.train()
-        if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
-            raise UserError(f"--model {config.model} ends in a softmax, but the loss has one: leave it out")
     if fresh and config.pretrained:
         try:
             alternative("networks", "--pretrained").load_pretrained(model, data.classes, config.init_from)
@@ -1691,26 +1687,39 @@ def draw(rows: int, columns: int, width: float, height: float) -> Any:
     """A figure without pyplot, which would choose a window system: rows × columns axes of width × height inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Figure((width * columns, height * rows), dpi=110, layout="constrained")
     figure.subplots(rows, columns)
     return figure
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    figure.savefig(buffer := io.BytesIO(), dpi=110)
+def save_figure(figure: Any, path: Path) -> Any:
+    """Write a figure as PNG; returns its pixels, uint8 (H, W, 3). Drawn only once: savefig would do so twice."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    (canvas := FigureCanvasAgg(figure)).draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
     write_atomically(path, buffer.getvalue())
+    return pixels
 
 
 def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
-    """A figure of uint8 images (N, C, H, W), each below its title; on one pair of axes, because many are slow."""
-    rows = math.ceil(len(images) / columns)
+    """A figure of uint8 images (N, C, H, W), each below its title; put together first, because to draw many is slow."""
+    from torchvision.utils import make_grid
+
+    size, rows = images.shape[-1], math.ceil(len(images) / columns)
+    gap, above = math.ceil(0.08 * size), round(0.3 * size)  # above: for the title
+    grid = make_grid(F.pad(images, (0, 0, above, 0), value=255), columns, gap, pad_value=255)
     (axes,) = draw(1, 1, 1.25 * columns, 1.6 * rows).axes
-    for place, (image, title) in enumerate(zip(images, titles, strict=False)):
-        left, top = 1.25 * (place % columns), 1.6 * (place // columns)
+    axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
+    for place, title in enumerate(titles):
+        row, column = divmod(place, columns)
         font = 7 * 22 / max(22, *map(len, title.split("\n")))  # so many letters fit
-        axes.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(left, left + 1.15, top + 1.55, top + 0.4))
-        axes.text(left + 0.575, top + 0.35, title, fontsize=font, ha="center", parse_math=False)
-    axes.set(xlim=(0, 1.25 * columns), ylim=(1.6 * rows, 0))
+        x, y = gap + column * (gap + size) + size / 2, (row + 1) * (gap + above) + row * size - 0.05 * size
+        axes.text(x, y, title, fontsize=font, ha="center", parse_math=False)
+    axes.set_xlim(0, gap + columns * (size + gap))
     axes.axis("off")
     return axes.figure
 
@@ -1761,9 +1770,8 @@ class RunLog:
             rows["augmented"] = trainer.augment(gather(trainer.images, order, flips, shifts), labels)[0]
         titles = [names[label] if title == "none" else title for title in rows for label in labels.tolist()]
         images = torch.cat([row.clamp(0, 255).byte() for row in rows.values()])
-        figure = draw_images(images, titles, len(order))
-        save_figure(figure, self.run / "samples.png")
-        board.add_figure("training images", figure)
+        pixels = save_figure(draw_images(images, titles, len(order)), self.run / "samples.png")
+        board.add_image("training images", pixels, dataformats="HWC")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer that TensorBoard's graph needs is deprecated
@@ -1794,9 +1802,9 @@ class RunLog:
             board.flush()
             scalars = {}
 
-    def report(self, config: Config, epoch: int, metrics: dict[str, float], figures: dict[str, Any]) -> None:
-        for name, figure in figures.items():
-            self.boards[0].add_figure(name, figure, epoch)
+    def report(self, config: Config, epoch: int, metrics: dict[str, float], pictures: dict[str, Any]) -> None:
+        for name, pixels in pictures.items():
+            self.boards[0].add_image(name, pixels, epoch, dataformats="HWC")
         places = {"data_dir", "mirror", "init_from", "device", "run_dir", "out", "resume", "fast_dev_run", "debug"}
         settings = {name: value for name, value in asdict(config).items() if name not in places}
         self.boards[0].add_hparams(settings, metrics, run_name=".", global_step=epoch)  # in this run, not one below
@@ -1828,7 +1836,7 @@ def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def draw_report(
     results: dict[str, Any], history: list[Row], test: Split, guess: torch.Tensor, sure: torch.Tensor, run: Path
 ) -> dict[str, Any]:
-    """Draw the curves and the confusion matrix into `run`; returns what TensorBoard is to show, by its title.
+    """Draw curves, confusion matrix and worst mistakes into `run`; returns what TensorBoard is to show, by its title.
 
     results: as in report.json; guess, sure: of each test image the predicted class, int64 (N,), and its confidence.
     """
@@ -1838,19 +1846,19 @@ def draw_report(
     save_figure(draw_curves(history), run / "training_results.png")
     classes, matrix = list(results["class_accuracy"]), np.array(results["confusion_matrix"])
     many = len(classes) > 30  # numbers would be too small to read, and take long to draw
-    figures = {"confusion matrix": draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))}
+    figure = draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))
     ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
-        ax=figures["confusion matrix"].axes[0], cmap="Blues", colorbar=False, include_values=not many,
+        ax=figure.axes[0], cmap="Blues", colorbar=False, include_values=not many,
         xticks_rotation="vertical" if many else 45,
     )  # fmt: skip
-    save_figure(figures["confusion matrix"], run / "confusion_matrix.png")
+    pictures = {"confusion matrix": save_figure(figure, run / "confusion_matrix.png")}
     mistaken = guess != test.labels
     wrong = (sure * mistaken).argsort(descending=True)[: min(20, int(mistaken.sum()))].tolist()
     if wrong:
         pairs = [(classes[test.labels[i]], classes[guess[i]], percent(sure[i].item())) for i in wrong]
         titles = [f"{true}, taken for\n{other} ({surety})" for true, other, surety in pairs]
-        figures["worst mistakes"] = draw_images(test.images[wrong], titles, 5)
-    return figures
+        pictures["worst mistakes"] = save_figure(draw_images(test.images[wrong], titles, 5), run / "worst_mistakes.png")
+    return pictures
 
 
 def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
@@ -1895,11 +1903,11 @@ def write_report(trainer: Trainer, run: Path, log: RunLog) -> Report:
         share = evaluate(trainer.model, *test, config.test_views).accuracy
         results |= {"test_views": config.test_views, "test_views_accuracy": share}
         print(f"Accuracy with {config.test_views} views of each image: {100 * share:.2f} %")
-    figures = draw_report(results, history, test, guess, sure, run)
+    pictures = draw_report(results, history, test, guess, sure, run)
     found = zip([classes[i] for i in test.labels], [classes[i] for i in guess], sure.tolist(), strict=True)
     csv.writer(text := io.StringIO(newline="")).writerows([["label", "prediction", "confidence"], *found])
     write_atomically(run / "test_predictions.csv", text.getvalue().encode())
-    log.report(config, len(history) - 1, {"test accuracy": hits / count, "test loss": result.loss}, figures)
+    log.report(config, len(history) - 1, {"test accuracy": hits / count, "test loss": result.loss}, pictures)
     content["metrics"] |= {"test_accuracy": hits / count, "test_loss": result.loss, "temperature": temperature}
     save_checkpoint(run / "best.pth", content)
     return Report(results, history, run, run / "best.pth")
