@@ -280,15 +280,14 @@ def main() -> int:
     print(f"{model.path}, trained on {model.dataset}")
     if options.image:
         feature_maps(model, torch.from_numpy(read_one(model, options.image))[None], out)
-        return 0
-    data = load_its_data(model, options.data_dir)
-    if options.label_issues:
-        label_issues(model, data, device, out)
-        return 0
-    guess = galleries(model, data, out)
-    filters(model.network, out)
-    feature_maps(model, data.test.images[[0]], out)
-    confused(model.classes, data.test.labels, guess, out)
+    elif options.label_issues:
+        label_issues(model, load_its_data(model, options.data_dir), device, out)
+    else:
+        data = load_its_data(model, options.data_dir)
+        guess = galleries(model, data, out)
+        filters(model.network, out)
+        feature_maps(model, data.test.images[[0]], out)
+        confused(model.classes, data.test.labels, guess, out)
     return 0
 
 

@@ -96,13 +96,12 @@ def quantised(path: Path, images: np.ndarray) -> bytes:
     """The ONNX file with weights and activations of 8 bits, their ranges taken from uint8 images (N, 3, S, S)."""
     logging.disable(logging.WARNING)  # that it quantises no batch norm
 
-    class Batches(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(np.array_split(images, max(1, len(images) // 100)))
+    parts = np.array_split(images, max(1, len(images) // 100))
+    batches = ({"images": part.astype(np.float32) / 255} for part in parts)
 
+    class Batches(quantization.CalibrationDataReader):
         def get_next(self) -> Any:
-            batch = next(self.left, None)
-            return None if batch is None else {"images": batch.astype(np.float32) / 255}
+            return next(batches, None)
 
     about = {each.key: each.value for each in onnx.load(str(path)).metadata_props}
     with tempfile.TemporaryDirectory() as folder:

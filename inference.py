@@ -120,29 +120,27 @@ def remark(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def is_folder(dataset: str) -> bool:
-    """Is this data set a folder of images, and not one with a name?"""
-    return dataset not in ("cifar10", "digits", *datasets.NAMES)
-
-
-def its_data_settings(model: Classifier, data_dir: str | None) -> dict[str, Any]:
-    """What defines its data set, of the settings of its training, with the folder that it is in now."""
+def its_data_settings(model: Classifier, data_dir: str | None) -> tuple[dict[str, Any], bool]:
+    """What defines its data set, of the settings of its training; whether that is a folder of images, not a name."""
     names = ["dataset", "data_dir", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides no more
     found = {name: model.settings[name] for name in names if name in model.settings} | {"image_size": model.image_size}
-    return found | ({"dataset" if is_folder(found.get("dataset", "")) else "data_dir": data_dir} if data_dir else {})
+    folder = found.get("dataset") not in ("cifar10", "digits", *datasets.NAMES)
+    if data_dir:
+        found["dataset" if folder else "data_dir"] = data_dir
+    return found, folder
 
 
 def at_hand(model: Classifier, data_dir: str | None = None) -> bool:
     """Is its data set on this machine, so that nothing has to be downloaded?"""
-    settings = its_data_settings(model, data_dir)
-    dataset, folder = settings.get("dataset", ""), Path(settings.get("data_dir", "data"))
+    settings, folder = its_data_settings(model, data_dir)
+    if folder:
+        return Path(settings.get("dataset", "")).is_dir()
     names = {
         "cifar10": ["test_batch", "cifar-10-batches-py/test_batch"], "cifar100": ["cifar-100-python"],
         "mnist": ["MNIST"], "fashion-mnist": ["FashionMNIST"], "svhn": ["test_32x32.mat"], "stl10": ["stl10_binary"],
     }  # fmt: skip
-    if dataset in names:
-        return any((folder / name).exists() for name in names[dataset])
-    return dataset == "digits" or Path(dataset).is_dir()
+    dataset, place = settings["dataset"], Path(settings.get("data_dir", "data"))
+    return dataset == "digits" or any((place / name).exists() for name in names[dataset])
 
 
 def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
@@ -152,8 +150,9 @@ def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
     """
     import image_classification as ic
 
-    settings = its_data_settings(model, data_dir)
-    if is_folder(dataset := settings["dataset"]) and not Path(dataset).is_dir():
+    settings, folder = its_data_settings(model, data_dir)
+    dataset = settings["dataset"]
+    if folder and not Path(dataset).is_dir():
         raise InferenceError(f"its images are no longer in {dataset}: name their folder with --data-dir DIR")
     data = ic.load_data(ic.Config(**settings))
     if data.classes != model.classes:
@@ -365,7 +364,7 @@ def main() -> int:
             for batch in read(model, paths):
                 problems += [f"{path}: {image}" for path, image in batch if isinstance(image, str)]
                 images = [(str(path), image) for path, image in batch if not isinstance(image, str)]
-                found = ranked(model, np.stack([image for _, image in images]), options.top_k) if images else []
+                found = predict(model, [image for _, image in images], options.top_k)
                 for (name, image), classes in zip(images, found, strict=True):
                     sure = classes[0][1] >= options.threshold
                     rows.append((name, classes[0][0] if sure else "unsure", classes))
