@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import inspect
 import io
-import itertools
 import math
 import os
 import shlex
@@ -64,9 +63,10 @@ def changed(config: ic.Config) -> dict[str, Any]:
 
 def command(settings: dict[str, Any]) -> str:
     """The line that trains with these settings."""
-    words = [[ic.option(name)] if value is True else [ic.option(name), str(value)] for name, value in settings.items()]
-    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return quote(["python", "image_classification.py", *itertools.chain(*words)])
+    words = ["python", "image_classification.py"]
+    for name, value in settings.items():
+        words += [ic.option(name)] if value is True else [ic.option(name), str(value)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def describe(settings: dict[str, Any]) -> str:
@@ -320,8 +320,7 @@ def find_lr(config: ic.Config, data: ic.Data, device: torch.device, folder: Path
     bottom = smoothed.index(min(smoothed)) if smoothed else 0
     if not bottom:
         raise ic.UserError(f"the loss does not fall at any rate from {low:g} to {high:g}: try lower --learning-rates")
-    falls = [before - after for before, after in itertools.pairwise(smoothed[: bottom + 1])]
-    steepest = falls.index(max(falls))
+    steepest = max(range(bottom), key=lambda i: smoothed[i] - smoothed[i + 1])
     named = float(f"{math.sqrt(rates[steepest] * rates[steepest + 1]):.2g}")
     (axes,) = ic.draw(1, 1, 7, 4).axes
     axes.semilogx(rates, losses, alpha=0.3, label="each step")
