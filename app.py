@@ -27,7 +27,7 @@ try:
     import inference
     from alternatives.datasets import decode
     from explain import grad_cam, overlay
-    from inference import Classifier, InferenceError
+    from inference import Classifier, InferenceError, run
 except ImportError as problem:
     if __name__ != "__main__":
         raise
@@ -145,4 +145,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(inference.run(main))
+    sys.exit(run(main))
