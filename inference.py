@@ -364,7 +364,7 @@ def main() -> int:
             for batch in read(model, paths):
                 problems += [f"{path}: {image}" for path, image in batch if isinstance(image, str)]
                 images = [(str(path), image) for path, image in batch if not isinstance(image, str)]
-                found = predict(model, [image for _, image in images], options.top_k)
+                found = ranked(model, np.stack([image for _, image in images]), options.top_k) if images else []
                 for (name, image), classes in zip(images, found, strict=True):
                     sure = classes[0][1] >= options.threshold
                     rows.append((name, classes[0][0] if sure else "unsure", classes))
