@@ -24,21 +24,10 @@ try:
     from PIL import Image
 
     import image_classification as ic
+    import inference
     from alternatives.datasets import decode
     from explain import grad_cam, overlay
-    from inference import (
-        Classifier,
-        InferenceError,
-        at_hand,
-        find,
-        load_its_data,
-        load_model,
-        newest_checkpoint,
-        parser,
-        probabilities,
-        read_one,
-        run,
-    )
+    from inference import Classifier, InferenceError, run
 except ImportError as problem:
     if __name__ != "__main__":
         raise
@@ -59,11 +48,11 @@ def classify(model: Classifier, path: str | None) -> tuple[dict[str, float] | No
     if path is None:
         return None, None
     try:
-        pixels = read_one(model, path)
+        pixels = inference.read_one(model, path)
     except InferenceError as error:
         why = str(error).replace(f"{path}: ", "").replace(f" {path!r}", "")[:200]
         raise gr.Error(f"This is no picture that can be read: {why}", print_exception=False) from None
-    shares = probabilities(model, pixels[None])[0]
+    shares = inference.probabilities(model, pixels[None])[0]
     large = torch.from_numpy(decode(Path(path), SIDE).pixels.copy()).permute(2, 0, 1)[None]
     with contextlib.suppress(InferenceError):  # a network without feature maps: the picture alone
         heat = grad_cam(model.network, torch.from_numpy(pixels)[None], torch.tensor([int(shares.argmax())]))
@@ -74,14 +63,14 @@ def classify(model: Classifier, path: str | None) -> tuple[dict[str, float] | No
 def examples(model: Classifier, folder: str | None, data_dir: str | None, scratch: Path) -> list[str]:
     """Pictures to click on: those in `folder`, or a test image of each of 10 classes if the data set is at hand."""
     if folder:
-        paths, problems = find([folder])
+        paths, problems = inference.find([folder])
         if problems:
             raise InferenceError(problems[0])
         return [str(path.resolve()) for path in paths[:20]]
-    if not at_hand(model, data_dir):
+    if not inference.at_hand(model, data_dir):
         return []
     try:
-        test = load_its_data(model, data_dir).test
+        test = inference.load_its_data(model, data_dir).test
     except (ic.UserError, InferenceError):
         return []
     pictures = []
@@ -123,15 +112,14 @@ def build(model: Classifier, pictures: list[str]) -> gr.Blocks:
 
 def main() -> int:
     """Run as from the command line; serves until it is stopped."""
-    arguments = parser(__doc__)
-    arguments.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
+    arguments = inference.parser(__doc__)
+    host = "address to listen on (default: 127.0.0.1, this machine only)"
+    arguments.add_argument("--host", default="127.0.0.1", help=host)
     arguments.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     arguments.add_argument("--examples", metavar="FOLDER", help="pictures to click on (default: test images)")
     arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is, for these (default: as trained)")
     options = arguments.parse_args()
-    model = load_model(options.checkpoint or newest_checkpoint(), options.device, options.model)
+    model = inference.load_model(options.checkpoint, options.device, options.model)
     if not model.network:
         raise InferenceError(f"{model.path}: the page needs the .pth")
     Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow refuses twice as much

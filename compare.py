@@ -12,10 +12,8 @@ From Python, too: `runs, _ = read_runs(["runs/CIFAR10/a", "runs/CIFAR10/b"])`, t
 
 import argparse
 import csv
-import glob
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 try:
-    from inference import InferenceError, run
+    from inference import InferenceError, expand, run
 except ImportError as problem:
     if __name__ != "__main__":
         raise
@@ -74,17 +72,14 @@ def read_runs(names: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
     Raises InferenceError for a folder that does not exist and for a damaged file, OSError for a missing config.json.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}  # by where they are, so that each counts once
     for name in names:
-        path = Path(os.path.expanduser(name))
-        several = [path] if path.exists() else list(map(Path, sorted(glob.glob(str(path)))))  # Windows leaves * to us
-        if not several:
+        if not (several := expand(name)):
             raise InferenceError(f"{name}: there is no such folder")
-        found += several
-    found = list({path.resolve(): path for path in found}.values())
-    finished = [path for path in found if (path / "report.json").exists()]
-    named = zip(finished, shortest_names(finished), strict=True)
-    return [read_run(path, name) for path, name in named], [str(path) for path in found if path not in finished]
+        found |= {path.resolve(): path for path in several}
+    finished = [path for path in found.values() if (path / "report.json").exists()]
+    runs = [read_run(path, name) for path, name in zip(finished, shortest_names(finished), strict=True)]
+    return runs, [str(path) for path in found.values() if path not in finished]
 
 
 def read_run(path: Path, name: str) -> Run:

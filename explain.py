@@ -9,8 +9,11 @@ Everything goes into the folder explained/. Grad-CAM (Selvaraju et al., 2017) sh
 for a class: the gradient of the class's logit weighs the last feature maps. By Captum.
 """
 
+import contextlib
 import csv
+import functools
 import io
+import itertools
 import sys
 import tempfile
 from dataclasses import replace
@@ -25,17 +28,7 @@ try:
     from PIL import Image, ImageDraw
 
     import image_classification as ic
-    from inference import (
-        Classifier,
-        InferenceError,
-        load_its_data,
-        load_model,
-        newest_checkpoint,
-        parser,
-        ranked,
-        read_one,
-        run,
-    )
+    from inference import Classifier, InferenceError, load_its_data, load_model, parser, ranked, read_one, run
 except ImportError as problem:
     if __name__ != "__main__":
         raise
@@ -54,21 +47,15 @@ def stages(network: torch.nn.Module, image: torch.Tensor) -> list[tuple[str, tor
     """
     found: dict[tuple[int, int], tuple[str, torch.nn.Module, torch.Tensor]] = {}
 
-    def watch(name: str) -> Any:
-        def note(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-                found.pop(size := (output.shape[2], output.shape[3]), None)
-                found[size] = (name, layer, output.detach().clone())
+    def note(name: str, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
+            found.pop(size := (output.shape[2], output.shape[3]), None)
+            found[size] = (name, layer, output.detach().clone())
 
-        return note
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in network.named_modules() if name]
-    try:
-        with torch.no_grad():
-            network(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, layer in list(network.named_modules())[1:]:  # the first one is the network itself
+            hooks.enter_context(layer.register_forward_hook(functools.partial(note, name)))
+        network(image)
     return list(found.values())
 
 
@@ -108,8 +95,7 @@ def save(images: torch.Tensor, titles: list[str], columns: int, path: Path) -> N
 
 
 def save_csv(header: list[str], rows: list[list[Any]], path: Path) -> None:
-    writer = csv.writer(text := io.StringIO(newline=""))
-    writer.writerows([header, *rows])
+    csv.writer(text := io.StringIO(newline="")).writerows([header, *rows])
     ic.write_atomically(path, text.getvalue().encode())
     print(f"{path}: {len(rows)} rows")
 
@@ -144,10 +130,11 @@ def confused(classes: list[str], labels: torch.Tensor, guess: torch.Tensor, out:
     count = len(classes)
     matrix = torch.bincount(labels * count + guess, minlength=count**2).view(count, count).tolist()
     rows = []
-    for one, other in torch.combinations(torch.arange(count)).tolist():
+    for one, other in itertools.combinations(range(count), 2):
         there, back, both = matrix[one][other], matrix[other][one], sum(matrix[one]) + sum(matrix[other])
-        rows.append([classes[one], classes[other], there + back, there, back, round((there + back) / max(1, both), 4)])
-    rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
+        if total := there + back:
+            rows.append([classes[one], classes[other], total, there, back, round(total / both, 4)])
+    rows.sort(key=lambda row: -row[2])
     for a, b, count, there, back, share in rows[:10]:
         print(f"{a} and {b}: {count} confused, {100 * share:.1f} % of both ({there} {a} as {b}, {back} {b} as {a})")
     header = ["class", "other", "confused", "class_as_other", "other_as_class", "share_of_both"]
@@ -203,25 +190,25 @@ def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | 
     data = load_its_data(last, data_dir)
     labels = data.test.labels
     right = ic.evaluate(last.network, *data.test).logits.argmax(1) == labels
-    firsts = [(right & (labels == i)).nonzero() if (right & (labels == i)).any() else (labels == i).nonzero()
-              for i in range(len(data.classes))]  # fmt: skip
-    chosen = torch.tensor([int(first[0]) for first in firsts if len(first)])
+    order = right.int().argsort(descending=True, stable=True)
+    chosen = order[np.unique(labels[order], return_index=True)[1]]  # of each class the first, if possible a right one
     images, targets = data.test.images[chosen], labels[chosen]
-    frames: list[list[Image.Image]] = [[] for _ in chosen]
+    names = [data.classes[target] for target in targets]
+    frames: list[list[Image.Image]] = [[] for _ in names]
     for epoch, path in enumerate(ic.tqdm(paths, "Grad-CAM", unit="epoch", leave=False, disable=None)):
         network = load_model(path, device, model).network
         shares = ic.evaluate(network, images, targets).logits.softmax(1)
         pictures = overlay(images, grad_cam(network, images, targets)).permute(0, 2, 3, 1).numpy()
-        for place, (frame, target) in enumerate(zip(frames, targets.tolist(), strict=True)):
+        for place, name in enumerate(names):
             canvas = Image.new("RGB", (160, 176), "white")
             canvas.paste(Image.fromarray(pictures[place]).resize((160, 160), Image.Resampling.BICUBIC))
-            caption = f"epoch {epoch}: {100 * shares[place, target]:.0f} % {data.classes[target]}"
+            caption = f"epoch {epoch}: {100 * shares[place, targets[place]]:.0f} % {name}"
             ImageDraw.Draw(canvas).text((4, 162), caption, "black")
-            frame.append(canvas)
-    for frame, target in zip(frames, targets.tolist(), strict=True):
-        durations = [200] * (len(frame) - 1) + [1500]  # ms
-        frame[0].save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=frame[1:], duration=durations, loop=0)
-        ic.write_atomically(out / f"cam_{data.classes[target].replace('/', '-')}.gif", buffer.getvalue())
+            frames[place].append(canvas)
+    durations = [200] * (len(paths) - 1) + [1500]  # ms
+    for name, (first, *rest) in zip(names, frames, strict=True):
+        first.save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+        ic.write_atomically(out / f"cam_{name.replace('/', '-')}.gif", buffer.getvalue())
     print(f"{out}: cam_<class>.gif of {len(frames)} classes, {len(paths)} epochs")
 
 
@@ -278,31 +265,29 @@ def main() -> int:
     arguments.add_argument("--animate", metavar="RUN", help="a run folder, whose epochs become animations")
     arguments.add_argument("--label-issues", action="store_true", help=f"train {FOLDS} networks to find wrong labels")
     arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is (default: where it was trained)")
-    arguments.add_argument(
-        "--out", default="explained", metavar="DIR", help="folder for all of it (default: explained)"
-    )
+    folder = "folder for all of it (default: explained)"
+    arguments.add_argument("--out", type=Path, default="explained", metavar="DIR", help=folder)
     options = arguments.parse_args()
-    out = Path(options.out)
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     device = ic.choose_device(options.device)
     if options.animate:
         animate(Path(options.animate), options.model, device, options.data_dir, out)
         return 0
-    model = load_model(options.checkpoint or newest_checkpoint(), device, options.model)
+    model = load_model(options.checkpoint, device, options.model)
     if not model.network:
         raise InferenceError(f"{model.path}: what a network sees is to be had from its .pth only")
     print(f"{model.path}, trained on {model.dataset}")
     if options.image:
         feature_maps(model, torch.from_numpy(read_one(model, options.image))[None], out)
-        return 0
-    data = load_its_data(model, options.data_dir)
-    if options.label_issues:
-        label_issues(model, data, device, out)
-        return 0
-    guess = galleries(model, data, out)
-    filters(model.network, out)
-    feature_maps(model, data.test.images[[0]], out)
-    confused(model.classes, data.test.labels, guess, out)
+    elif options.label_issues:
+        label_issues(model, load_its_data(model, options.data_dir), device, out)
+    else:
+        data = load_its_data(model, options.data_dir)
+        guess = galleries(model, data, out)
+        filters(model.network, out)
+        feature_maps(model, data.test.images[[0]], out)
+        confused(model.classes, data.test.labels, guess, out)
     return 0
 
 

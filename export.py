@@ -26,7 +26,7 @@ try:
     from onnxruntime import quantization
 
     import image_classification as ic
-    from inference import Classifier, InferenceError, at_hand, load_its_data, load_model, newest_checkpoint, parser, run
+    from inference import Classifier, InferenceError, at_hand, load_its_data, load_model, parser, run
 except ImportError as problem:
     if __name__ != "__main__":
         raise
@@ -96,17 +96,14 @@ def quantised(path: Path, images: np.ndarray) -> bytes:
     """The ONNX file with weights and activations of 8 bits, their ranges taken from uint8 images (N, 3, S, S)."""
     logging.disable(logging.WARNING)  # that it quantises no batch norm
 
+    parts = np.array_split(images, max(1, len(images) // 100))
+    batches = ({"images": part.astype(np.float32) / 255} for part in parts)
+
     class Batches(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(np.array_split(images, max(1, len(images) // 100)))
-
         def get_next(self) -> Any:
-            batch = next(self.left, None)
-            return None if batch is None else {"images": batch.astype(np.float32) / 255}
+            return next(batches, None)
 
-    about = {each.key: each.value for each in onnx.load(str(path)).metadata_props} | {
-        "test_accuracy": "null"
-    }  # unknown
+    about = {each.key: each.value for each in onnx.load(str(path)).metadata_props}
     with tempfile.TemporaryDirectory() as folder:
         prepared, small = Path(folder, "prepared.onnx"), Path(folder, "small.onnx")
         quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
@@ -115,21 +112,8 @@ def quantised(path: Path, images: np.ndarray) -> bytes:
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
         )  # fmt: skip
         proto = onnx.load(str(small))
-    onnx.helper.set_model_props(proto, about)
+    onnx.helper.set_model_props(proto, about | {"test_accuracy": "null"})  # not known
     return proto.SerializeToString()
-
-
-def measure(paths: list[Path], images: np.ndarray, labels: np.ndarray) -> list[tuple[float, float]]:
-    """Of each ONNX file the accuracy in [0, 1], and the median ms that one image takes; in turns, for a fair race."""
-    models = [load_model(path) for path in paths]
-    accuracies = [float((model.logits(images).argmax(1) == labels).mean()) for model in models]
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(200):
-        for taken, model in zip(times, models, strict=True):
-            begun = time.perf_counter()
-            model.logits(images[:1])
-            taken.append(1000 * (time.perf_counter() - begun))
-    return list(zip(accuracies, map(statistics.median, times), strict=True))
 
 
 def quantise(whole: Path, small: Path, data: ic.Data) -> None:
@@ -139,12 +123,21 @@ def quantise(whole: Path, small: Path, data: ic.Data) -> None:
     new = whole.with_name("small.onnx")
     new.write_bytes(quantised(whole, calibration))
     sample = torch.randperm(len(part.labels))[:10_000].sort().values
-    labels = part.labels[sample].numpy()
-    results = measure([whole, new], part.images[sample].numpy(), labels)
+    images, labels = part.images[sample].numpy(), part.labels[sample].numpy()
+    paths = {"float32": whole, "int8": new}
+    models = {name: load_model(path) for name, path in paths.items()}
+    accuracy = {name: float((model.logits(images).argmax(1) == labels).mean()) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(200):  # in turns, for a fair race
+        for name, model in models.items():
+            begun = time.perf_counter()
+            model.logits(images[:1])
+            times[name].append(1000 * (time.perf_counter() - begun))
     print(f"\n| | accuracy on {len(labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
-    for name, path, (accuracy, milliseconds) in zip(("float32", "int8"), (whole, new), results, strict=True):
-        print(f"| {name} | {100 * accuracy:.2f} % | {path.stat().st_size / 1e6:.2f} | {milliseconds:.2f} |")
-    if (lost := results[0][0] - results[1][0]) > 0.01:
+    for name, path in paths.items():
+        size, milliseconds = path.stat().st_size / 1e6, statistics.median(times[name])
+        print(f"| {name} | {100 * accuracy[name]:.2f} % | {size:.2f} | {milliseconds:.2f} |")
+    if (lost := accuracy["float32"] - accuracy["int8"]) > 0.01:
         raise InferenceError(f"8 bits cost this network {100 * lost:.1f} points of accuracy: {small} is not written")
     ic.write_atomically(small, new.read_bytes())
 
@@ -161,7 +154,7 @@ def main() -> int:
         arguments.error("--int8 is for --format onnx")
     if options.out and not options.out.endswith(f".{options.format}"):
         arguments.error(f"--out {options.out}: the name has to end in .{options.format}")
-    model = load_model(options.checkpoint or newest_checkpoint(), "cpu", options.model)
+    model = load_model(options.checkpoint, "cpu", options.model)
     if not model.network:
         raise InferenceError(f"{model.path} is exported already")
     out = Path(options.out or model.path.with_suffix(f".{options.format}"))

@@ -68,17 +68,16 @@ def newest_checkpoint(folder: Path | str = ".") -> Path:
     """The model file that was written last in the folder, else in runs/ there; InferenceError where there is none."""
     for pattern in ("model_*.pth", "runs/*/*/model_*.pth"):
         if found := list(Path(folder).glob(pattern)):
-            newest = max(found, key=lambda path: path.stat().st_mtime)
+            newest = max(found, key=os.path.getmtime)
             if len(found) > 1:
-                print(
-                    f"note: {newest} is the newest of {len(found)} models; --checkpoint names another", file=sys.stderr
-                )
+                others = f"the newest of {len(found)} models; --checkpoint names another"
+                print(f"note: {newest} is {others}", file=sys.stderr)
             return newest
     raise InferenceError(f"no model_*.pth in {Path(folder).resolve()}: train one, or name it with --checkpoint FILE")
 
 
 def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Classifier:
-    """A model file (.pth or .onnx), loaded without executing anything in it.
+    """A model file (.pth or .onnx), or the newest .pth in a folder, loaded without executing anything in it.
 
     device: auto, cpu, cuda, cuda:N or mps; model: FILE.py:FACTORY, for a network of your own. Raises InferenceError.
     """
@@ -121,30 +120,27 @@ def remark(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def is_folder(dataset: str) -> bool:
-    """Is this data set a folder of images, and not one with a name?"""
-    return dataset not in ("cifar10", "digits", *datasets.NAMES)
-
-
-def its_data_settings(model: Classifier, data_dir: str | None) -> dict[str, Any]:
-    """What defines its data set, of the settings of its training, with the folder that it is in now."""
-    names = ["dataset", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides on nothing else
+def its_data_settings(model: Classifier, data_dir: str | None) -> tuple[dict[str, Any], bool]:
+    """What defines its data set, of the settings of its training; whether that is a folder of images, not a name."""
+    names = ["dataset", "data_dir", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides no more
     found = {name: model.settings[name] for name in names if name in model.settings} | {"image_size": model.image_size}
-    found |= {"data_dir": model.settings.get("data_dir", "data")}
-    return found | ({"dataset" if is_folder(found.get("dataset", "")) else "data_dir": data_dir} if data_dir else {})
+    folder = found.get("dataset") not in ("cifar10", "digits", *datasets.NAMES)
+    if data_dir:
+        found["dataset" if folder else "data_dir"] = data_dir
+    return found, folder
 
 
 def at_hand(model: Classifier, data_dir: str | None = None) -> bool:
     """Is its data set on this machine, so that nothing has to be downloaded?"""
-    settings = its_data_settings(model, data_dir)
-    dataset, folder = settings.get("dataset", ""), Path(settings.get("data_dir", "data"))
+    settings, folder = its_data_settings(model, data_dir)
+    if folder:
+        return Path(settings.get("dataset", "")).is_dir()
     names = {
         "cifar10": ["test_batch", "cifar-10-batches-py/test_batch"], "cifar100": ["cifar-100-python"],
         "mnist": ["MNIST"], "fashion-mnist": ["FashionMNIST"], "svhn": ["test_32x32.mat"], "stl10": ["stl10_binary"],
     }  # fmt: skip
-    if dataset in names:
-        return any((folder / name).exists() for name in names[dataset])
-    return dataset == "digits" or Path(dataset).is_dir()
+    dataset, place = settings["dataset"], Path(settings.get("data_dir", "data"))
+    return dataset == "digits" or any((place / name).exists() for name in names[dataset])
 
 
 def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
@@ -154,8 +150,9 @@ def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
     """
     import image_classification as ic
 
-    settings = its_data_settings(model, data_dir)
-    if is_folder(dataset := settings["dataset"]) and not Path(dataset).is_dir():
+    settings, folder = its_data_settings(model, data_dir)
+    dataset = settings["dataset"]
+    if folder and not Path(dataset).is_dir():
         raise InferenceError(f"its images are no longer in {dataset}: name their folder with --data-dir DIR")
     data = ic.load_data(ic.Config(**settings))
     if data.classes != model.classes:
@@ -173,16 +170,14 @@ def load_onnx(path: Path, device: str) -> Classifier:
         import onnxruntime
     except ImportError:
         raise InferenceError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
-    if not path.exists():
-        raise FileNotFoundError(2, "No such file or directory", str(path))
+    path.stat()  # an OSError that names the file, unlike ONNX Runtime's own
+    kind, _, number = device.partition(":")
     providers: list[Any] = ["CPUExecutionProvider"]
-    if device not in ("auto", "cpu"):
-        if device.partition(":")[0] != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise InferenceError(
-                f"--device {device} cannot be had for ONNX: choose auto, cpu or, with onnxruntime-gpu, cuda"
-            )
-        exact = {"use_tf32": 0, "device_id": int(device.partition(":")[2] or 0)}  # fp32 is to mean fp32
-        providers = [("CUDAExecutionProvider", exact)]
+    if kind == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers = [("CUDAExecutionProvider", {"use_tf32": 0, "device_id": int(number or 0)})]  # as in load_model
+    elif device not in ("auto", "cpu"):
+        mend = "choose auto, cpu or, with onnxruntime-gpu, cuda"
+        raise InferenceError(f"--device {device} cannot be had for ONNX: {mend}")
     try:
         session = onnxruntime.InferenceSession(str(path), providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map
@@ -281,22 +276,26 @@ def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
     return figure
 
 
+def expand(name: str | Path) -> list[Path]:
+    """What a name or a pattern like *.jpg, which Windows leaves to the program, stands for; empty if nothing."""
+    path = Path(os.path.expanduser(name))
+    return [path] if path.exists() else [Path(each) for each in sorted(glob.glob(str(path)))]
+
+
 def find(names: list[str]) -> tuple[list[Path], list[str]]:
-    """All files that are meant, folders walked, and a line for each name that is neither."""
+    """All files that are meant, folders walked, and a line for each folder without images."""
     found: list[Path] = []
     problems, known = [], datasets.extensions()
     for name in names:
         path = Path(os.path.expanduser(name))
-        if path.is_dir():
-            inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
-            inside = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
-            images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
-            problems += [] if images else [f"{name}: no image in this folder"]
-            found += images
-        elif not path.exists() and (several := sorted(glob.glob(str(path)))):  # Windows leaves *.jpg to the program
-            found += map(Path, several)
-        else:
-            found.append(path)
+        if not path.is_dir():
+            found += expand(name) or [path]
+            continue
+        inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
+        inside = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
+        images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
+        problems += [] if images else [f"{name}: no image in this folder"]
+        found += images
     return found, problems
 
 
@@ -304,7 +303,7 @@ def parser(description: str | None, device: bool = True) -> argparse.ArgumentPar
     """A parser with what all tools that use a trained model take."""
     common = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     newest = "the model file, or a folder with it (default: the newest model_*.pth)"
-    common.add_argument("--checkpoint", metavar="FILE", help=newest)
+    common.add_argument("--checkpoint", default=".", metavar="FILE", help=newest)
     common.add_argument("--model", default="", metavar="FILE.py:FACTORY", help="the network, if it is one of your own")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if device:
@@ -344,74 +343,64 @@ def main() -> int:
     arguments.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to name (default: 3)")
     arguments.add_argument("--threshold", type=float, default=0.0, metavar="F", help="below it say unsure, [0, 1]")
     arguments.add_argument("--format", default="table", choices=["table", "csv", "json"], help="(default: table)")
-    arguments.add_argument(
-        "--save", metavar="FILE.png", help=f"a picture of the first {SHOWN} images and their classes"
-    )
+    pictured = f"a picture of the first {SHOWN} images and their classes"
+    arguments.add_argument("--save", metavar="FILE.png", help=pictured)
     options = arguments.parse_args()
     if options.top_k < 1:
         arguments.error(f"--top-k {options.top_k}: must be at least 1")
     if not 0 <= options.threshold <= 1:
         arguments.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
-    return classify(load_model(options.checkpoint or newest_checkpoint(), options.device, options.model), options)
-
-
-def classify(model: Classifier, options: argparse.Namespace) -> int:
-    """Classify what the options name and print it; returns the exit status."""
+    model = load_model(options.checkpoint, options.device, options.model)
     to = sys.stdout if options.format == "table" else sys.stderr  # what is piped on is to be data only
     if options.format != "table" and isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # Windows would write what its console can show
     print(model.about(), file=to)
     paths, problems = find(options.images)
-    rows: list[tuple[str, list[tuple[str, float]]]] = []
+    rows: list[tuple[str, str, list[tuple[str, float]]]] = []
     shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]] = []
-    status = 0
+    stopped = False
     try:
         with tqdm(desc="Classifying", total=len(paths), unit="img", leave=False, disable=None) as bar:
             for batch in read(model, paths):
                 problems += [f"{path}: {image}" for path, image in batch if isinstance(image, str)]
                 images = [(str(path), image) for path, image in batch if not isinstance(image, str)]
-                if images:
-                    found = ranked(model, np.stack([image for _, image in images]), options.top_k)
-                    rows += [(name, classes) for (name, _), classes in zip(images, found, strict=True)]
-                    some = zip(images[: SHOWN - len(shown)], found, strict=False)
-                    shown += [
-                        (name if classes[0][1] >= options.threshold else f"{name}: unsure", image, classes)
-                        for (name, image), classes in some
-                    ]
+                found = ranked(model, np.stack([image for _, image in images]), options.top_k) if images else []
+                for (name, image), classes in zip(images, found, strict=True):
+                    sure = classes[0][1] >= options.threshold
+                    rows.append((name, classes[0][0] if sure else "unsure", classes))
+                    if len(shown) < SHOWN:
+                        shown.append((name if sure else f"{name}: unsure", image, classes))
                 bar.update(len(batch))
     except KeyboardInterrupt:
-        status = 130
-    answers = [classes[0][0] if classes[0][1] >= options.threshold else "unsure" for _, classes in rows]
-    write(options.format, rows, answers)
+        stopped = True
+    write(options.format, rows)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if options.save and shown:
-        draw(shown).savefig(buffer := io.BytesIO(), format="png", dpi=110)
         temporary = Path(f"{options.save}.{os.getpid()}.tmp")
-        temporary.write_bytes(buffer.getvalue())
+        draw(shown).savefig(temporary, format="png", dpi=110)
         temporary.replace(options.save)
         print(f"Picture of {len(shown)} of {len(rows)} images: {options.save}", file=to)
-    return status or int(bool(problems))
+    return 130 if stopped else int(bool(problems))
 
 
-def write(kind: str, rows: list[tuple[str, list[tuple[str, float]]]], answers: list[str]) -> None:
-    """Print the classes of each image as a table, CSV or JSON."""
-    found = [(name, answer, classes) for (name, classes), answer in zip(rows, answers, strict=True)]
+def write(kind: str, rows: list[tuple[str, str, list[tuple[str, float]]]]) -> None:
+    """Print name, answer and classes of each image as a table, CSV or JSON."""
     if kind == "json":
-        keys = ("class", "confidence")
-        listed = [
-            {"file": a, "answer": b, "classes": [dict(zip(keys, each, strict=True)) for each in c]} for a, b, c in found
-        ]
+        listed = []
+        for name, answer, classes in rows:
+            found = [{"class": label, "confidence": sure} for label, sure in classes]
+            listed.append({"file": name, "answer": answer, "classes": found})
         print(json.dumps(listed, indent=1))
     elif kind == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        numbers = range(1, 1 + max([len(classes) for _, classes in rows], default=0))
+        numbers = range(1, 1 + max([len(classes) for *_, classes in rows], default=0))
         writer.writerow(["file", "answer", *(f"{key}_{i}" for i in numbers for key in ("class", "confidence"))])
-        for name, answer, classes in found:
+        for name, answer, classes in rows:
             writer.writerow([name, answer, *(value for label, sure in classes for value in (label, f"{sure:.6f}"))])
     else:
-        width = max([len(name) for name, _ in rows], default=0)
-        for name, answer, classes in found:
+        width = max([len(name) for name, *_ in rows], default=0)
+        for name, answer, classes in rows:
             cells = ", ".join(f"{label} {100 * sure:.1f} %" for label, sure in classes)
             print(f"{name:{width}}  {'unsure: ' if answer == 'unsure' else ''}{cells}")
 

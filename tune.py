@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import inspect
 import io
-import itertools
 import math
 import os
 import shlex
@@ -64,9 +63,10 @@ def changed(config: ic.Config) -> dict[str, Any]:
 
 def command(settings: dict[str, Any]) -> str:
     """The line that trains with these settings."""
-    words = [[ic.option(name)] if value is True else [ic.option(name), str(value)] for name, value in settings.items()]
-    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return quote(["python", "image_classification.py", *itertools.chain(*words)])
+    words = ["python", "image_classification.py"]
+    for name, value in settings.items():
+        words += [ic.option(name)] if value is True else [ic.option(name), str(value)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def describe(settings: dict[str, Any]) -> str:
@@ -92,10 +92,8 @@ def suggest(
     config: the settings that the search begins with, settled; options: learning_rates and batch_sizes, each
     [LOW, HIGH] or None.
     """
-    count, side = len(data.train.labels), data.train.images.shape[-1]
-    factory: Any = ic.CNN
-    if config.model != "cnn":
-        factory = ic.alternative("networks", f"--model {config.model}").factory(config.model)
+    count, side, model = len(data.train.labels), data.train.images.shape[-1], config.model
+    factory = ic.CNN if model == "cnn" else ic.alternative("networks", f"--model {model}").factory(model)
     found: dict[str, Any] = {}
     if "optimizer" not in given:  # ImageNet weights would not survive Muon
         found["optimizer"] = trial.suggest_categorical("optimizer", OPTIMIZERS[config.pretrained :])
@@ -109,7 +107,7 @@ def suggest(
         least, most = (min(count, size) for size in options.batch_sizes or BATCHES)
         size = 2 ** round(math.log2(trial.suggest_int("batch_size", least, most, log=True)))
         found["batch_size"] = min(max(least, size), most)
-    if "width" not in given and config.model == "cnn":
+    if "width" not in given and model == "cnn":
         found["width"] = float(trial.suggest_float("width", 0.5, 2.0, step=0.25))
     if "dropout" not in given and "dropout" in inspect.signature(factory).parameters:
         found["dropout"] = round(float(trial.suggest_float("dropout", 0.0, 0.5, step=0.05)), 2)
@@ -245,8 +243,8 @@ def supervise(folder: Path, dataset: str, options: argparse.Namespace, signals: 
     line = [sys.executable, __file__, *sys.argv[1:], "--worker", "--study", folder.name, "--dataset", dataset]
     if options.minutes:
         line += ["--minutes", f"{max(0.001, options.minutes - (time.perf_counter() - START) / 60):.3f}"]
-    places = [os.environ | {"TQDM_POSITION": str(number)} for number in range(options.workers)]  # a line for each bar
-    workers = [subprocess.Popen(line, env=place) for place in places]
+    bars = [{"TQDM_POSITION": str(number)} for number in range(options.workers)]  # each on a line of its own
+    workers = [subprocess.Popen(line, env=os.environ | bar) for bar in bars]
     told = False
     while None in [worker.poll() for worker in workers]:
         if signals and not told and os.name == "posix":  # on Windows, Ctrl-C reaches all by itself
@@ -273,7 +271,7 @@ def report(study: optuna.Study, folder: Path, given: dict[str, Any], data: ic.Da
     if "defaults" in best.user_attrs:
         print(f"No trial was better than the defaults: train with these, {command(changed(config))}")
         return True
-    elif usual:
+    if usual:
         gain = 100 * (best.value - (usual[0].value or 0.0))
         print(f"That is {gain:.1f} percentage points better than the defaults ({ic.percent(best.value - gain / 100)})")
         again = f"--seed {config.seed + 1} --repeat 5"
@@ -297,12 +295,13 @@ def find_lr(config: ic.Config, data: ic.Data, device: torch.device, folder: Path
     trainer = new_trainer(replace(config, lr=usual, scheduler="none", low_res=0.0), data, device)
     trainer.total_steps = steps = min(100, max(30, 3 * len(trainer.places)))
     trainer.model.train(not config.freeze)
-    usual_peaks, plan, lowest = trainer.peaks, trainer.plan(0), math.inf
+    usual_peaks, lowest = trainer.peaks, math.inf
     rates: list[float] = []
     losses: list[float] = []
     for step in tqdm(range(steps), "Learning rates", unit="step", leave=False, disable=None):
         epoch, index = divmod(step, len(trainer.places))
-        plan = plan if index else trainer.plan(epoch)
+        if not index:
+            plan = trainer.plan(epoch)
         place, rate = trainer.places[index], low * (high / low) ** (step / (steps - 1))
         trainer.peaks = [peak * rate / usual for peak in usual_peaks]
         loss = float(trainer.advance([drawn[place] for drawn in plan])[0]) / (place.stop - place.start)
@@ -321,17 +320,15 @@ def find_lr(config: ic.Config, data: ic.Data, device: torch.device, folder: Path
     bottom = smoothed.index(min(smoothed)) if smoothed else 0
     if not bottom:
         raise ic.UserError(f"the loss does not fall at any rate from {low:g} to {high:g}: try lower --learning-rates")
-    falls = [before - after for before, after in itertools.pairwise(smoothed[: bottom + 1])]
-    steepest = falls.index(max(falls))
+    steepest = max(range(bottom), key=lambda i: smoothed[i] - smoothed[i + 1])
     named = float(f"{math.sqrt(rates[steepest] * rates[steepest + 1]):.2g}")
-    figure = ic.draw(1, 1, 7, 4)
-    axes = figure.axes[0]
+    (axes,) = ic.draw(1, 1, 7, 4).axes
     axes.semilogx(rates, losses, alpha=0.3, label="each step")
     axes.semilogx(rates, smoothed, color="C0", label="smoothed")
     axes.axvline(named, color="C3", linestyle="--", label=f"falls fastest: {named:g}")
     axes.set(xlabel="learning rate", ylabel="training loss (cross-entropy)", ylim=(0, 1.5 * max(smoothed[:bottom])))
     axes.legend()
-    ic.save_figure(figure, folder / "find-lr.png")
+    ic.save_figure(axes.figure, folder / "find-lr.png")
     return named
 
 
