@@ -118,11 +118,12 @@ def quantised(path: Path, images: np.ndarray) -> bytes:
 
 def quantise(whole: Path, small: Path, data: ic.Data) -> None:
     """Write `small`, the ONNX file `whole` in 8 bits, and print what that changes; InferenceError if it costs a lot."""
-    calibration = data.train.images[torch.randperm(len(data.train.images))[:500]].numpy()
-    part, which = (data.valid, "validation") if len(data.valid.labels) else (data.test, "test")
+    generator = torch.Generator().manual_seed(0)
+    calibration = data.train.images[torch.randperm(len(data.train.images), generator=generator)[:500]].numpy()
+    part, which = (data.valid, "validation") if len(data.valid.labels) else (data.train, "training")
     new = whole.with_name("small.onnx")
     new.write_bytes(quantised(whole, calibration))
-    sample = torch.randperm(len(part.labels))[:10_000].sort().values
+    sample = torch.randperm(len(part.labels), generator=generator)[:10_000].sort().values
     images, labels = part.images[sample].numpy(), part.labels[sample].numpy()
     paths = {"float32": whole, "int8": new}
     models = {name: load_model(path) for name, path in paths.items()}

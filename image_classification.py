@@ -887,7 +887,8 @@ def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
 def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[str, Any]:
     """Read what save_checkpoint wrote, executing nothing in it; UserError if it is not that, or for other classes."""
     content: Any = None
-    needed = {"model": dict, "config": dict, "classes": list, "mean": list, "std": list, "image_size": int}
+    needed = {"model": dict, "config": dict, "classes": list, "mean": list, "std": list, "image_size": int,
+              "dataset": str, "metrics": dict, "versions": dict}  # fmt: skip
     with open(path, "rb") as file, contextlib.suppress(Exception):
         sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
         if sum(sizes) <= file.seek(0, os.SEEK_END):  # else it would grow: ours are not compressed

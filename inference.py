@@ -92,8 +92,7 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         raise InferenceError(f"{path} needs PyTorch ({error}): pip install -r requirements.txt") from None
     try:
         network, content = ic.load_checkpoint(path, model)
-        made_by = content.get("versions")
-        made_by = made_by if isinstance(made_by, dict) else {}
+        made_by, metrics = content["versions"], content["metrics"]
         if made_by.get("image_classification") == ic.__version__ and made_by.get("script") != ic.VERSIONS["script"]:
             remark("made by another image_classification.py: if its network differs, only that one reads it right")
         network.to(ic.choose_device(str(device)))
@@ -105,11 +104,10 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         labels = torch.zeros(len(images), dtype=torch.int64)  # not known, and not used
         return ic.evaluate(network, torch.tensor(images), labels).logits.numpy()
 
-    metrics = content.get("metrics", {})
     settings = {name: value for name, value in content["config"].items() if name in ic.KINDS}
     return Classifier(
         path, content["classes"], content["image_size"], metrics.get("temperature"),
-        content.get("dataset", "some data"), metrics.get("test_accuracy"), logits, network,
+        content["dataset"], metrics.get("test_accuracy"), logits, network,
         settings | ({"model": model} if model else {}),
     )  # fmt: skip
 
