@@ -369,15 +369,14 @@ def decode_missing(
     pieces = np.array_split(missing, math.ceil(len(missing) / max(1, min(16, PIECE // (3 * size**2)))))
     at_once = max(4 * THREADS, WRITTEN // (len(pieces[0]) * 3 * size**2))
     try:
-        for name, length in (("images", count * 3 * size**2), ("index", count * RECORD.itemsize)):
-            (own / name).touch()
-            os.truncate(own / name, length)  # without what was only half written
         with (
             (own / "images").open("ab") as images, (own / "index").open("ab") as index,
             warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool,
             tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
+            images.truncate(count * 3 * size**2)  # without what was only half written
+            index.truncate(count * RECORD.itemsize)
             for start in range(0, len(pieces), at_once):
                 decoded = []
                 for looked_at, *content in pool.map(decode_some, pieces[start : start + at_once]):
@@ -422,19 +421,21 @@ class Images(NamedTuple):
         return Images(*(column[which] for column in self))
 
 
-def visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
+def folders_in(folder: Path) -> list[Path]:
+    """Those that are not hidden."""
+    found = (entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    return sorted(Path(entry.path) for entry in found)
 
 
 def class_folders(folder: Path) -> list[Path]:
     """The folders of the classes in it; ValueError for what cannot be one."""
-    folders = [path for path in visible(folder) if path.is_dir()]
-    if loose := [path.name for path in visible(folder) if path.is_file() and is_image(path)]:
+    folders = folders_in(folder)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(HIDDEN))
+    if loose := [path.name for path in files if is_image(path)]:
         raise ValueError(f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put it into a class folder")
     if len(folders) < 2:
-        raise ValueError(
-            f"{folder} has {len(folders) or 'no'} class folder{'s' * (not folders)}: at least two are needed"
-        )
+        found = f"{len(folders) or 'no'} class folder{'s' * (not folders)}"
+        raise ValueError(f"{folder} has {found}: at least two are needed")
     if wrong := [path.name for path in folders if UNSAFE.search(path.name)]:
         raise ValueError(f"{wrong[0]!r} in {folder} is no name for a class: files will be named after it; rename it")
     return folders
@@ -444,7 +445,7 @@ def layout(folder: Path) -> dict[str, Path]:
     """Which folder holds which split: train, valid and test, or "all", which is to be split."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    folders = [path for path in visible(folder) if path.is_dir()]
+    folders = folders_in(folder)
     splits: dict[str, Path] = {}
     for path in folders:
         if kind := SPLITS.get(path.name.lower()):
@@ -498,9 +499,9 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
         most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
         raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
 
-    learned, validated, tested = (
-        chosen[np.isin(kept.part[chosen], names)] for names in (["all", "train"], ["valid"], ["test"])
-    )
+    part = kept.part[chosen]
+    learned = chosen[np.isin(part, ["all", "train"])]
+    validated, tested = chosen[part == "valid"], chosen[part == "test"]
     if not len(tested):
         testing = draw_test(kept.label, learned, pairs, split_off)
         learned, tested = learned[~testing], learned[testing]
@@ -512,10 +513,8 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     in_memory = len(chosen) * pixels[0].nbytes <= HELD
 
     def pair(which: np.ndarray) -> Pair:
-        rows = torch.from_numpy(kept.row[which])
-        return pixels[rows] if in_memory else Mapped(pixels, rows, store.pixels.base), torch.from_numpy(
-            kept.label[which]
-        )
+        rows, labels = torch.from_numpy(kept.row[which]), torch.from_numpy(kept.label[which])
+        return pixels[rows] if in_memory else Mapped(pixels, rows, store.pixels.base), labels
 
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
@@ -537,10 +536,7 @@ def list_images(
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
             raise ValueError(f"{place} has a class {min(strange)} that {parts['train']} has not")
-        inner = [
-            {entry.name for entry in os.scandir(place / name) if entry.is_dir() and not entry.name.startswith(HIDDEN)}
-            for name in names
-        ]
+        inner = [{path.name for path in folders_in(place / name)} for name in names]
         if sum(bool({name.lower() for name in each} & SPLITS.keys()) for each in inner) > 1:
             raise ValueError(f"{place}: parts of the data inside the classes? It has to be the other way round")
         if len(same := sorted(set.intersection(*inner))) > 1:

@@ -105,9 +105,7 @@ def main() -> None:
     options = parser.parse_args()
 
     names = list(dict.fromkeys([BASE, *options.only]))
-    results = in_turns(
-        names, options.runs, options.name, lambda name, seed: run(name, seed, options.data_dir, options.epochs)
-    )
+    results = in_turns(options.name, run, names, options.runs, options.data_dir, options.epochs)
     own = {name: [result for result in results if result["variant"] == name] for name in names}
     base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
     rows = []

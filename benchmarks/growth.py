@@ -20,9 +20,7 @@ def main() -> None:
     options = arguments(__doc__, runs=2).parse_args()
     images = [f"default --val-fraction 0 --epochs 3 --subset {count}" for count in IMAGES]
     epochs = [f"default --val-fraction 0 --subset 5000 --epochs {count}" for count in EPOCHS]
-    results = in_turns(
-        [*images, *epochs], options.runs, "growth", lambda variant, seed: run(variant, seed, options.data_dir)
-    )
+    results = in_turns("growth", run, [*images, *epochs], options.runs, options.data_dir)
 
     def means(variants: list[str], key: str) -> np.ndarray:
         """Of each variant, over its runs."""

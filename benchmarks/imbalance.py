@@ -16,7 +16,7 @@ IMAGES = 200_000  # that each run trains on, one after the other
 WAYS = ["none", "weights", "oversample", "undersample"]
 
 
-def run(way: str, seed: int, share: float, data_dir: str) -> dict:
+def run(way: str, seed: int, data_dir: str, share: float) -> dict:
     """Train and test once: accuracy, and recall and F1 of each class."""
     sizes = [5000 * share ** (label / 9) for label in range(10)]
     an_epoch = {"oversample": 10 * max(sizes), "undersample": 10 * min(sizes)}.get(way, sum(sizes))
@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="that the last class keeps of its training images")
     options = parser.parse_args()
 
-    results = in_turns(
-        WAYS, options.runs, "imbalance", lambda way, seed: run(way, seed, options.share, options.data_dir)
-    )
+    results = in_turns("imbalance", run, WAYS, options.runs, options.data_dir, options.share)
     classes = list(results[0]["recall"])
     rows = []
     for way in WAYS:

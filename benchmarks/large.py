@@ -11,11 +11,9 @@ without the files that the system keeps at hand. Prints a Markdown table; writes
 import argparse
 import csv
 import json
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from time_to_accuracy import RESULTS, SCRIPT, markdown
+from time_to_accuracy import RESULTS, markdown, start
 from tqdm import tqdm
 
 CLASSES, TOGETHER = 10, 1000  # images that are drawn in one piece of work
@@ -52,12 +50,9 @@ def train(held: float, folder: Path, data_dir: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         begun, peak, ready = time.perf_counter(), 0.0, 0.0
         log, run = Path(scratch, "log"), Path(scratch, "run")
-        command = [sys.executable, "-c", HOLD.format(held), "--dataset", str(folder), "--data-dir", str(data_dir)]
+        command = ["-c", HOLD.format(held), "--dataset", str(folder), "--data-dir", str(data_dir)]
         with log.open("w") as output:
-            process = subprocess.Popen(
-                [*command, "--epochs", "1", "--run-dir", "run"], cwd=scratch, stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-            )  # fmt: skip
+            process = start([*command, "--epochs", "1", "--run-dir", "run"], Path(scratch), output)
             while process.poll() is None:
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 if found := re.search(r"RssAnon:\s+(\d+) kB", status):

@@ -80,13 +80,9 @@ def ours(variant: str, runs: int, seed: int, data_dir: str) -> list[dict[str, fl
             elif line.startswith(("Accuracy of the network", "Accuracy with")):
                 times[-1] = times[-1][0], since
         report = json.loads(Path(folder, "run", "report.json").read_text(encoding="utf-8"))
-    return [
-        {
-            "seconds": one["seconds"], "accuracy": one.get("test_views_accuracy", one["test_accuracy"]),
-            "since": times[0][1], "with_test": tested - begun,
-        }
-        for one, (begun, tested) in list(zip(report["repeats"], times, strict=False))[1:]
-    ]  # fmt: skip
+    counted = list(zip(report["repeats"], times, strict=False))[1:]
+    return [{"seconds": one["seconds"], "accuracy": one.get("test_views_accuracy", one["test_accuracy"]),
+             "since": times[0][1], "with_test": tested - begun} for one, (begun, tested) in counted]  # fmt: skip
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -30,7 +30,7 @@ def main() -> None:
         return result | {"processes": name}
 
     rates: dict[str, list[float]] = {name: [] for name in variants}
-    for result in in_turns(variants, options.runs, "scaling", train):
+    for result in in_turns("scaling", train, variants, options.runs):
         first, second = (epoch["seconds"] for epoch in result["epochs"])
         rates[result["processes"]].append(result["train_images"] / (second - first))
     one = statistics.mean(rates["1"])

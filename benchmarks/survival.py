@@ -16,7 +16,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import random
 import resource
 import signal
@@ -30,12 +29,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import time_to_accuracy
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import image_classification as ic
 import inference
 from alternatives import datasets
@@ -46,10 +45,7 @@ OPTIONS = ["--dataset", "digits", "--width", "0.5", "--epochs", "4", "--device",
 def start(folder: Path, *options: str, save_every: float = 120.0) -> subprocess.Popen:
     """The program in `folder`, saving every so many seconds besides the ends of epochs."""
     code = f"import sys, image_classification as ic\nic.SAVE_EVERY = {save_every}\nsys.exit(ic.main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *options], cwd=folder, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-    )  # fmt: skip
+    return time_to_accuracy.start(["-c", code, *options], folder)
 
 
 def damaged(run: Path) -> list[str]:

@@ -51,38 +51,41 @@ def changed(name: str, replacements: list[tuple[str, str]]) -> str:
     return text
 
 
+def start(command: list[str], folder: Path, out: Any = subprocess.PIPE) -> subprocess.Popen:
+    """Python, with these arguments, in `folder`: a process that finds the script, and alternatives/; it writes text."""
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+        stdout=out, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
 def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int = 1) -> dict:
     """One run in a process and a folder of its own: seconds, MiB, accuracies and one row an epoch.
 
     variant: a recipe and options; text: that of another image_classification.py to run; processes: that share the work.
     """
     recipe, *options = shlex.split(variant)
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, SCRIPT.name) if text else SCRIPT
+    with tempfile.TemporaryDirectory() as name:
+        folder, script = Path(name), SCRIPT
         if text:
+            script = folder / SCRIPT.name
             script.write_text(text, encoding="utf-8")
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [str(script), "--recipe", recipe, "--seed", str(seed), *options]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*several * (processes > 1), str(script), "--recipe", recipe, "--seed", str(seed), *options]
         command += ["--data-dir", str(Path(data_dir).resolve()), "--run-dir", "run"]
-        beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}  # for alternatives/
         began, start_up, lines = time.perf_counter(), 0.0, []
-        process = subprocess.Popen(
-            command, cwd=folder, env=beside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
+        process = start(command, folder)
+        for line in process.stdout or []:
             lines.append(line)
             if line.startswith("Start Training"):
                 start_up = time.perf_counter() - began
         usage = os.wait4(process.pid, 0)[2] if hasattr(os, "wait4") else None  # Windows does not tell
         process.wait()
         seconds = time.perf_counter() - began
-        if not (Path(folder) / "run" / "report.json").exists():
-            sys.exit(f"error: {shlex.join(command)} failed:\n{''.join(lines)}")
-        rows = list(csv.DictReader((Path(folder) / "run" / "metrics.csv").open()))
-        report = json.loads((Path(folder) / "run" / "report.json").read_text())
+        if not (folder / "run" / "report.json").exists():
+            sys.exit(f"error: {shlex.join(process.args)} failed:\n{''.join(lines)}")
+        rows = list(csv.DictReader((folder / "run" / "metrics.csv").open()))
+        report = json.loads((folder / "run" / "report.json").read_text())
     peak = usage and usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     elapsed, epochs = 0.0, []
     for row in rows:
@@ -95,11 +98,11 @@ def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int =
     return {"variant": variant, "seed": seed, **times, "peak_mib": peak, "epochs": epochs, **kept}
 
 
-def in_turns(variants: Iterable[str], runs: int, name: str, train: Callable[[str, int], dict]) -> list[dict]:
-    """What `train(variant, seed)` tells of each variant and seeds 0, 1, …, alternating; also in results/NAME.json."""
+def in_turns(name: str, train: Callable[..., dict], variants: Iterable[str], runs: int, *more: Any) -> list[dict]:
+    """What `train(variant, seed, *more)` gives for each variant and seed, alternating; also in results/NAME.json."""
     results: list[dict] = []
     for variant, seed in tqdm([(each, seed) for seed in range(runs) for each in variants], unit="run", disable=None):
-        results.append(train(variant, seed))
+        results.append(train(variant, seed, *more))
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1))  # hours of it are not to be lost
     return results
@@ -166,9 +169,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.85, 0.9], help="shares in [0, 1]")
     parser.add_argument("--name", default="time_to_accuracy", help="of the result files")
     options = parser.parse_args()
-    results = in_turns(
-        options.variants, options.runs, options.name, lambda variant, seed: run(variant, seed, options.data_dir)
-    )
+    results = in_turns(options.name, run, options.variants, options.runs, options.data_dir)
     print(table(results, options.variants, options.targets))
     if not validated(results):
         return  # nothing to draw
