@@ -100,10 +100,10 @@ def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int =
 
 def in_turns(name: str, train: Callable[..., dict], variants: Iterable[str], runs: int, *more: Any) -> list[dict]:
     """What `train(variant, seed, *more)` gives for each variant and seed, alternating; also in results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
     results: list[dict] = []
     for variant, seed in tqdm([(each, seed) for seed in range(runs) for each in variants], unit="run", disable=None):
         results.append(train(variant, seed, *more))
-        RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1))  # hours of it are not to be lost
     return results
 
