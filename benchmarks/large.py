@@ -50,9 +50,10 @@ def train(held: float, folder: Path, data_dir: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         begun, peak, ready = time.perf_counter(), 0.0, 0.0
         log, run = Path(scratch, "log"), Path(scratch, "run")
-        command = ["-c", HOLD.format(held), "--dataset", str(folder), "--data-dir", str(data_dir)]
+        command = [sys.executable, "-c", HOLD.format(held), "--dataset", str(folder)]
+        command += ["--data-dir", str(data_dir), "--epochs", "1", "--run-dir", "run"]
         with log.open("w") as output:
-            process = start([*command, "--epochs", "1", "--run-dir", "run"], Path(scratch), output)
+            process = start(command, Path(scratch), output)
             while process.poll() is None:
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 if found := re.search(r"RssAnon:\s+(\d+) kB", status):

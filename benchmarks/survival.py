@@ -45,7 +45,7 @@ OPTIONS = ["--dataset", "digits", "--width", "0.5", "--epochs", "4", "--device",
 def start(folder: Path, *options: str, save_every: float = 120.0) -> subprocess.Popen:
     """The program in `folder`, saving every so many seconds besides the ends of epochs."""
     code = f"import sys, image_classification as ic\nic.SAVE_EVERY = {save_every}\nsys.exit(ic.main(sys.argv[1:]))"
-    return time_to_accuracy.start(["-c", code, *options], folder)
+    return time_to_accuracy.start([sys.executable, "-c", code, *options], folder)
 
 
 def damaged(run: Path) -> list[str]:
@@ -214,8 +214,7 @@ def main() -> int:
             changed = ((changes[i % 2](content, chance), ".pth") for i in range(options.checkpoints))
             failed += fuzz(f"{options.checkpoints} checkpoints", changed, options.checkpoints, str(model))
         if options.images:
-            changed = pictures(options.images, chance)
-            failed += fuzz(f"{options.images} pictures", changed, options.images, str(model))
+            failed += fuzz(f"{options.images} pictures", pictures(options.images, chance), options.images, str(model))
     if options.kills + options.disks:
         print("\n| accident | when | what was wrong after it |\n| --- | --- | --- |")
     lost = 0

@@ -52,11 +52,9 @@ def changed(name: str, replacements: list[tuple[str, str]]) -> str:
 
 
 def start(command: list[str], folder: Path, out: Any = subprocess.PIPE) -> subprocess.Popen:
-    """Python, with these arguments, in `folder`: a process that finds the script, and alternatives/; it writes text."""
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-        stdout=out, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    """A process in `folder` that finds the script, and alternatives/; what it prints is one text."""
+    beside = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    return subprocess.Popen(command, cwd=folder, env=beside, stdout=out, stderr=subprocess.STDOUT, text=True)
 
 
 def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int = 1) -> dict:
@@ -71,8 +69,8 @@ def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int =
             script = folder / SCRIPT.name
             script.write_text(text, encoding="utf-8")
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [*several * (processes > 1), str(script), "--recipe", recipe, "--seed", str(seed), *options]
-        command += ["--data-dir", str(Path(data_dir).resolve()), "--run-dir", "run"]
+        command = [sys.executable, *several * (processes > 1), str(script), "--recipe", recipe, "--seed", str(seed)]
+        command += [*options, "--data-dir", str(Path(data_dir).resolve()), "--run-dir", "run"]
         began, start_up, lines = time.perf_counter(), 0.0, []
         process = start(command, folder)
         for line in process.stdout or []:
@@ -83,7 +81,7 @@ def run(variant: str, seed: int, data_dir: str, text: str = "", processes: int =
         process.wait()
         seconds = time.perf_counter() - began
         if not (folder / "run" / "report.json").exists():
-            sys.exit(f"error: {shlex.join(process.args)} failed:\n{''.join(lines)}")
+            sys.exit(f"error: {shlex.join(command)} failed:\n{''.join(lines)}")
         rows = list(csv.DictReader((folder / "run" / "metrics.csv").open()))
         report = json.loads((folder / "run" / "report.json").read_text())
     peak = usage and usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
