@@ -21,6 +21,8 @@ STRENGTHS = {  # of each where none is given, and the largest one
     "cutmix": (1.0, 100.0),  # a piece of another image, its share drawn from Beta(F, F) (Yun et al., 2019)
 }
 
+Two = tuple[torch.Tensor, torch.Tensor]
+
 
 def make(name: str, strength: float) -> torch.nn.Module:
     """One of STRENGTHS but for the last two as a Kornia module, for float images (B, C, H, W) in [0, 1]."""
@@ -36,13 +38,13 @@ def make(name: str, strength: float) -> torch.nn.Module:
     return K.RandomErasing((strength**2, strength**2), (1.0, 1.0), value=0.5, p=1.0)  # cutout
 
 
-def mixup(images: torch.Tensor, others: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+def mixup(images: torch.Tensor, others: torch.Tensor, most: float) -> Two:
     """Each image with up to `most` of the other one; also returns that share, float (B,)."""
     share = most * torch.rand(len(images), device=images.device)
     return images.lerp(others, share.view(-1, 1, 1, 1)), share
 
 
-def cutmix(images: torch.Tensor, others: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def cutmix(images: torch.Tensor, others: torch.Tensor, beta: float) -> Two:
     """Each image with a piece of the other one, of its shape; also returns the share of its area, float (B,)."""
     drawn = torch.distributions.Beta(beta, beta).sample((len(images),)).to(images.device)
     inside = []
@@ -57,15 +59,13 @@ def cutmix(images: torch.Tensor, others: torch.Tensor, beta: float) -> tuple[tor
 MIXES = {"mixup": mixup, "cutmix": cutmix}
 
 
-def build(
-    steps: dict[str, str], classes: int
-) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def build(steps: dict[str, str], classes: int) -> Callable[[torch.Tensor, torch.Tensor], Two]:
     """A function for uint8 images (B, C, H, W) and int64 labels (B,), from names and strengths ("" for the usual one).
 
     It returns float images in [0, 255] and the labels, which mixing makes shares (B, classes). Of mixup and cutmix
     together, each batch gets one. Raises ValueError for what is no augmentation and for a strength out of range.
     """
-    own: list[torch.nn.Module] = []
+    own = torch.nn.Sequential()
     mixing: list[tuple[Callable[..., Any], float]] = []
     for name, text in steps.items():
         if name not in STRENGTHS:
@@ -82,10 +82,8 @@ def build(
         else:
             own.append(make(name, strength))
 
-    def augment(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = images / 255
-        for step in own:
-            images = step(images)
+    def augment(images: torch.Tensor, labels: torch.Tensor) -> Two:
+        images = own(images / 255)
         if mixing:
             mix, strength = mixing[int(torch.randint(len(mixing), ()))]
             order, shares = torch.randperm(len(images), device=images.device), F.one_hot(labels, classes).float()

@@ -179,8 +179,7 @@ class Map(NamedTuple):
     """Where the decoded images of some files are."""
 
     folder: Path  # that has the map's files in it
-    mapping: Any  # mmap.mmap, or None where there are no images
-    pixels: np.ndarray  # uint8 (M, S, S, 3), in there
+    pixels: np.ndarray  # uint8 (M, S, S, 3), in there: np.memmap, if there are any
     rows: np.ndarray  # int64 (N,): of each file; -1 of one that cannot be read
     records: np.ndarray  # RECORD (N,), of each file; any where the row is -1
     unreadable: dict[str, str]  # path: why
@@ -276,13 +275,12 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
     from filelock import FileLock, Timeout
 
     def missing() -> np.ndarray:
-        known = np.isin(keys, np.array([int(key) for key in broken], np.uint64))
-        return np.flatnonzero((rows < 0) & ~known)
+        """Places of the files that are neither there nor known to be broken."""
+        known = np.array([int(key) for key in known_broken(own)], np.uint64)
+        return np.flatnonzero((look_up(own, size, keys)[1] < 0) & ~np.isin(keys, known))
 
-    count, rows, records = look_up(own, size, keys)
-    broken = known_broken(own)
     if not len(missing()):
-        return open_map(own, size, paths, keys, count, rows, records, broken)
+        return open_map(own, size, paths, keys, known_broken(own))
     own.mkdir(parents=True, exist_ok=True)
     lock = FileLock(own / "lock")
     try:
@@ -291,21 +289,20 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
         print(f"Another process is decoding these images into {own}: waiting for it")
         locked = lock.acquire()
     with locked:
-        count, rows, records = look_up(own, size, keys)  # there may be more by now
+        count = look_up(own, size, keys)[0]
         if count > 2 * len(keys):  # most of it is of files that are gone
             with contextlib.suppress(PermissionError):  # on Windows, while another process reads it
                 (own / "images").unlink()
-                count, rows, records = look_up(own, size, keys)
+                count = 0
         broken = known_broken(own)
-        if len(missing()):
-            failed = decode_missing(own, folder, size, paths, keys, count, missing())
-            lasting = broken | {key: why for key, (why, lasts) in failed.items() if lasts}
-            if lasting != broken:
-                content = {"pillow": PIL.__version__, "files": lasting}
+        if len(left := missing()):  # there may be fewer by now
+            lasting, passing = decode_missing(own, folder, size, paths, keys, count, left)
+            broken |= lasting
+            if lasting:
+                content = {"pillow": PIL.__version__, "files": broken}
                 write_whole(own / "unreadable.json", json.dumps(content).encode())
-            broken |= {key: why for key, (why, _) in failed.items()}
-        count, rows, records = look_up(own, size, keys)
-        return open_map(own, size, paths, keys, count, rows, records, broken)
+            broken |= passing
+        return open_map(own, size, paths, keys, broken)
 
 
 def known_broken(own: Path) -> dict[str, str]:
@@ -317,32 +314,27 @@ def known_broken(own: Path) -> dict[str, str]:
     return {}
 
 
-def open_map(
-    own: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, rows: np.ndarray, records: np.ndarray,
-    broken: dict[str, str],
-) -> Map:  # fmt: skip
+def open_map(own: Path, size: int, paths: np.ndarray, keys: np.ndarray, broken: dict[str, str]) -> Map:
     """The map as it is; ValueError if some of its images are not those that were written."""
-    mapping = None
+    count, rows, records = look_up(own, size, keys)
     pixels = np.empty((0, size, size, 3), np.uint8)
-    if count:
-        with (own / "images").open("rb") as file:  # a writable mapping would be refused for more than memory can hold
-            mapping = mmap.mmap(file.fileno(), count * 3 * size**2, access=mmap.ACCESS_READ)
-        pixels = np.frombuffer(mapping, np.uint8).reshape(count, size, size, 3)
+    if count:  # a writable mapping would be refused for more than memory can hold
+        pixels = np.memmap(own / "images", np.uint8, "r", shape=(count, size, size, 3))
     readable = np.flatnonzero(rows >= 0)
     for which in readable[:: max(1, len(readable) // 100)]:  # a sample: two machines may have written at once, where
         if hashed(pixels[rows[which]].tobytes()) != records["digest"][which]:  # the lock of one is unknown to the other
             raise ValueError(f"the decoded images in {own} are damaged: delete that folder and run again")
     unread = np.flatnonzero(rows < 0).tolist()
-    return Map(own, mapping, pixels, rows, records, {paths[i]: broken.get(str(keys[i]), "gone") for i in unread})
+    return Map(own, pixels, rows, records, {paths[i]: broken.get(str(keys[i]), "gone") for i in unread})
 
 
 def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
     try:
-        records, held = np.fromfile(own / "index", RECORD), (own / "images").stat().st_size // (3 * size**2)
+        held = (own / "images").stat().st_size // (3 * size**2)
+        records = np.fromfile(own / "index", RECORD)[:held]
     except FileNotFoundError:
-        records, held = np.empty(0, RECORD), 0
-    records = records[:held]
+        records = np.empty(0, RECORD)
     if not len(records):
         return 0, np.full(len(keys), -1), np.zeros(len(keys), RECORD)
     order = records["key"].argsort()
@@ -352,12 +344,13 @@ def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np
 
 def decode_missing(
     own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, missing: np.ndarray
-) -> dict[str, tuple[str, bool]]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Decode the `missing` of these files, in threads, after the `count` images that the map has.
 
-    Returns the keys of those that cannot be read, each with the reason, and whether it will be one another time too.
+    Returns the keys of those that cannot be read, with the reasons: where it lasts, and where another time may do.
     """
-    failed: dict[str, tuple[str, bool]] = {}
+    lasting: dict[str, str] = {}
+    passing: dict[str, str] = {}
 
     def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
         """How many were looked at, and images and records of those that can be read."""
@@ -369,22 +362,21 @@ def decode_missing(
             except Exception as error:  # whatever a damaged file makes Pillow raise
                 why = str(error) or type(error).__name__
                 passes = isinstance(error, MemoryError) or getattr(error, "errno", None) or "memory" in why
-                failed[str(keys[which])] = why, not passes
+                (passing if passes else lasting)[str(keys[which])] = why
         return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
 
     print(f"Decoding {many(len(missing), 'image')}, once, into {own}")
     pieces = np.array_split(missing, math.ceil(len(missing) / max(1, min(16, PIECE // (3 * size**2)))))
     at_once = max(4 * THREADS, WRITTEN // (len(pieces[0]) * 3 * size**2))
     try:
-        for name, length in (("images", count * 3 * size**2), ("index", count * RECORD.itemsize)):
-            (own / name).touch()
-            os.truncate(own / name, length)  # without what was only half written
         with (
             (own / "images").open("ab") as images, (own / "index").open("ab") as index,
             warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool,
             tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
+            images.truncate(count * 3 * size**2)  # without what was only half written
+            index.truncate(count * RECORD.itemsize)
             for start in range(0, len(pieces), at_once):
                 decoded = []
                 for looked_at, *content in pool.map(decode_some, pieces[start : start + at_once]):
@@ -396,7 +388,7 @@ def decode_missing(
                     os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(own)) from None
-    return failed
+    return lasting, passing
 
 
 # ==== From a folder ===================================================================================================
@@ -429,19 +421,21 @@ class Images(NamedTuple):
         return Images(*(column[which] for column in self))
 
 
-def visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
+def folders_in(folder: Path) -> list[Path]:
+    """Those that are not hidden."""
+    found = (entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    return sorted(Path(entry.path) for entry in found)
 
 
 def class_folders(folder: Path) -> list[Path]:
     """The folders of the classes in it; ValueError for what cannot be one."""
-    folders = [path for path in visible(folder) if path.is_dir()]
-    if loose := [path.name for path in visible(folder) if path.is_file() and is_image(path)]:
+    folders = folders_in(folder)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(HIDDEN))
+    if loose := [path.name for path in files if is_image(path)]:
         raise ValueError(f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put it into a class folder")
     if len(folders) < 2:
-        raise ValueError(
-            f"{folder} has {len(folders) or 'no'} class folder{'s' * (not folders)}: at least two are needed"
-        )
+        found = f"{len(folders) or 'no'} class folder{'s' * (not folders)}"
+        raise ValueError(f"{folder} has {found}: at least two are needed")
     if wrong := [path.name for path in folders if UNSAFE.search(path.name)]:
         raise ValueError(f"{wrong[0]!r} in {folder} is no name for a class: files will be named after it; rename it")
     return folders
@@ -451,14 +445,14 @@ def layout(folder: Path) -> dict[str, Path]:
     """Which folder holds which split: train, valid and test, or "all", which is to be split."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    inside = visible(folder)
+    folders = folders_in(folder)
     splits: dict[str, Path] = {}
-    for path in inside:
-        if path.is_dir() and (kind := SPLITS.get(path.name.lower())):
+    for path in folders:
+        if kind := SPLITS.get(path.name.lower()):
             if kind in splits:
                 raise ValueError(f"{folder} has both {splits[kind].name} and {path.name}: keep one of them")
             splits[kind] = path
-    others = [path.name for path in inside if path.is_dir() and path not in splits.values()]
+    others = [path.name for path in folders if path not in splits.values()]
     if splits and others:
         raise ValueError(
             f"{folder} has {next(iter(splits.values())).name}/ and {others[0]}/ side by side: are these"
@@ -483,43 +477,44 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     if other:
         kinds = Counter(Path(name).suffix.lower() or "without an extension" for name in other).most_common(5)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        print(
-            f"note: left out, of no format that Pillow knows: {many(len(other), 'file')} ({listed}), such as {other[0]}"
-        )
+        files = f"{many(len(other), 'file')} ({listed}), such as {other[0]}"
+        print(f"note: left out, of no format that Pillow knows: {files}")
     size = image_size or suitable_size(folder, paths)
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
-    print(
-        f"Each image becomes {size} by {size} pixels{cost}: its middle square, resized; --image-size N for another size"
-    )
+    how = "its middle square, resized; --image-size N for another size"
+    print(f"Each image becomes {size} by {size} pixels{cost}: {how}")
     store = map_of(folder, data_dir, size, paths, keys)
     kept = Images(paths, part_of, label_of, store.rows, store.records).only(store.rows >= 0)
     if lost := set(range(len(classes))) - set(kept.label[np.isin(kept.part, ["all", "train"])].tolist()):
         why = "; ".join(store.unreadable.values())
         raise ValueError(f"no image of the class {classes[min(lost)]} can be read: {why}"[:500])
     pairs = twins(kept, store)
-    chosen = used(kept) if "all" in parts else np.arange(len(kept.label))
+    chosen = np.arange(len(kept.label))
+    if "all" in parts:  # of identical ones of a class the first
+        alike = firsts(kept.record["digest"]) * len(classes) + kept.label
+        chosen = chosen[firsts(alike) == chosen]
     report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs) | {"left_out": other}
     if len(store.unreadable) > UNREADABLE * len(paths):
         first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
         most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
         raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
 
-    learned, validated, tested = (
-        chosen[np.isin(kept.part[chosen], names)] for names in (["all", "train"], ["valid"], ["test"])
-    )
+    part = kept.part[chosen]
+    learned = chosen[np.isin(part, ["all", "train"])]
+    validated, tested = chosen[part == "valid"], chosen[part == "test"]
     if not len(tested):
         testing = draw_test(kept.label, learned, pairs, split_off)
         learned, tested = learned[~testing], learned[testing]
-    if not len(tested):
-        raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
+        if not len(tested):
+            raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that nobody may write to this
         pixels = torch.from_numpy(store.pixels).permute(0, 3, 1, 2)
     in_memory = len(chosen) * pixels[0].nbytes <= HELD
 
     def pair(which: np.ndarray) -> Pair:
-        rows = torch.from_numpy(kept.row[which])
-        return pixels[rows] if in_memory else Mapped(pixels, rows, store.mapping), torch.from_numpy(kept.label[which])
+        rows, labels = torch.from_numpy(kept.row[which]), torch.from_numpy(kept.label[which])
+        return pixels[rows] if in_memory else Mapped(pixels, rows, store.pixels.base), labels
 
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
@@ -541,10 +536,7 @@ def list_images(
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
             raise ValueError(f"{place} has a class {min(strange)} that {parts['train']} has not")
-        inner = [
-            {entry.name for entry in os.scandir(place / name) if entry.is_dir() and not entry.name.startswith(HIDDEN)}
-            for name in names
-        ]
+        inner = [{path.name for path in folders_in(place / name)} for name in names]
         if sum(bool({name.lower() for name in each} & SPLITS.keys()) for each in inner) > 1:
             raise ValueError(f"{place}: parts of the data inside the classes? It has to be the other way round")
         if len(same := sorted(set.intersection(*inner))) > 1:
@@ -581,8 +573,7 @@ def draw_test(labels: np.ndarray, given: np.ndarray, pairs: np.ndarray, split_of
     testing[split_off(torch.from_numpy(own), TEST_FRACTION)[1].numpy()] = True
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (len(labels), len(labels)))
     group = connected_components(links, directed=False)[1][given]
-    _, first_of, group = np.unique(group, return_index=True, return_inverse=True)
-    testing = testing[first_of[group]]
+    testing = testing[firsts(group)]
     for label in np.unique(own):  # unless a class were all test
         testing[own == label] &= not testing[own == label].all()
     return testing
@@ -671,19 +662,10 @@ def near_identical(kept: Images, places: np.ndarray, store: Map) -> np.ndarray:
     return found
 
 
-def firsts(*columns: np.ndarray) -> np.ndarray:
-    """For each entry the place of the first one that is the same in all columns: int64 (N,)."""
-    order = np.lexsort(columns)  # stable: equal ones stay in their order
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
-    first = np.empty_like(order)
-    first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
-    return first
-
-
-def used(kept: Images) -> np.ndarray:
-    """Places of those to be split: of identical ones of a class the first."""
-    return np.flatnonzero(firsts(kept.label, kept.record["digest"]) == np.arange(len(kept.label)))
+def firsts(values: np.ndarray) -> np.ndarray:
+    """For each entry the place of the first one that is the same: int64 (N,)."""
+    _, first, which = np.unique(values, return_index=True, return_inverse=True)
+    return first[which]
 
 
 def many(count: int, what: str) -> str:
@@ -698,12 +680,10 @@ def describe(
     """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
     parts = list(dict.fromkeys(kept.part.tolist()))
 
-    def count(which: Any) -> dict[str, dict[str, int]]:
-        labels, where = kept.label[which], kept.part[which]
-        counts = {part: np.bincount(labels[where == part], minlength=len(classes)) for part in parts}
-        return {part: dict(zip(classes, counts[part].tolist(), strict=True)) for part in parts}
+    def count(labels: np.ndarray) -> dict[str, int]:
+        return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
-    table = count(slice(None))
+    table = {part: count(kept.label[kept.part == part]) for part in parts}
     words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
     for part in parts:
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
@@ -713,20 +693,17 @@ def describe(
     words.append(f"  shorter sides {spread if sides[0] < sides[-1] else f'of {sides[0]} pixels'}")
     if sides[0] < size / 2:
         words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
-    learned = count(chosen)[parts[0]]
+    learned = count(kept.label[chosen][kept.part[chosen] == parts[0]])
     few = {name: count for name, count in learned.items() if count < FEW}
     if few:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words.append(
-            f"  fewer than {FEW} images: {listed}. Without test/ and val/, classes of 1 or 2 are trained on only;"
-        )
-        words.append(
-            "    those of 3 to 6 are tested, too, and only larger ones also validated. So small a test says little"
-        )
+        words += [
+            f"  fewer than {FEW} images: {listed}. Without test/ and val/, classes of 1 or 2 are trained on only;",
+            "    those of 3 to 6 are tested, too, and only larger ones also validated. So small a test says little",
+        ]
     if max(learned.values()) > 5 * max(1, min(learned.values())):
-        words.append(
-            "  the classes differ much in size: look at each class's accuracy, and try --class-balance weights"
-        )
+        advice = "look at each class's accuracy, and try --class-balance weights"
+        words.append(f"  the classes differ much in size: {advice}")
     if unreadable:
         listed = "; ".join(f"{folder / path} ({why})" for path, why in list(unreadable.items())[:5])
         words.append(f"  left out, because it cannot be read: {many(len(unreadable), 'file')}: {listed}")
@@ -749,9 +726,8 @@ def describe(
             words.append(f"  WARNING: {many(across.sum(), 'pair')} across {names}: {better}")
     labels = kept.label[pairs[:, :2]]
     if (crossed := labels[:, 0] != labels[:, 1]).any():
-        words.append(
-            f"  {crossed.sum()} of these in two classes, such as {example(crossed)}: both stay, one label is wrong"
-        )
+        such = f"such as {example(crossed)}: both stay, one label is wrong"
+        words.append(f"  {crossed.sum()} of these in two classes, {such}")
     sizes = Counter(zip(kept.record["width"].tolist(), kept.record["height"].tolist(), strict=True))
     return {
         "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,

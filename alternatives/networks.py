@@ -6,6 +6,7 @@ A factory may take `width`, `depth` and `dropout` as well: the options of these 
 import difflib
 import functools
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -31,19 +32,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resnet18-dropout": MUON | {"epochs": 10, "dropout": 0.1},
     "airbench94": MUON | {"epochs": 8},
 }
-OTHERS: dict[str, dict[str, Any]] = {  # with the data set's epochs; ImageNet weights would not survive Muon
-    "torchvision": {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64},  # or the data set's batches, if smaller
-    "own": MUON,
-}
+# With the data set's epochs, and its batches if they are smaller. ImageNet weights would not survive Muon.
+TORCHVISION: dict[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64}
 
 
 def settings(name: str) -> dict[str, Any]:
     """The default settings of one of SETTINGS, torchvision:NAME (ValueError if it has none) or FILE.py:FACTORY."""
-    usual = "own"
+    usual = MUON
     if name.startswith("torchvision:"):
-        usual = "torchvision"
         known(name.partition(":")[2])
-    return {"low_res": 0.0} | SETTINGS.get(name, OTHERS[usual])  # not every network takes images of other sizes
+        usual = TORCHVISION
+    return {"low_res": 0.0} | SETTINGS.get(name, usual)  # not every network takes images of other sizes
 
 
 def factory(name: str) -> Callable[..., nn.Module]:
@@ -74,10 +73,11 @@ def freeze(network: nn.Module) -> None:
 
 def blocks(widths: list[int], image_size: int) -> list[nn.Module]:
     """Conv 3×3, batch norm, ReLU and max-pooling to half the size, once for each width after the first."""
-    pairs = list(zip(widths, widths[1:], strict=False))
-    at_least(2 ** len(pairs), image_size)
-    parts = [[nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)] for i, o in pairs]
-    return [part for block in parts for part in block]
+    at_least(2 ** (len(widths) - 1), image_size)
+    parts: list[nn.Module] = []
+    for i, o in itertools.pairwise(widths):
+        parts += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+    return parts
 
 
 def at_least(size: int, image_size: int) -> None:
@@ -112,11 +112,10 @@ def notebook_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dro
 def fcn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.25) -> nn.Module:
     """Reference 000's `model_fcn`: fully connected, without a convolution."""
     widths = [channels * image_size**2, 1024, 512]
-    parts = [
-        [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Dropout(dropout)]
-        for i, o in zip(widths, widths[1:], strict=False)
-    ]
-    return nn.Sequential(nn.Flatten(), *(part for block in parts for part in block), nn.Linear(widths[-1], classes))
+    parts: list[nn.Module] = [nn.Flatten()]
+    for i, o in itertools.pairwise(widths):
+        parts += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*parts, nn.Linear(widths[-1], classes))
 
 
 class GlobalFilter(nn.Module):
@@ -196,15 +195,11 @@ class BasicBlock(nn.Module):
 def resnet18_dropout(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.1) -> nn.Module:
     """Reference 003's ResNet-18: dropout, a 1×1 convolution as head, then the mean over the final map."""
     at_least(8, image_size)
-    stem = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Dropout(dropout)]
-    shapes = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
-    stages = [
-        block
-        for inputs, outputs, stride in shapes
-        for block in (BasicBlock(inputs, outputs, stride, dropout), BasicBlock(outputs, outputs, 1, dropout))
-    ]
-    head = [nn.Conv2d(512, classes, 1), nn.AvgPool2d(math.ceil(image_size / 8)), nn.Flatten()]
-    return nn.Sequential(*stem, *stages, *head)
+    parts: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    parts.append(nn.Dropout(dropout))
+    for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
+        parts += [BasicBlock(inputs, outputs, stride, dropout), BasicBlock(outputs, outputs, 1, dropout)]
+    return nn.Sequential(*parts, nn.Conv2d(512, classes, 1), nn.AvgPool2d(math.ceil(image_size / 8)), nn.Flatten())
 
 
 class Airbench(nn.Module):
@@ -222,7 +217,7 @@ class Airbench(nn.Module):
         self.whiten.weight.requires_grad_(False)
         parts: list[nn.Module] = [nn.GELU()]
         widths = [8 * channels, 64, 256, 256]
-        for inputs, width in zip(widths, widths[1:], strict=False):
+        for inputs, width in itertools.pairwise(widths):
             first, second = (nn.Conv2d(i, width, 3, padding=1, bias=False) for i in (inputs, width))
             norms = [nn.BatchNorm2d(width, momentum=0.4) for _ in range(2)]
             for convolution, norm in zip((first, second), norms, strict=True):
@@ -309,6 +304,7 @@ def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> N
     the same classes. Raises ValueError where there are no weights to be had.
     """
     assert isinstance(network, FromImageNet)
+    source = path or network.weights.url
     try:
         if path:
             content = torch.load(path, weights_only=True, map_location="cpu")
@@ -323,18 +319,16 @@ def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> N
         why = reason if isinstance(reason, Exception) else error
         raise ValueError(
             f"the ImageNet weights could not be downloaded ({why}): fetch "
-            f"{network.weights.url} elsewhere and name the file with --init-from"
+            f"{source} elsewhere and name the file with --init-from"
         ) from None
     except Exception as error:
-        raise ValueError(f"{path or network.weights.url} is damaged or no file of weights") from error
+        raise ValueError(f"{source} is damaged or no file of weights") from error
     state = network.state_dict()
     found = {name: value for name, value in found.items() if name in state}
     if not own or content["classes"] != classes:
         found |= head_weights(network)
     if wrong := [name for name in state if name not in found or found[name].shape != state[name].shape]:
-        raise ValueError(
-            f"{path or network.weights.url} holds another network: {wrong[0]} is missing or of another shape"
-        )
+        raise ValueError(f"{source} holds another network: {wrong[0]} is missing or of another shape")
     network.load_state_dict(found)
 
 

@@ -8,19 +8,13 @@ this file shows what was compared. Five epochs, not the default recipe's ten: sm
 all of it takes two hours. Prints a Markdown table; writes NAME.json with every run and NAME.png into results/.
 """
 
-import argparse
-import json
 import math
-import os
 import shlex
 import statistics
-import sys
-from pathlib import Path
 
 import time_to_accuracy
 from matplotlib.figure import Figure
-from time_to_accuracy import SCRIPT, spread
-from tqdm import tqdm
+from time_to_accuracy import RESULTS, arguments, changed, in_turns, markdown, spread
 
 BASE = "as it is"
 # Name: (options, replacements in the script's text).
@@ -97,43 +91,31 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
 def run(name: str, seed: int, data_dir: str, epochs: int) -> dict:
     """Train once: seconds of training, and the validation accuracy after the last epoch."""
     options, replacements = VARIANTS[name]
-    text = SCRIPT.read_text(encoding="utf-8")
-    for old, new in replacements:
-        if old not in text:
-            sys.exit(f"error: {name}: the script no longer has {old!r}")
-        text = text.replace(old, new)
-    result = time_to_accuracy.run(shlex.join(["default", "--epochs", str(epochs), *options]), seed, data_dir, text)
+    variant = shlex.join(["default", "--epochs", str(epochs), *options])
+    result = time_to_accuracy.run(variant, seed, data_dir, changed(name, replacements))
     figures = {name: result["epochs"][-1][name] for name in ("seconds", "valid_accuracy")}
     return {"variant": name, "seed": seed, **figures, "hardware": result["hardware"], "versions": result["versions"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, runs=2)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--runs", type=int, default=2, help="runs of each variant, with seeds 0, 1, … (default: 2)")
-    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
     parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
     parser.add_argument("--name", default="ablations", help="of the result files (default: ablations)")
     options = parser.parse_args()
 
-    path = Path(__file__).resolve().parent / "results" / f"{options.name}.json"
     names = list(dict.fromkeys([BASE, *options.only]))
-    order = [(name, seed) for seed in range(options.runs) for name in names]
-    data_dir = str(Path(options.data_dir).resolve())
-    results: list[dict] = []
-    for name, seed in tqdm(order, unit="run", disable=None):
-        results.append(run(name, seed, data_dir, options.epochs))
-        path.write_text(json.dumps(results, indent=1))
+    results = in_turns(options.name, run, names, options.runs, options.data_dir, options.epochs)
     own = {name: [result for result in results if result["variant"] == name] for name in names}
     base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
-    print("| change | training, s | against as it is | validation accuracy, % | against as it is | runs |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
     for name, found in own.items():
-        seconds, accuracy = ([result[key] for result in found] for key in ("seconds", "valid_accuracy"))
+        seconds, accuracy = ([result[key] for result in found] for key in base)
         slower = 100 * (statistics.mean(seconds) / base["seconds"] - 1)
         better = 100 * (statistics.mean(accuracy) - base["valid_accuracy"])
-        cells = [spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", str(len(found))]
-        print("| " + " | ".join([name, *cells]) + " |")
+        rows.append([name, spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", len(found)])
+    head = "change | training, s | against as it is | validation accuracy, % | against as it is | runs"
+    print(markdown(head, rows))
     figure = Figure(figsize=(9, 1 + 0.3 * len(own)), layout="constrained")
     for axes, key, unit in zip(figure.subplots(1, 2, sharey=True), base, (1, 100), strict=True):
         for row, found in enumerate(own.values()):
@@ -144,10 +126,10 @@ def main() -> None:
         axes.axvline(unit * base[key], color="C7", linewidth=1)
     seconds_axes, accuracy_axes = figure.axes
     seconds_axes.set(xlabel="seconds of training", yticks=range(len(own)), yticklabels=list(own))
-    low = min(100 * result["valid_accuracy"] for found in own.values() for result in found)
+    low = 100 * min(result["valid_accuracy"] for result in results)
     accuracy_axes.set(xlabel="validation accuracy, %", xlim=(math.floor(low - 1), None))
     seconds_axes.invert_yaxis()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(RESULTS / f"{options.name}.png", dpi=110)
 
 
 if __name__ == "__main__":

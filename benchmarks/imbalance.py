@@ -7,21 +7,16 @@ takes. No validation images; the test images are CIFAR-10's own, as many of each
 Prints a Markdown table of every class's recall and of the macro-F1; writes results/imbalance.json with every run.
 """
 
-import argparse
-import json
-import os
 import statistics
-from pathlib import Path
 
 import time_to_accuracy
-from time_to_accuracy import spread
-from tqdm import tqdm
+from time_to_accuracy import arguments, in_turns, markdown, spread
 
 IMAGES = 200_000  # that each run trains on, one after the other
 WAYS = ["none", "weights", "oversample", "undersample"]
 
 
-def run(way: str, seed: int, share: float, data_dir: str) -> dict:
+def run(way: str, seed: int, data_dir: str, share: float) -> dict:
     """Train and test once: accuracy, and recall and F1 of each class."""
     sizes = [5000 * share ** (label / 9) for label in range(10)]
     an_epoch = {"oversample": 10 * max(sizes), "undersample": 10 * min(sizes)}.get(way, sum(sizes))
@@ -31,28 +26,22 @@ def run(way: str, seed: int, share: float, data_dir: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, runs=2)
     parser.add_argument("--share", type=float, default=0.05, help="that the last class keeps of its training images")
-    parser.add_argument("--runs", type=int, default=2, help="runs of each way, with seeds 0, 1, … (default: 2)")
-    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
     options = parser.parse_args()
 
-    path = Path(__file__).resolve().parent / "results" / "imbalance.json"
-    order = [(way, seed) for seed in range(options.runs) for way in WAYS]
-    results: list[dict] = []
-    for way, seed in tqdm(order, unit="run", disable=None):
-        results.append(run(way, seed, options.share, str(Path(options.data_dir).resolve())))
-        path.write_text(json.dumps(results, indent=1))
+    results = in_turns("imbalance", run, WAYS, options.runs, options.data_dir, options.share)
     classes = list(results[0]["recall"])
-    print("| `--class-balance` | " + " | ".join(classes) + " | accuracy, % | macro-F1, % | training, s | runs |")
-    print("| --- " * (len(classes) + 5) + "|")
+    rows = []
     for way in WAYS:
         own = [result for result in results if result["class_balance"] == way]
         recall = [f"{100 * statistics.mean(result['recall'][name] for result in own):.0f}" for name in classes]
-        macro = [statistics.mean(result["f1"].values()) for result in own]
-        cells = [spread([result["test_accuracy"] for result in own], 100), spread(macro, 100)]
-        cells += [spread([result["epochs"][-1]["seconds"] for result in own], digits=0), str(len(own))]
-        print(f"| {way} | " + " | ".join([*recall, *cells]) + " |")
+        accuracy = spread([result["test_accuracy"] for result in own], 100)
+        macro = spread([statistics.mean(result["f1"].values()) for result in own], 100)
+        seconds = spread([result["epochs"][-1]["seconds"] for result in own], digits=0)
+        rows.append([way, *recall, accuracy, macro, seconds, len(own)])
+    head = f"`--class-balance` | {' | '.join(classes)} | accuracy, % | macro-F1, % | training, s | runs"
+    print(markdown(head, rows))
 
 
 if __name__ == "__main__":

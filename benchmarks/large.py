@@ -11,10 +11,9 @@ without the files that the system keeps at hand. Prints a Markdown table; writes
 import argparse
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
@@ -24,13 +23,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from time_to_accuracy import RESULTS, markdown, start
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
 CLASSES, TOGETHER = 10, 1000  # images that are drawn in one piece of work
-HOLD = (
-    "import sys, image_classification as ic\nfrom alternatives import datasets\ndatasets.HELD = {}\nsys.exit(ic.main())"
-)
+HOLD = """
+import sys, image_classification as ic
+from alternatives import datasets
+datasets.HELD = {}
+sys.exit(ic.main())"""
 
 
 def write_images(folder: Path, number: int) -> None:
@@ -47,27 +48,23 @@ def write_images(folder: Path, number: int) -> None:
 def train(held: float, folder: Path, data_dir: Path) -> dict[str, Any]:
     """A run of the program on these images: seconds until it trains, images/s, peak memory."""
     with tempfile.TemporaryDirectory() as scratch:
-        begun, peak, ready, lines = time.perf_counter(), 0.0, 0.0, []
-        command = [sys.executable, "-c", HOLD.format(held)]
-        options = ["--dataset", str(folder), "--data-dir", str(data_dir), "--epochs", "1", "--run-dir", "run"]
-        with (Path(scratch) / "log").open("w+") as log:
-            process = subprocess.Popen(
-                [*command, *options], cwd=scratch, stdout=log, stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-            )  # fmt: skip
+        begun, peak, ready = time.perf_counter(), 0.0, 0.0
+        log, run = Path(scratch, "log"), Path(scratch, "run")
+        command = [sys.executable, "-c", HOLD.format(held), "--dataset", str(folder)]
+        command += ["--data-dir", str(data_dir), "--epochs", "1", "--run-dir", "run"]
+        with log.open("w") as output:
+            process = start(command, Path(scratch), output)
             while process.poll() is None:
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 if found := re.search(r"RssAnon:\s+(\d+) kB", status):
                     peak = max(peak, int(found[1]) / 1024)
-                if not ready and "Start Training" in (Path(scratch) / "log").read_text():
+                if not ready and "Start Training" in log.read_text():
                     ready = time.perf_counter() - begun
                 time.sleep(0.05)
-            log.seek(0)
-            lines = log.read().splitlines()
         if process.returncode:
-            raise SystemExit("\n".join(lines[-5:]))
-        report = json.loads((Path(scratch) / "run" / "report.json").read_text())
-        (row,) = csv.DictReader((Path(scratch) / "run" / "metrics.csv").open())
+            sys.exit("\n".join(log.read_text().splitlines()[-5:]))
+        report = json.loads((run / "report.json").read_text())
+        (row,) = csv.DictReader((run / "metrics.csv").open())
         return {
             "until_training": ready, "images_per_second": report["train_images"] / float(row["seconds"]),
             "peak_mib": peak, "whole_run": time.perf_counter() - begun, "test_accuracy": report["test_accuracy"],
@@ -105,13 +102,13 @@ def main() -> None:
         results.append({"name": name, "images": options.images} | train(held, folder, data_dir))
         print(json.dumps(results[-1]), file=sys.stderr)
         del taken
-    path = Path(__file__).resolve().parent / "results" / "large.json"
-    path.write_text(json.dumps(results, indent=1))
-    print("| images | until it trains, s | images/s | peak memory, MiB |\n| --- | --- | --- | --- |")
+    (RESULTS / "large.json").write_text(json.dumps(results, indent=1))
+    rows = []
+    keys = ("until_training", "images_per_second", "peak_mib")
     for name in dict.fromkeys(result["name"] for result in results):
-        keys = ("until_training", "images_per_second", "peak_mib")
-        figures = [[result[key] for result in results if result["name"] == name] for key in keys]
-        print(f"| {name} | {' | '.join(f'{sum(each) / len(each):.0f}' for each in figures)} |")
+        own = [result for result in results if result["name"] == name]
+        rows.append([name, *(f"{statistics.mean(result[key] for result in own):.0f}" for key in keys)])
+    print(markdown("images | until it trains, s | images/s | peak memory, MiB", rows))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
+from scipy.stats import sem, t
+from time_to_accuracy import SCRIPT
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
 ASK = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,power.draw"]
 
 
@@ -80,20 +80,14 @@ def ours(variant: str, runs: int, seed: int, data_dir: str) -> list[dict[str, fl
             elif line.startswith(("Accuracy of the network", "Accuracy with")):
                 times[-1] = times[-1][0], since
         report = json.loads(Path(folder, "run", "report.json").read_text(encoding="utf-8"))
-    return [
-        {
-            "seconds": one["seconds"], "accuracy": one.get("test_views_accuracy", one["test_accuracy"]),
-            "since": times[0][1], "with_test": tested - begun,
-        }
-        for one, (begun, tested) in list(zip(report["repeats"], times, strict=False))[1:]
-    ]  # fmt: skip
+    counted = list(zip(report["repeats"], times, strict=False))[1:]
+    return [{"seconds": one["seconds"], "accuracy": one.get("test_views_accuracy", one["test_accuracy"]),
+             "since": times[0][1], "with_test": tested - begun} for one, (begun, tested) in counted]  # fmt: skip
 
 
 def spread(values: list[float], digits: int) -> str:
     """Mean ± half of its 95 % interval (Student's t), as text."""
-    half = math.nan
-    if len(values) > 1:
-        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = t.ppf(0.975, len(values) - 1) * sem(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 

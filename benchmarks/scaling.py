@@ -7,14 +7,9 @@ cores; the second epoch counts. The share of communication is by how much faster
 its gradients to itself. Prints a Markdown table; writes results/scaling.json with every run.
 """
 
-import argparse
-import json
-import os
 import statistics
-from pathlib import Path
 
-from time_to_accuracy import SCRIPT, run, spread
-from tqdm import tqdm
+from time_to_accuracy import arguments, changed, in_turns, markdown, run, spread
 
 EPOCHS = "default --epochs 2 --low-res 0 --val-fraction 0"
 SILENT = [  # what makes the processes talk in a step, on GPUs by batch norm too, and what takes its place
@@ -24,32 +19,23 @@ SILENT = [  # what makes the processes talk in a step, on GPUs by batch norm too
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=2, help="runs of each, with seeds 0, 1, … (default: 2)")
-    parser.add_argument("--data-dir", default=os.environ.get("CIFAR10_DIR", "data"), help="as the program's")
+    parser = arguments(__doc__, runs=2)
     parser.add_argument("--subset", type=int, default=0, help="train on N images only; 0: all (default)")
     options = parser.parse_args()
 
-    silent = SCRIPT.read_text(encoding="utf-8")
-    for old, new in SILENT:
-        if old not in silent:
-            raise SystemExit(f"error: the script no longer has {old!r}")
-        silent = silent.replace(old, new)
-    variants = {"1": ("", 1), "2": ("", 2), "2, silent": (silent, 2)}
-    data_dir, variant = str(Path(options.data_dir).resolve()), f"{EPOCHS} --subset {options.subset}"
+    variants = {"1": ("", 1), "2": ("", 2), "2, silent": (changed("2, silent", SILENT), 2)}
+
+    def train(name: str, seed: int) -> dict:
+        result = run(f"{EPOCHS} --subset {options.subset}", seed, options.data_dir, *variants[name])
+        return result | {"processes": name}
+
     rates: dict[str, list[float]] = {name: [] for name in variants}
-    results = []
-    for seed in tqdm(range(options.runs), unit="round", disable=None):
-        for name, (text, processes) in variants.items():
-            result = run(variant, seed, data_dir, text, processes)
-            first, second = (epoch["seconds"] for epoch in result["epochs"])
-            rates[name].append(result["train_images"] / (second - first))
-            results.append(result | {"processes": name})
-    path = Path(__file__).resolve().parent / "results" / "scaling.json"
-    path.write_text(json.dumps(results, indent=1))
-    print("| processes | images/s | against one |\n| --- | --- | --- |")
-    for name, found in rates.items():
-        print(f"| {name} | {spread(found, 1, 0)} | {statistics.mean(found) / statistics.mean(rates['1']):.2f} |")
+    for result in in_turns("scaling", train, variants, options.runs):
+        first, second = (epoch["seconds"] for epoch in result["epochs"])
+        rates[result["processes"]].append(result["train_images"] / (second - first))
+    one = statistics.mean(rates["1"])
+    rows = [[name, spread(found, 1, 0), f"{statistics.mean(found) / one:.2f}"] for name, found in rates.items()]
+    print(markdown("processes | images/s | against one", rows))
     share = 1 - statistics.mean(rates["2"]) / statistics.mean(rates["2, silent"])
     print(f"\n{100 * share:.1f} % of the time of two processes is communication")
 

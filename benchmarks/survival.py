@@ -16,7 +16,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import random
 import resource
 import signal
@@ -30,12 +29,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import time_to_accuracy
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import image_classification as ic
 import inference
 from alternatives import datasets
@@ -46,16 +45,13 @@ OPTIONS = ["--dataset", "digits", "--width", "0.5", "--epochs", "4", "--device",
 def start(folder: Path, *options: str, save_every: float = 120.0) -> subprocess.Popen:
     """The program in `folder`, saving every so many seconds besides the ends of epochs."""
     code = f"import sys, image_classification as ic\nic.SAVE_EVERY = {save_every}\nsys.exit(ic.main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *options], cwd=folder, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-    )  # fmt: skip
+    return time_to_accuracy.start([sys.executable, "-c", code, *options], folder)
 
 
 def damaged(run: Path) -> list[str]:
     """The files of a run that cannot be read."""
     wrong = []
-    for path in [path for path in run.rglob("*") if path.is_file()]:
+    for path in run.rglob("*"):
         try:
             if path.suffix == ".pth":
                 torch.load(path, weights_only=True)
@@ -105,9 +101,9 @@ def full_disk(kilobytes: int, expected: dict[str, torch.Tensor]) -> tuple[str, l
             process = start(Path(name), *OPTIONS)
             out, _ = process.communicate()
             errors = [line for line in out.splitlines() if line.startswith("error: ")]
-            wrong = (
-                [] if process.returncode == 0 or len(errors) == 1 else [f"{len(errors)} lines of error: {out[-300:]}"]
-            )
+            wrong = []
+            if process.returncode and len(errors) != 1:
+                wrong.append(f"{len(errors)} lines of error: {out[-300:]}")
             subprocess.run(["mount", "-o", "remount,size=200m", name], check=True)
             return (errors or ["it sufficed"])[0], wrong + compare(Path(name), expected)
         finally:
@@ -143,9 +139,7 @@ def altered(content: bytes, chance: random.Random) -> bytes:
     return changed.getvalue()
 
 
-@functools.cache
-def classifier(model: str) -> inference.Classifier:
-    return inference.load_model(model, "cpu")
+classifier = functools.cache(inference.load_model)
 
 
 def load(content: bytes, suffix: str, model: str) -> tuple[str, float, float]:
@@ -157,7 +151,7 @@ def load(content: bytes, suffix: str, model: str) -> tuple[str, float, float]:
             if suffix == ".pth":
                 ic.load_checkpoint(path)
             else:
-                inference.predict(classifier(model), [path])
+                inference.predict(classifier(model, "cpu"), [path])
                 datasets.decode(path, 64)
             done = "worked"
         except (ic.UserError, inference.InferenceError):
@@ -207,8 +201,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         began, model = time.perf_counter(), Path(name, "model_cnn_digits.pth")
         process = start(Path(name), *OPTIONS)
-        assert process.stdout is not None
-        begin = next(time.perf_counter() - began for line in process.stdout if line.startswith("Start Training"))
+        begin = next(time.perf_counter() - began for line in process.stdout or [] if line.startswith("Start Training"))
         process.communicate()
         whole = time.perf_counter() - began
         expected = torch.load(model, weights_only=True)["model"]
@@ -221,17 +214,16 @@ def main() -> int:
             changed = ((changes[i % 2](content, chance), ".pth") for i in range(options.checkpoints))
             failed += fuzz(f"{options.checkpoints} checkpoints", changed, options.checkpoints, str(model))
         if options.images:
-            changed_pictures = pictures(options.images, chance)
-            failed += fuzz(f"{options.images} pictures", changed_pictures, options.images, str(model))
+            failed += fuzz(f"{options.images} pictures", pictures(options.images, chance), options.images, str(model))
     if options.kills + options.disks:
         print("\n| accident | when | what was wrong after it |\n| --- | --- | --- |")
     lost = 0
     for number in tqdm(range(options.kills), "Killing", unit="run", disable=None):
-        stage: str = "finished"
-        wrong: list[str] = []
-        while stage == "finished" and not wrong:  # a run that had ended by then does not count
+        while True:
             seconds = chance.uniform(begin, whole)
             stage, wrong = killed(seconds, 0.0 if number % 2 else 120.0, expected)
+            if stage != "finished" or wrong:  # a run that had ended by then does not count
+                break
         lost += bool(wrong)
         print(f"| killed | after {seconds:.1f} s ({stage}) | {'; '.join(wrong) or 'nothing'} |", flush=True)
     for _ in tqdm(range(options.disks), "Filling", unit="run", disable=None):
