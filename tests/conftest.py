@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "image_classification.py"
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
@@ -42,17 +43,44 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def state_of(run):
+    return torch.load(run / "last.pth", weights_only=True)
+
+
+def report_of(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def rows_of(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def same(first, second):
     """Have two networks the same weights?"""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def epochs_of(run):
-    with (run / "metrics.csv").open() as file:
-        return [int(row["epoch"]) for row in csv.DictReader(file)]
+    return [int(row["epoch"]) for row in rows_of(run)]
 
 
-def wait_for(condition, seconds=60):
+def events_of(path):
+    """What TensorBoard shows of a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(path), size_guidance={"images": 0}).Reload()
+
+
+def trainer_of(**settings):
+    """A trainer for the digits, on the CPU, with these settings."""
+    import image_classification as ic
+
+    data = ic.load_data(ic.Config(dataset="digits"))
+    return ic.Trainer(ic.settle(ic.Config(dataset="digits", **settings), data), data, torch.device("cpu"))
+
+
+def wait_for(condition, seconds=200):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -121,23 +149,33 @@ class Inside:
 
 @pytest.fixture
 def inside(capsys, folder, monkeypatch):
-    monkeypatch.chdir(folder)
     return Inside(capsys, monkeypatch, "image_classification")
 
 
 @pytest.fixture
 def tool_inside(capsys, folder, monkeypatch):
     """The same of a tool, by its name."""
-    monkeypatch.chdir(folder)
     return functools.partial(Inside, capsys, monkeypatch)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A fresh folder with a space and non-ASCII letters in its path."""
+def folder(tmp_path, monkeypatch):
+    """A fresh folder with a space and non-ASCII letters in its path, which is the current one."""
     path = tmp_path / "Übung 1 数据"
     path.mkdir()
+    monkeypatch.chdir(path)
     return path
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "drawn: draws its pictures, of which those of other tests stay blank")
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Pictures of this process stay blank, which take longer than a small run's training; not in tests marked drawn."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
 
 
 @pytest.fixture
@@ -163,9 +201,8 @@ def cifar10():
 def trained(tmp_path_factory):
     """A folder with a model_*.pth and its run, whose epochs are kept; of all processes that test, one trains it."""
     shared = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder = (
-        tmp_path_factory.getbasetemp().parent / f"trained-{shared}" if shared else tmp_path_factory.mktemp("trained")
-    )
+    place = tmp_path_factory.getbasetemp()
+    folder = place.parent / f"trained-{shared}" if shared else place / "trained"
     folder.mkdir(exist_ok=True)
     place = find_cifar10()
     data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "5000", "--batch-size", "250"]

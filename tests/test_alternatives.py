@@ -1,6 +1,5 @@
 """What the program takes when asked for by name: networks, augmentations, recipes and the rest of alternatives/."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK, only_run, same
+from conftest import QUICK, only_run, report_of, same, state_of, trainer_of
+from PIL import Image
 
 import image_classification as ic
 from alternatives import augmentations, networks, recipes, sampling
@@ -43,15 +43,13 @@ def test_recipe_with_another_network_leaves_out_what_was_for_its_own():
 
 
 @pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "convnet", "fftnet"])
-def test_network_learns_with_its_own_settings(name, folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_network_learns_with_its_own_settings(name, folder):
     report = ic.train(ic.Config(dataset="digits", model=name, epochs=3, batch_size=50, image_size=16))
     assert report.results["test_accuracy"] > 0.8
 
 
 def test_sizes_of_the_networks_that_have_no_table():
-    notebook = networks.notebook_cnn()
-    assert sum(weight.numel() for weight in notebook.parameters()) == 1_059_306
+    assert sum(weight.numel() for weight in networks.notebook_cnn().parameters()) == 1_059_306
     kinds = [type(layer) for layer in networks.fcn().modules()]
     assert torch.nn.Conv2d not in kinds and torch.nn.Linear in kinds
 
@@ -83,11 +81,8 @@ def test_resnet18_dropout_has_the_table_of_the_reference(capsys):
     """Row by row the torchsummary table in the README of reference 003."""
     ic.print_summary(networks.resnet18_dropout(), (3, 32, 32))
     row = re.compile(r" *(\w+-\d+) +(\[.*?\]) +([\d,]+)")
-    ours, theirs = (
-        row.findall(text)
-        for text in (capsys.readouterr().out, Path(__file__).with_name("reference_003.txt").read_text())
-    )
-    assert len(theirs) == 69 and ours == theirs
+    theirs = row.findall(Path(__file__).with_name("reference_003.txt").read_text())
+    assert len(theirs) == 69 and row.findall(capsys.readouterr().out) == theirs
 
 
 @pytest.mark.parametrize("name", networks.SETTINGS)
@@ -144,8 +139,7 @@ def test_damaged_file_of_weights_is_named(inside, folder):
     assert "other.pth holds another network" in inside.error(*QUICK[:2], *options, "other.pth")
 
 
-def test_tuned_network_goes_on_with_its_head(folder, imagenet, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_tuned_network_goes_on_with_its_head(folder, imagenet):
     data = ic.load_data(ic.Config(dataset="digits", subset=20))
     config = ic.Config(dataset="digits", model="torchvision:squeezenet1_1", pretrained=True)
     model = ic.build_model(config, data)
@@ -212,10 +206,8 @@ def test_strength_of_an_augmentation_counts():
 def test_sharpness_varies_both_ways():
     torch.manual_seed(0)
     images = F.interpolate(torch.rand(1, 3, 6, 6), 32, mode="bicubic").clamp(0.2, 0.8).expand(64, -1, -1, -1) * 255
-    edges = (
-        augmentations.build({"sharpness": ""}, 2)(images.byte(), torch.zeros(64))[0].diff(dim=3).abs().mean((1, 2, 3))
-    )
-    plain = images.byte().float().diff(dim=3).abs().mean()
+    changed, _ = augmentations.build({"sharpness": ""}, 2)(images.byte(), torch.zeros(64))
+    edges, plain = (each.diff(dim=3).abs().mean((1, 2, 3)) for each in (changed, images.byte().float()))
     assert (edges > 1.01 * plain).sum() > 5 and (edges < 0.99 * plain).sum() > 5
 
 
@@ -229,14 +221,12 @@ def test_mixed_labels_are_the_shares_of_the_images(name):
     assert 0.05 < 1 - shares.max(1).values.mean() < 0.4
 
 
+@pytest.mark.drawn
 def test_run_with_augmentations_learns_and_shows_them(inside, folder):
     steps = "crop=2,rotate=10,brightness,contrast,erase=0.3,mixup,cutmix"
-    options = ["--dataset", "digits", "--width", "0.5", "--epochs", "6", "--batch-size", "50"]
+    options = ["--dataset", "digits", "--width", "0.5", "--epochs", "6", "--batch-size", "50", "--image-size", "16"]
     inside(*options, "--augment", steps)
-    report = json.loads((only_run(folder) / "report.json").read_text())
-    assert report["test_accuracy"] > 0.85
-    from PIL import Image
-
+    assert report_of(only_run(folder))["test_accuracy"] > 0.85
     rows = Image.open(only_run(folder) / "samples.png").height
     inside(*options, "--fast-dev-run", "--run-dir", "plain")
     plain = Image.open(folder / "plain" / "samples.png").height  # images, crop, augmented
@@ -244,12 +234,12 @@ def test_run_with_augmentations_learns_and_shows_them(inside, folder):
 
 
 def test_augmented_run_resumes_bit_for_bit(inside, folder):
-    options = [*QUICK, "--augment", "crop,rotate,mixup", "--ema", "--class-balance", "oversample"]
+    options = [*QUICK, "--subset", "200", "--augment", "crop,rotate,mixup", "--ema", "--class-balance", "oversample"]
     options += ["--scheduler", "none", "--low-res", "0", "--device", "cpu"]  # which would depend on the epochs to come
     inside(*options, "--epochs", "3", "--run-dir", "whole")
     inside(*options, "--epochs", "1", "--run-dir", "parts")
     inside("--resume", "parts", "--epochs", "3")
-    whole, parts = (torch.load(folder / name / "last.pth", weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (state_of(folder / name) for name in ("whole", "parts"))
     assert same(parts["model"], whole["model"]) and same(parts["average"], whole["average"])
 
 
@@ -271,9 +261,7 @@ def test_an_image_drawn_twice_is_mirrored_alike():
     drawn = torch.tensor([3, 3, 3, 7, 7, 9])
     plans = [ic.plan_epoch(10, 0, epoch, "flip", torch.device("cpu"), drawn) for epoch in (0, 1)]
     assert all(sorted(order.tolist()) == drawn.tolist() for order, *_ in plans)
-    views = [
-        {(image, flip) for image, flip in zip(*(part.tolist() for part in plan[:2]), strict=True)} for plan in plans
-    ]
+    views = [set(zip(order.tolist(), flips.tolist(), strict=True)) for order, flips, *_ in plans]
     assert len(views[0]) == len(views[1]) == 3 and not views[0] & views[1]
 
 
@@ -281,20 +269,16 @@ def test_an_image_drawn_twice_is_mirrored_alike():
 def test_run_with_balanced_epochs(inside, folder, how):
     data = ["--dataset", "digits", "--make-imbalanced", "0.1", "--width", "0.25", "--batch-size", "10"]
     out, _ = inside(*data, "--class-balance", how, "--epochs", "2")
-    whole, counts = (
-        ic.load_data(ic.Config(dataset="digits", make_imbalanced=share)).train.labels.bincount().tolist()
-        for share in (0.0, 0.1)
-    )
+    configs = [ic.Config(dataset="digits", make_imbalanced=share) for share in (0.0, 0.1)]
+    whole, counts = (ic.load_data(config).train.labels.bincount().tolist() for config in configs)
     assert counts == pytest.approx([count * 0.1 ** (label / 9) for label, count in enumerate(whole)], abs=1)
     epoch = 10 * (max(counts) if how == "oversample" else min(counts))
     assert f"{-(-epoch // 10)} steps an epoch" in out
-    assert json.loads((only_run(folder) / "report.json").read_text())["train_images"] == sum(counts)
+    assert report_of(only_run(folder))["train_images"] == sum(counts)
 
 
 def test_average_is_a_plain_mean_at_first_and_then_forgets():
-    data = ic.load_data(ic.Config(dataset="digits"))
-    config = ic.settle(ic.Config(dataset="digits", width=0.25, ema=True, batch_size=324), data)  # 4 steps an epoch
-    trainer = ic.Trainer(config, data, torch.device("cpu"))
+    trainer = trainer_of(width=0.25, ema=True, batch_size=324)  # 4 steps an epoch
     seen = []
     for value in range(1, 8):
         trainer.model.classifier.weight.data.fill_(value)
@@ -307,7 +291,7 @@ def test_average_is_a_plain_mean_at_first_and_then_forgets():
 def test_average_of_the_weights_is_tested_and_kept(inside, folder):
     inside(*QUICK, "--ema", "--epochs", "1", "--scheduler", "none", "--batch-size", "40")
     run = only_run(folder)
-    last = torch.load(run / "last.pth", weights_only=True)
+    last = state_of(run)
     kept = torch.load(folder / "model_cnn_digits.pth", weights_only=True)["model"]
     assert not torch.equal(last["model"]["classifier.weight"], kept["classifier.weight"])
     assert torch.equal(last["average"]["module.classifier.weight"], kept["classifier.weight"])
@@ -327,11 +311,9 @@ def test_dropout_and_depth_reach_the_network():
     assert torch.equal(dropping(images), dropping(images))
     without = ic.build_model(ic.Config(model="resnet18-dropout", dropout=0.0), data)
     assert {layer.p for layer in without.modules() if isinstance(layer, torch.nn.Dropout)} == {0.0}
-    counts = [
-        sum(isinstance(layer, torch.nn.Conv2d) for layer in ic.build_model(config, data).modules())
-        for config in (ic.Config(model="convnet", depth=1), ic.Config(model="convnet", depth=4))
-    ]
-    assert counts == [3, 12]
+    for depth in (1, 4):
+        layers = ic.build_model(ic.Config(model="convnet", depth=depth), data).modules()
+        assert sum(isinstance(layer, torch.nn.Conv2d) for layer in layers) == 3 * depth
 
 
 def test_every_network_has_settings_of_its_own():

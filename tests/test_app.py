@@ -154,6 +154,15 @@ def test_own_examples_and_another_address(folder, model, data):
         assert served_picture == (folder / "mine" / os.path.basename(paths[0])).read_bytes()
 
 
+def answer_to(address, path):
+    """The page's answer to a picture at a path, as its own JavaScript asks for it."""
+    call = f"{address}/gradio_api/call/classify"
+    body = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}).encode()
+    request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
+    return urllib.request.urlopen(f"{call}/{event}", timeout=60).read().decode()
+
+
 def test_page_fetches_nothing(address, model):
     """Asked to classify what lies at an address elsewhere, it does not go there."""
     asked = []
@@ -166,13 +175,8 @@ def test_page_fetches_nothing(address, model):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        picture = {"path": f"http://127.0.0.1:{server.server_port}/cat.png", "meta": {"_type": "gradio.FileData"}}
-        body = json.dumps({"data": [picture]}).encode()
-        call = f"{address}/gradio_api/call/classify"
         try:
-            request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
-            event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
-            answer = urllib.request.urlopen(f"{call}/{event}", timeout=20).read().decode()
+            answer = answer_to(address, f"http://127.0.0.1:{server.server_port}/cat.png")
             assert "error" in answer and model.classes[0] not in answer
         except urllib.error.HTTPError:
             pass
@@ -181,15 +185,12 @@ def test_page_fetches_nothing(address, model):
 
 
 def ask(address, picture):
-    """The page's answer to the content of a file, as its own JavaScript asks for it."""
+    """The page's answer to the content of a file."""
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n' + picture + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
     (path,) = json.load(urllib.request.urlopen(request, timeout=60))
-    data = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}).encode()
-    call = urllib.request.Request(f"{address}/gradio_api/call/classify", data, {"Content-Type": "application/json"})
-    event = json.load(urllib.request.urlopen(call, timeout=60))["event_id"]
-    return urllib.request.urlopen(f"{address}/gradio_api/call/classify/{event}", timeout=60).read().decode()
+    return answer_to(address, path)
 
 
 def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, folder):
@@ -206,7 +207,9 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
             assert "event: error" in answer and "no picture that can be read" in answer
 
 
-def test_port_that_is_taken_is_named(address, model, tool_inside):
+def test_help_and_a_port_that_is_taken(address, model, tool_inside):
+    text, _ = tool_inside("app")("--help")
+    assert "python app.py" in text and "--checkpoint" in text
     line = tool_inside("app").error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
     assert "--port" in line
 

@@ -96,16 +96,13 @@ def test_wrong_partial_file_starts_clean(fetch, folder, damage):
     fetch("good")
 
 
-def test_all_sources_failing_is_named(fetch, mirror, folder):
+def test_all_sources_failing_is_named_and_each_reason_once(fetch, folder):
     with pytest.raises(ic.Unreachable) as caught:
         fetch("gone", "page", "lie")
     text = str(caught.value)
     for part in ("404", "/page/", "not the archive", "--mirror", ic.ARCHIVE_SHA256, ic.ARCHIVE):
         assert part in text
     assert "\n" not in text and not (folder / f"{ic.ARCHIVE}.part").exists()  # of which nothing came
-
-
-def test_reason_of_several_sources_is_said_once(fetch):
     with pytest.raises(ic.Unreachable) as caught:
         fetch("gone/1", "gone/2")
     assert str(caught.value).count("404") == 1 and "/gone/2" in str(caught.value)
@@ -114,8 +111,7 @@ def test_reason_of_several_sources_is_said_once(fetch):
 def test_folder_that_has_to_be_made_is_named(inside, folder, monkeypatch):
     monkeypatch.setattr(ic, "SOURCES", [])
     (folder / "there").mkdir()
-    small = ["--subset", "400", "--epochs", "1", "--width", "0.25"]
-    outs = [inside(*small, "--data-dir", name)[0] for name in ("there", "new")]
+    outs = [inside("--fast-dev-run", "--width", "0.25", "--data-dir", name)[0] for name in ("there", "new")]
     assert ["there is no folder" in out for out in outs] == [False, True]
 
 
@@ -129,10 +125,9 @@ def test_proxy_is_honoured(fetch, mirror, monkeypatch):
 
 def test_refused_certificate_is_named_with_its_remedy(fetch, mirror, folder, monkeypatch):
     names = ["-subj", "/CN=localhost", "-days", "1", "-keyout", str(folder / "k"), "-out", str(folder / "c")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names]
     try:
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True
-        )
+        subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no openssl to make a certificate with")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -234,14 +229,14 @@ def test_full_disk_is_not_the_source_s_fault(fetch, monkeypatch):
 
 def test_name_look_ups_that_hang_do_not_hang_the_program(fetch, monkeypatch):
     def hang(*_, **__):
-        time.sleep(30)  # which no timeout ends
+        time.sleep(90)  # which no timeout ends
         raise OSError("at last")
 
     monkeypatch.setattr(ic.urllib.request, "urlopen", hang)
     began = time.monotonic()
     with pytest.raises(ic.Unreachable, match="no answer"):
         fetch("good", "good")
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 24
 
 
 @pytest.mark.parametrize(
@@ -258,21 +253,23 @@ def test_damaged_archive(folder, content, monkeypatch):
     assert archive.read_bytes() == content  # nothing lost
 
 
-def test_truncated_batch_file(inside, folder, cifar10):
+@pytest.fixture
+def batches(folder, cifar10):
+    """The files of CIFAR-10 in the folder data/, each a link."""
     batches = folder / "data" / ic.BATCHES
     batches.mkdir(parents=True)
     for name in ic.MEMBERS[:7]:
         (batches / name).symlink_to(cifar10 / ic.BATCHES / name)
+    return batches
+
+
+def test_truncated_batch_file(inside, batches, cifar10):
     (batches / "data_batch_3").unlink()
     (batches / "data_batch_3").write_bytes((cifar10 / ic.BATCHES / "data_batch_3").read_bytes()[:-1000])
     assert "data_batch_3 is damaged: delete it and run again" in inside.error("--fast-dev-run")
 
 
-def test_data_folder_that_vanishes_during_the_run(inside, folder, cifar10, monkeypatch):
-    batches = folder / "data" / ic.BATCHES
-    batches.mkdir(parents=True)
-    for name in ic.MEMBERS[:7]:
-        (batches / name).symlink_to(cifar10 / ic.BATCHES / name)
+def test_data_folder_that_vanishes_during_the_run(inside, folder, batches, monkeypatch):
     write_report = ic.write_report
 
     def vanished(*given):
@@ -281,7 +278,7 @@ def test_data_folder_that_vanishes_during_the_run(inside, folder, cifar10, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(ic, "write_report", vanished)
-        error = inside.error("--subset", "500", "--width", "0.25", "--epochs", "2")
+        error = inside.error("--subset", "200", "--width", "0.25", "--epochs", "1", "--image-size", "16")
     assert "is no longer there: put it back" in error
     (folder / "elsewhere").rename(folder / "data")
     out, _ = inside("--resume", "last")
@@ -300,7 +297,9 @@ def test_data_folder_may_be_the_batch_folder(cifar10, inner):
     assert data.std == pytest.approx([0.2470, 0.2435, 0.2616], abs=0.002)
 
 
-def test_unwritable_data_folder(inside, folder, unwritable, monkeypatch):
+def test_data_folder_that_is_a_file_or_unwritable(inside, folder, unwritable, monkeypatch):
+    (folder / "cifar").touch()
+    assert "--data-dir cifar is a file" in inside.error("--dataset", "cifar10", "--data-dir", "cifar")
     (folder / "data").mkdir()
     unwritable(folder / "data")
     monkeypatch.setattr(ic, "SOURCES", [DEAD])
@@ -330,8 +329,3 @@ def test_classes_are_named_in_the_files_order(cifar10):
     folder = cifar10 if (cifar10 / "batches.meta").exists() else cifar10 / "cifar-10-batches-py"
     names = pickle.loads((folder / "batches.meta").read_bytes())["label_names"]
     assert [{"plane": "airplane", "car": "automobile"}.get(name, name) for name in ic.CLASSES] == names
-
-
-def test_data_dir_that_is_a_file(inside, folder):
-    (folder / "cifar").touch()
-    assert "--data-dir cifar is a file" in inside.error("--dataset", "cifar10", "--data-dir", "cifar")

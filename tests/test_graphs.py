@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import QUICK, SMALL
+from conftest import QUICK, SMALL, state_of, trainer_of
 
 import image_classification as ic
 from alternatives import graphs
@@ -40,7 +40,9 @@ def refused(trainer, work, pool):
 @pytest.fixture
 def trained(folder, monkeypatch):
     """A function that trains, with steps recorded by `capture` if there is one: (epochs, run folder)."""
-    monkeypatch.chdir(folder)
+
+    usual = {"dataset": "digits", "epochs": 3, "width": 0.25, "low_res": 0.7, "precision": "fp32", "batch_size": 60,
+             "subset": 600}  # fmt: skip
 
     def train(capture=None, **settings):
         def prepare(trainer):
@@ -49,11 +51,10 @@ def trained(folder, monkeypatch):
                 trainer.graphs = graphs.Graphs(trainer)
 
         monkeypatch.setattr(ic.Trainer, "prepare", prepare)
-        report = ic.train(ic.configure(**settings))
+        report = ic.train(ic.configure(**settings if "resume" in settings else usual | settings))
         return report.history, report.run
 
-    settings = {"dataset": "digits", "epochs": 3, "width": 0.25, "low_res": 0.7, "precision": "fp32", "batch_size": 60}
-    return lambda capture=None, **more: train(capture, **(more if "resume" in more else settings | more))
+    return train
 
 
 def test_recorded_steps_train_as_others_do(trained, capsys):
@@ -66,7 +67,7 @@ def test_recorded_steps_train_as_others_do(trained, capsys):
 
     recorded, run = trained(capture, grad_clip=5.0, ema=True)
     assert "CUDA graph" not in capsys.readouterr().out
-    state = torch.load(run / "last.pth", weights_only=True)
+    state = state_of(run)
     assert len(calls) > 0.7 * state["step"]  # sizes of batches and scales, the first two steps of each as ever
     for one, other in zip(plain, recorded, strict=True):
         for name in ("train_loss", "valid_loss", "learning_rate"):
@@ -83,8 +84,7 @@ def test_recording_that_fails_is_not_used(trained, capsys, capture):
 
 
 def test_recordings_go_with_their_trainer():
-    data = ic.load_data(ic.Config(dataset="digits"))
-    trainer = ic.Trainer(ic.settle(ic.Config(dataset="digits", minutes=1.0), data), data, torch.device("cpu"))
+    trainer = trainer_of(minutes=1.0)
     trainer.graphs = graphs.Graphs(trainer)
     kept = weakref.ref(trainer)
     gc.disable()  # a seed's memory is needed by the next one, at once
@@ -96,7 +96,7 @@ def test_recordings_go_with_their_trainer():
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
 def test_state_from_a_gpu_goes_on_here(trained, optimizer):
     _, run = trained(repeated if optimizer == "muon" else None, epochs=2, optimizer=optimizer)
-    state = torch.load(run / "last.pth", weights_only=True)
+    state = state_of(run)
     for group in state["optimizers"][-1]["param_groups"]:
         assert isinstance(group["lr"], torch.Tensor) == (optimizer == "muon")
         group["capturable"] = True

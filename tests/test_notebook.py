@@ -24,9 +24,8 @@ def test_notebook_runs_from_top_to_bottom(folder):
     cell.source = f"settings = {data | {'epochs': 2, 'width': 0.25}!r}\nkeep_on_drive = False"
     for name in ("image_classification.py", "inference.py", "explain.py", "alternatives"):
         (folder / name).symlink_to(REPOSITORY / name)
-    nbclient.NotebookClient(
-        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": folder}}
-    ).execute()
+    where = {"metadata": {"path": folder}}
+    nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 6

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import ablations
 import pytest
+import scaling
 import torch
 from conftest import QUICK, REPOSITORY, SCRIPT
 
@@ -32,50 +34,34 @@ def test_every_setting_is_in_help_and_readme(inside):
         assert f"`{ic.option(field.name)}" in readme, field.name
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--epochs 0", "--epochs 0: must be at least 1"),
-        ("--epochs -3", "at least 1"),
-        ("--epochs ten", "invalid int value: 'ten'"),
-        ("--batch-size 0", "at least 1"),
-        ("--lr -1", "at least 0"),
-        ("--lr nan", "at least 0"),
-        ("--lr inf", "below inf"),
-        ("--minutes -1", "at least 0"),
-        ("--val-fraction 1", "below 1"),
-        ("--val-fraction -0.1", "at least 0"),
-        ("--early-stopping 2 --val-fraction 0", "needs validation images"),
-        ("--recipe defualt", "did you mean default?"),
-        ("--model cnnn", "did you mean cnn?"),
-        ("--model cn", "did you mean cnn?"),  # not fcn
-        ("--dataset ../nowhere", "there is no folder ../nowhere"),
-        ("--model torchvision:resnet19", "no classifier resnet19, but resnet18"),
-        ("--pretrained", "--pretrained is no option of the network cnn"),
-        ("--dataset cifar1O", "did you mean cifar10?"),
-        ("--dataset cifar-100", "unknown data set cifar-100: did you mean cifar100?"),
-        ("--dataset CIFAR10", "did you mean cifar10?"),
-        ("--dataset nowhere", "or name a folder of images"),
-        ("--optimizer lion", "invalid choice: 'lion'"),
-        ("--dataset digits --batch-size 5000", "larger than the training set of 1295 images"),
-        ("--dataset digits --val-fraction 0.001", "leaves no image"),
-        ("--augment turn", "turn is none of flip, crop, rotate"),
-        ("--augment flip=2", "flip takes no number"),
-        ("--augment crop=1.5", "crop=PIXELS a whole one"),
-        ("--augment flip,rotate=400", "rotate=400 must be above 0 and at most 180"),
-        ("--augment hue=x", "hue=x must be above 0"),
-        ("--make-imbalanced 1", "below 1"),
-        ("--depth 3", "--depth is no option of the network cnn"),
-        ("--model fcn --width 2", "--width is no option of the network fcn"),
-        ("--freeze", "needs --init-from FILE or --pretrained"),
-        ("--augment crop=32", "out of sight"),
-        ("--test-views 3", "invalid choice"),
-        ("--mirror teacher:8000", "has to begin with http://"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3: did you mean --epochs?"),
-        ("--learning-rate 3", "did you mean --lr?"),
-        ("--learning-rate=3", "did you mean --lr?"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "words"), [
+    ("--epochs 0", "--epochs 0: must be at least 1"), ("--epochs -3", "at least 1"),
+    ("--epochs ten", "invalid int value: 'ten'"), ("--batch-size 0", "at least 1"), ("--lr -1", "at least 0"),
+    ("--lr nan", "at least 0"), ("--lr inf", "below inf"), ("--minutes -1", "at least 0"),
+    ("--val-fraction 1", "below 1"), ("--val-fraction -0.1", "at least 0"),
+    ("--early-stopping 2 --val-fraction 0", "needs validation images"),
+    ("--recipe defualt", "did you mean default?"), ("--model cnnn", "did you mean cnn?"),
+    ("--model cn", "did you mean cnn?"),  # not fcn
+    ("--dataset ../nowhere", "there is no folder ../nowhere"),
+    ("--model torchvision:resnet19", "no classifier resnet19, but resnet18"),
+    ("--pretrained", "--pretrained is no option of the network cnn"),
+    ("--dataset cifar1O", "did you mean cifar10?"),
+    ("--dataset cifar-100", "unknown data set cifar-100: did you mean cifar100?"),
+    ("--dataset CIFAR10", "did you mean cifar10?"), ("--dataset nowhere", "or name a folder of images"),
+    ("--optimizer lion", "invalid choice: 'lion'"),
+    ("--dataset digits --batch-size 5000", "larger than the training set of 1295 images"),
+    ("--dataset digits --val-fraction 0.001", "leaves no image"),
+    ("--augment turn", "turn is none of flip, crop, rotate"), ("--augment flip=2", "flip takes no number"),
+    ("--augment crop=1.5", "crop=PIXELS a whole one"),
+    ("--augment flip,rotate=400", "rotate=400 must be above 0 and at most 180"),
+    ("--augment hue=x", "hue=x must be above 0"), ("--make-imbalanced 1", "below 1"),
+    ("--depth 3", "--depth is no option of the network cnn"),
+    ("--model fcn --width 2", "--width is no option of the network fcn"),
+    ("--freeze", "needs --init-from FILE or --pretrained"), ("--augment crop=32", "out of sight"),
+    ("--test-views 3", "invalid choice"), ("--mirror teacher:8000", "has to begin with http://"),
+    ("--epoch 3", "unrecognized arguments: --epoch 3: did you mean --epochs?"),
+    ("--learning-rate 3", "did you mean --lr?"), ("--learning-rate=3", "did you mean --lr?"),
+])  # fmt: skip
 def test_wrong_usage_is_status_2_and_one_line(arguments, words, inside, folder):
     digits = [] if "--dataset" in arguments else ["--dataset", "digits"]
     line = inside.error(*arguments.split(), *digits, status=2)
@@ -86,6 +72,8 @@ def test_wrong_usage_is_status_2_and_one_line(arguments, words, inside, folder):
 
 def test_missing_files_are_named(inside):
     assert "nothere.pth: there is no such file" in inside.error(*QUICK, "--init-from", "nothere.pth")
+    with pytest.raises(FileNotFoundError):
+        inside(*QUICK, "--init-from", "nothere.pth", "--debug")
     error = inside.error(*QUICK, "--init-from", ".")
     assert "space" not in error and len(error) < 80
     for named, where in (("last", "runs"), ("nothere", "nothere")):
@@ -108,9 +96,8 @@ def test_missing_package_is_named_before_anything_is_done(inside, folder, monkey
 
 def test_torchvision_that_does_not_fit_is_named(program, folder, cifar10):
     (folder / "torchvision").mkdir()
-    (folder / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
+    misfit = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (folder / "torchvision" / "__init__.py").write_text(misfit)
     error = program.error("--data-dir", cifar10, env={"PYTHONPATH": str(folder)})
     assert "torchvision::nms" in error and "--force-reinstall torch torchvision" in error
 
@@ -149,11 +136,15 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert ic.choose_precision("auto", torch.device("mps")) == torch.float32
 
 
-def test_config_from_python_is_checked():
+def test_config_and_recipe_from_python():
     assert ic.Config(lr=1).lr == 1.0
     for wrong in ({"epochs": 2.5}, {"optimizer": "lion"}, {"minutes": float("nan")}, {"debug": 1}):
         with pytest.raises(ic.UsageError):
             ic.Config(**wrong)
+    config = ic.configure(recipe="accuracy94", epochs=3)
+    assert (config.width, config.epochs, config.val_fraction) == (2.0, 3, 0.0)
+    for name in ic.RECIPES:
+        ic.configure(recipe=name)
 
 
 def test_recipe_in_a_file(inside, folder):
@@ -173,13 +164,6 @@ def test_recipe_in_a_file(inside, folder):
     assert "nowhere.json: there is no such file" in inside.error("--recipe", "nowhere.json")
 
 
-def test_recipe_from_python():
-    config = ic.configure(recipe="accuracy94", epochs=3)
-    assert (config.width, config.epochs, config.val_fraction) == (2.0, 3, 0.0)
-    for name in ic.RECIPES:
-        ic.configure(recipe=name)
-
-
 def test_batches_of_one_image(inside, cifar10):
     inside("--data-dir", cifar10, "--fast-dev-run", "--batch-size", "1", "--epochs", "1", "--width", "0.25")
 
@@ -193,10 +177,7 @@ def test_script_alone_says_what_an_alternative_needs(folder, option):
     assert "needs the folder alternatives/" in process.stderr and not (folder / "runs").exists()
 
 
-def test_every_ablation_still_fits_the_script(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    import ablations
-
+def test_what_benchmarks_change_in_the_script_is_there():
     for name, (options, replacements) in ablations.VARIANTS.items():
         text = SCRIPT.read_text(encoding="utf-8")
         for old, new in replacements:
@@ -204,20 +185,11 @@ def test_every_ablation_still_fits_the_script(monkeypatch):
             text = text.replace(old, new)
         compile(text, name, "exec")
         ic.parse([*options])
-
-
-def test_silent_processes_still_fit_the_script(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    import scaling
-
     text = SCRIPT.read_text(encoding="utf-8")
     assert all(text.count(old) == 1 for old, _ in scaling.SILENT)
 
 
 def test_an_ablation_runs_beside_alternatives(monkeypatch, cifar10):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    import ablations
-
     monkeypatch.setitem(ablations.VARIANTS, "AdamW", (["--optimizer", "adamw", "--fast-dev-run"], []))
     result = ablations.run("AdamW", 0, str(cifar10), 1)
     assert result["seconds"] > 0 and 0 <= result["valid_accuracy"] <= 1

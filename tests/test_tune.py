@@ -1,7 +1,6 @@
 """tune.py: as a user runs it, in processes of its own; what only fails or is quick also in this one."""
 
 import argparse
-import csv
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ import time
 
 import optuna
 import pytest
-from conftest import QUICK, Program, only_run, tool, wait_for
+from conftest import QUICK, events_of, only_run, rows_of, tool, wait_for
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
@@ -49,8 +48,9 @@ def here(tool_inside):
     return tool_inside("tune")
 
 
-def test_best_is_named_and_is_what_the_program_then_trains(searched):
+def test_best_is_named_and_is_what_the_program_then_trains(searched, inside, monkeypatch):
     folder, out = searched
+    monkeypatch.chdir(folder)
     assert numbers(out) == [0, 1, 2, 3]
     assert re.search(r"^Trial 0: \d+\.\d % \(best \d+\.\d %, trial 0\)  the defaults$", out, re.MULTILINE)
     path = folder / "runs" / "tune" / "digits-cnn" / "best.json"
@@ -62,30 +62,24 @@ def test_best_is_named_and_is_what_the_program_then_trains(searched):
     assert trials[0].user_attrs["defaults"] and not trials[0].params
     assert f"Best: trial {best.number}, {ic.percent(best.value)} of the " in out
     gain = 100 * (best.value - trials[0].value)
-    better = (
-        f"That is {gain:.1f} percentage points better"
-        if best.number
-        else "No trial was better than the defaults: train with these"
-    )
-    assert better in out
+    better, none = f"That is {gain:.1f} percentage points better", "No trial was better than the defaults: train with"
+    assert (better if best.number else none) in out
     assert f"python image_classification.py --recipe {path.relative_to(folder)}" in out
     options = out.partition("The same: python image_classification.py ")[2].split("\n")[0].split()
     assert ic.configure(**ic.parse(options)[1]) == ic.configure(**recipe)
-    Program(folder)("--recipe", path)
+    inside("--recipe", path)
     assert json.loads((only_run(folder) / "config.json").read_text()).items() >= recipe.items()
-    with (only_run(folder) / "metrics.csv").open() as file:
-        kept = min(csv.DictReader(file), key=lambda row: float(row["valid_loss"]))
+    kept = min(rows_of(only_run(folder)), key=lambda row: float(row["valid_loss"]))
     assert float(kept["valid_accuracy"]) == pytest.approx(best.value)
 
 
 def test_trials_are_in_the_hparams_tab(searched):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata
 
     folder, _ = searched
     for trial in [trial for trial in trials_of(folder) if trial.state == TrialState.COMPLETE]:
         path = folder / "runs" / "tune" / "digits-cnn" / f"trial-{trial.number:04d}"
-        events = EventAccumulator(str(path)).Reload()
+        events = events_of(path)
         start = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
         values = metadata.parse_session_start_info_plugin_data(start).hparams
         for name, value in trial.user_attrs["settings"].items():
@@ -96,23 +90,21 @@ def test_trials_are_in_the_hparams_tab(searched):
         assert len(events.Scalars("accuracy")) == len(trial.intermediate_values) == 2
 
 
-def test_more_trials_go_on_and_other_settings_are_refused(searched, folder):
-    folder = shutil.copytree(searched[0], folder / "copy")
-    program = tool("tune", folder)
-    out, _ = program(*FAST, "--trials", "6")
+def test_more_trials_go_on_and_other_settings_are_refused(searched, here, folder):
+    shutil.copytree(searched[0], folder, dirs_exist_ok=True)
+    out, _ = here(*FAST, "--trials", "6")
     assert numbers(out) == [4, 5]
     assert "which has 4 of the trials already" in out
     params = [tuple(trial.user_attrs["settings"].items()) for trial in trials_of(folder)]
     assert len(set(params)) == 6  # nothing is drawn twice
-    line = program.error(*FAST, "--epochs", "3", status=2)
-    assert "--epochs 2" in line and "--study" in line
+    _, err = here(*FAST, "--epochs", "3", status=2)
+    assert "--epochs 2" in err and "--study" in err
 
 
 @POSIX
-def test_stopped_search_goes_on(folder):
-    program = tool("tune", folder)
-    settings = [*FAST, "--epochs", "15"]
-    process = program.start(*settings, "--trials", "1000")
+def test_stopped_search_goes_on(here, folder):
+    settings = [*FAST, "--epochs", "8"]
+    process = tool("tune", folder).start(*settings, "--trials", "1000")
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -129,7 +121,7 @@ def test_stopped_search_goes_on(folder):
     states = [trial.state for trial in trials_of(folder)]
     assert TrialState.RUNNING not in states
     done = numbers(out)
-    again, _ = program(*settings, "--trials", len(done) + 2)
+    again, _ = here(*settings, "--trials", len(done) + 2)
     assert len(numbers(again)) == 2 and min(numbers(again)) >= len(states)
     assert f"which has {len(done)} of the trials already" in again
 
@@ -138,7 +130,7 @@ def test_stopped_search_goes_on(folder):
 def test_workers_share_a_study_and_stop_together(folder):
     program = tool("tune", folder)
     process = program.start(*FAST, "--trials", "1000", "--workers", "2")
-    wait_for(lambda: {trial.user_attrs.get("worker") for trial in trials_of(folder)} >= {0, 1}, 120)
+    wait_for(lambda: {trial.user_attrs.get("worker") for trial in trials_of(folder)} >= {0, 1})
     wait_for(lambda: any(trial.state == TrialState.COMPLETE for trial in trials_of(folder)))
     process.send_signal(signal.SIGTERM)  # to the first process alone, as `kill` would
     out, err = process.communicate(timeout=60)
@@ -155,15 +147,14 @@ def test_workers_share_a_study_and_stop_together(folder):
 
 
 @POSIX
-def test_trial_of_a_killed_process_is_given_up(folder):
-    program = tool("tune", folder)
+def test_trial_of_a_killed_process_is_given_up(here, folder):
     settings = [*FAST, "--epochs", "30", "--trials", "1"]
-    process = program.start(*settings)
-    wait_for(lambda: any(trial.intermediate_values for trial in trials_of(folder)), 120)
+    process = tool("tune", folder).start(*settings)
+    wait_for(lambda: any(trial.intermediate_values for trial in trials_of(folder)))
     process.kill()
     process.communicate()
     assert [trial.state for trial in trials_of(folder)] == [TrialState.RUNNING]
-    out, _ = program(*settings)
+    out, _ = here(*settings)
     assert numbers(out) == [1]
     first, second = trials_of(folder)
     assert first.state == TrialState.FAIL and second.state == TrialState.COMPLETE
@@ -235,6 +226,7 @@ def test_ranges_and_what_is_searched():
         assert tune.suggest(study.ask(), given, settled, data, options).keys() == names
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("ends", [[], ["--learning-rates", "0.001", "0.5"]])
 def test_sweep_draws_and_names_a_rate(here, folder, ends):
     out, err = here(*QUICK, "--find-lr", *ends)
@@ -252,15 +244,12 @@ def test_sweep_without_descent_says_so(here):
     assert err.startswith("error: the loss does not fall at any rate from 1e+30 to 1e+31")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--nonsense"], ["--trials", "0"], ["--workers", "0"], ["--minutes", "-1"], ["--minutes", "nan"],
-        ["--batch-sizes", "64", "8"], ["--learning-rates", "0", "1"], ["--learning-rates", "nan", "1"],
-        ["--study", "../mine"], ["--study", ".."], ["--resume", "last"], ["--val-fraction", "0"],
-        ["--optimizer", "mine"], ["--model", "cnm"], ["--augment", "flop"],
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("arguments", [
+    ["--nonsense"], ["--trials", "0"], ["--workers", "0"], ["--minutes", "-1"], ["--minutes", "nan"],
+    ["--batch-sizes", "64", "8"], ["--learning-rates", "0", "1"], ["--learning-rates", "nan", "1"],
+    ["--study", "../mine"], ["--study", ".."], ["--resume", "last"], ["--val-fraction", "0"],
+    ["--optimizer", "mine"], ["--model", "cnm"], ["--augment", "flop"],
+])  # fmt: skip
 def test_wrong_options_end_with_status_2(here, folder, arguments):
     _, err = here(*FAST, *arguments, status=2)
     assert err.count("error: ") == 1
@@ -273,5 +262,5 @@ def test_options_of_both_programs_are_explained(here):
     assert out.count("--minutes F") == 1 and "--worker " not in out
 
 
-def test_too_little_time_is_said(folder):
-    assert "no trial is complete" in tool("tune", folder).error(*FAST, "--minutes", "0.001")
+def test_too_little_time_is_said(here):
+    assert "no trial is complete" in here.error(*FAST, "--minutes", "0.001")
