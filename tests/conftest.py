@@ -167,17 +167,6 @@ def folder(tmp_path, monkeypatch):
     return path
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "drawn: draws its pictures, of which those of other tests stay blank")
-
-
-@pytest.fixture(autouse=True)
-def undrawn(request, monkeypatch):
-    """Pictures of this process stay blank, which take longer than a small run's training; not in tests marked drawn."""
-    if not request.node.get_closest_marker("drawn"):
-        monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
-
-
 @pytest.fixture
 def program(folder):
     return Program(folder)

@@ -221,7 +221,6 @@ def test_mixed_labels_are_the_shares_of_the_images(name):
     assert 0.05 < 1 - shares.max(1).values.mean() < 0.4
 
 
-@pytest.mark.drawn
 def test_run_with_augmentations_learns_and_shows_them(inside, folder):
     steps = "crop=2,rotate=10,brightness,contrast,erase=0.3,mixup,cutmix"
     options = ["--dataset", "digits", "--width", "0.5", "--epochs", "6", "--batch-size", "50", "--image-size", "16"]

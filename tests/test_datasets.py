@@ -102,7 +102,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.drawn
 @pytest.mark.parametrize("name", datasets.NAMES)
 def test_data_set_by_name_trains_an_epoch(inside, folder, monkeypatch, name):
     WRITERS[name](folder, monkeypatch)
@@ -131,7 +130,6 @@ def test_data_set_that_cannot_be_downloaded(inside, folder, monkeypatch):
 # ---- folders ----
 
 
-@pytest.mark.drawn
 def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):
     out, _ = inside("--dataset", "photos", "--epochs", "12", "--width", "0.25")
     assert "becomes 48 by 48 pixels" in out

@@ -69,7 +69,6 @@ def test_images_and_folders_are_classified(pictures, model, data):
     assert lines[-1].split("  ")[-1].strip() == ", ".join(f"{name} {100 * sure:.1f} %" for name, sure in expected)
 
 
-@pytest.mark.drawn
 def test_formats_are_data_only(pictures, model, tool_inside, monkeypatch):
     drawn, draw = [], inference.draw
     monkeypatch.setattr(inference, "draw", lambda shown: drawn.extend(shown) or draw(shown))
@@ -141,7 +140,6 @@ def test_usage_of_inference(pictures, folder, tool_inside):
     assert "--checkpoint" in run.error("images")
 
 
-@pytest.mark.drawn
 def test_functions_of_the_reference(model, data, folder):
     path = save(data.test.images[0], folder / "a.png")
     figure = inference.visualize_predictions(model, path, torch.device("cpu"))
@@ -204,7 +202,6 @@ def test_postscript_is_no_image(folder):
     assert not datasets.is_image(folder / "cat.png")
 
 
-@pytest.mark.drawn
 def test_names_that_matplotlib_and_the_shell_would_read(pictures, tool_inside):
     for name in ("$a_b$.png", "~tmp.png"):
         shutil.copy(pictures / "images" / "0.png", pictures / name)
@@ -428,7 +425,8 @@ def test_every_network_is_exported_and_explained(name, folder):
         network.train()(ic.normalise(data.train.images[:16], network))
     settings = {"model": name, "dataset": "digits", "image_size": size}
     ic.save_checkpoint("m.pth", {"model": network.state_dict(), "config": settings, "classes": data.classes,
-                                 "mean": data.mean, "std": data.std, "image_size": size})  # fmt: skip
+                                 "mean": data.mean, "std": data.std, "image_size": size, "dataset": "digits",
+                                 "metrics": {}, "versions": {}})  # fmt: skip
     model = inference.load_model("m.pth", "cpu")
     ic.write_atomically(folder / "m.onnx", export.to_onnx(model))
     images = data.test.images[:13].numpy()

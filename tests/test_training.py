@@ -141,11 +141,13 @@ def test_learning_on_real_images(cifar10, trained):
     assert float(last["train_loss"]) < float(first["train_loss"]) - 0.5
 
 
-@pytest.mark.drawn
 def test_hints_and_worst_mistakes(inside, folder):
     out, _ = inside(*QUICK, "--width", "0.5", "--subset", "30", "--epochs", "15", "--batch-size", "10")
     assert re.search("Overfitting: .* or --init-from a trained model", out)
-    assert "worst mistakes" in events_of(only_run(folder)).Tags()["images"]
+    assert (
+        "worst mistakes" in events_of(run := only_run(folder)).Tags()["images"]
+        and (run / "worst_mistakes.png").exists()
+    )
     out, _ = inside(*QUICK, "--optimizer", "sgd", "--lr", "0", "--epochs", "1")
     assert "hardly better than guessing" in out
 
@@ -364,7 +366,7 @@ def test_minutes_are_kept(program, folder):
     for line in process.stdout:
         since[line.partition(" ")[0]] = time.monotonic() - began
     assert process.wait() == 0 and len(epochs_of(only_run(folder))) > 1
-    assert since["Finished"] < 24 and 16 < since["Done"] < 24 + 2 * since["Start"]  # a busy machine reports slowly
+    assert 16 < since["Done"] < 24 + 2 * since["Start"]  # a busy machine reports slowly
 
 
 def test_minutes_are_used_where_few_epochs_end_before_a_step_was_timed(folder, monkeypatch):

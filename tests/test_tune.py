@@ -226,7 +226,6 @@ def test_ranges_and_what_is_searched():
         assert tune.suggest(study.ask(), given, settled, data, options).keys() == names
 
 
-@pytest.mark.drawn
 @pytest.mark.parametrize("ends", [[], ["--learning-rates", "0.001", "0.5"]])
 def test_sweep_draws_and_names_a_rate(here, folder, ends):
     out, err = here(*QUICK, "--find-lr", *ends)
