@@ -246,27 +246,20 @@ def configure(**given: Any) -> Config:
     if given.get("resume"):
         return resume_config(**given)
     recipe = given.get("recipe", "default")
-    settings = read_recipe(recipe) if recipe.endswith(".json") else RECIPES.get(recipe)
-    if settings is None:
-        recipes = RECIPES | alternative("recipes", f"--recipe {recipe}").RECIPES
-        if (settings := recipes.get(recipe)) is None:
-            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, recipes)}")
+    if (settings := RECIPES.get(recipe)) is None:
+        recipes = alternative("recipes", f"--recipe {recipe}")
+        try:
+            settings = recipes.read(recipe) if recipe.endswith(".json") else recipes.RECIPES.get(recipe)
+        except ValueError as error:
+            raise UserError(f"--recipe {recipe}: {error}") from None
+        if settings is None:
+            raise UsageError(f"unknown recipe {recipe}: {suggest(recipe, RECIPES | recipes.RECIPES)}")
+    known = KINDS.keys() - {"recipe", "resume", "run_dir", "out", "fast_dev_run", "debug"}  # these are of one run
+    if unknown := settings.keys() - known:
+        raise UserError(f"--recipe {recipe}: no setting {min(unknown)}: {suggest(min(unknown), sorted(known))}")
     if given.get("model", own := settings.get("model", "cnn")) != own:  # these three are for the recipe's own network
         settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
     return Config(**settings | given)
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """The settings in a JSON file, such as tune.py writes."""
-    try:
-        settings = dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError) as error:
-        why = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f'--recipe {path}: it has to hold settings and values, like {{"epochs": 5}}{why}') from None
-    known = KINDS.keys() - {"recipe", "resume", "run_dir", "out", "fast_dev_run", "debug"}  # these are of one run
-    if unknown := settings.keys() - known:
-        raise UserError(f"--recipe {path}: no setting {min(unknown)}: {suggest(min(unknown), sorted(known))}")
-    return settings
 
 
 def is_own(model: str) -> bool:
@@ -1287,26 +1280,11 @@ class Trainer:
         return plan_epoch(len(self.labels), config.seed, epoch, config.augment or "none", self.device, drawn)
 
     def settle_batch(self) -> None:
-        """Split the batch into parts until a trial step, on a copy of the network, fits into memory."""
-        if self.device.type == "cpu" and self.config.model == "cnn":
-            return  # it fits any machine that torch fits
-        first = [drawn[self.places[0]] for drawn in self.plan(0)]
-        while True:
-            try:
-                trial = copy.deepcopy(self.model).train()
-                self.backward(trial, first, 1.0)
-                self.unused = any(each.grad is None for each in trial.parameters() if each.requires_grad)
-                return
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain kind
-                if "out of memory" not in str(error) and "allocate memory" not in str(error):
-                    raise
-                if self.parts >= self.share:
-                    raise UserError("memory is too short for a single image: try --device cpu") from None
-            self.parts = min(2 * self.parts, self.share)
-            print(
-                f"note: out of memory: a batch is now computed as {self.parts} parts of "
-                f"{math.ceil(self.share / self.parts)} images whose gradients add up; batch norm sees the smaller batch"
-            )
+        """See that a step fits into memory, in parts if need be: with the script's own network on a CPU it does."""
+        if (self.device.type, self.config.model) == ("cpu", "cnn") or not importlib.util.find_spec("alternatives"):
+            return
+        if not alternative("memory", "a GPU").settle_batch(self):
+            raise UserError("memory is too short for a single image: try --device cpu")
 
     def prepare(self) -> None:
         """Let the other processes, a compiler or CUDA's graphs take part in the steps to come."""

@@ -3,6 +3,8 @@
 Where a README is silent, a choice that lands near its figures, marked "chosen".
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 # Plain training, which most of them have in common.
@@ -50,3 +52,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": "airbench94", "epochs": 8, "batch_size": 1000, "lr": 0.24, "val_fraction": 0.0, "test_views": 6,
     },
 }  # fmt: skip
+
+
+def read(path: str) -> dict[str, Any]:
+    """The settings in a JSON file, such as tune.py writes; ValueError if that is not what it holds."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError) as error:
+        why = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f'it has to hold settings and values, like {{"epochs": 5}}{why}') from None
