@@ -818,7 +818,7 @@ def build_network(
             if (shape := tuple(logits.shape)) != (2, classes):
                 raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
             if is_own(config.model) and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
-                raise ValueError("it ends in a softmax, but the loss has one: leave it out")
+                raise UserError(f"--model {config.model} ends in a softmax, but the loss has one: leave it out")
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
@@ -881,7 +881,7 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
     """Read what save_checkpoint wrote, executing nothing in it; UserError if it is not that, or for other classes."""
     content: Any = None
     needed = {"model": dict, "config": dict, "classes": list, "mean": list, "std": list, "image_size": int,
-              "dataset": str, "metrics": dict, "versions": dict}  # fmt: skip
+              "metrics": dict, "versions": dict}  # fmt: skip
     with open(path, "rb") as file, contextlib.suppress(Exception):
         sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
         if sum(sizes) <= file.seek(0, os.SEEK_END):  # else it would grow: ours are not compressed
@@ -1280,10 +1280,10 @@ class Trainer:
         return plan_epoch(len(self.labels), config.seed, epoch, config.augment or "none", self.device, drawn)
 
     def settle_batch(self) -> None:
-        """See that a step fits into memory, in parts if need be: with the script's own network on a CPU it does."""
-        if (self.device.type, self.config.model) == ("cpu", "cnn") or not importlib.util.find_spec("alternatives"):
-            return
-        if not alternative("memory", "a GPU").settle_batch(self):
+        """Compute the batch in as many parts as memory asks for, if alternatives/ is there."""
+        if self.device.type == "cpu" and self.config.model == "cnn":
+            return  # it fits any machine that torch fits
+        if importlib.util.find_spec("alternatives") and not alternative("memory", "--batch-size").settle_batch(self):
             raise UserError("memory is too short for a single image: try --device cpu")
 
     def prepare(self) -> None:
@@ -1679,26 +1679,26 @@ def save_figure(figure: Any, path: Path) -> Any:
 
     (canvas := FigureCanvasAgg(figure)).draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG", dpi=(figure.dpi, figure.dpi))
     write_atomically(path, buffer.getvalue())
     return pixels
 
 
 def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> Any:
-    """A figure of uint8 images (N, C, H, W), each below its title; put together first, because to draw many is slow."""
-    from torchvision.utils import make_grid
-
+    """A figure of uint8 images (N, 3, S, S), each below its title; put together first, because to draw many is slow."""
+    times = math.ceil(32 / images.shape[-1])  # small ones are enlarged, so that whole pixels are fine enough
+    images = images.cpu().repeat_interleave(times, 2).repeat_interleave(times, 3)
     size, rows = images.shape[-1], math.ceil(len(images) / columns)
-    gap, above = math.ceil(0.08 * size), round(0.3 * size)  # above: for the title
-    grid = make_grid(F.pad(images, (0, 0, above, 0), value=255), columns, gap, pad_value=255)
+    gap, above = round(0.09 * size), round(0.39 * size)  # above: for the title
+    cells = torch.full((rows * columns, 3, above + size, size + gap), 255, dtype=torch.uint8)
+    cells[: len(images), :, above:, :size] = images
     (axes,) = draw(1, 1, 1.25 * columns, 1.6 * rows).axes
-    axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
+    axes.imshow(torch.cat([torch.cat(list(row), 2) for row in cells.split(columns)], 1).permute(1, 2, 0).numpy())
     for place, title in enumerate(titles):
         row, column = divmod(place, columns)
         font = 7 * 22 / max(22, *map(len, title.split("\n")))  # so many letters fit
-        x, y = gap + column * (gap + size) + size / 2, (row + 1) * (gap + above) + row * size - 0.05 * size
-        axes.text(x, y, title, fontsize=font, ha="center", parse_math=False)
-    axes.set_xlim(0, gap + columns * (size + gap))
+        x, y = column * (size + gap) + size / 2, row * (above + size) + 0.88 * above
+        axes.text(x - 0.5, y - 0.5, title, fontsize=font, ha="center", parse_math=False)
     axes.axis("off")
     return axes.figure
 
@@ -1996,6 +1996,8 @@ def in_words(error: Exception) -> str:
         return named if isinstance(error, others) else f"{named}: is there space, and the right to write?"
     if isinstance(error, ModuleNotFoundError):
         return f"{text}: {INSTALL}"
+    if "out of memory" in text:
+        return f"{text.partition('. ')[0]}: try a smaller --batch-size, or --device cpu"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile does not work here: {str(error).partition(chr(10))[0]}: leave it out"
     return f"{text}: {PAIR}" if "torchvision" in text else f"{error!r} (--debug shows where)"

@@ -107,7 +107,7 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
     settings = {name: value for name, value in content["config"].items() if name in ic.KINDS}
     return Classifier(
         path, content["classes"], content["image_size"], metrics.get("temperature"),
-        content["dataset"], metrics.get("test_accuracy"), logits, network,
+        content.get("dataset", "some data"), metrics.get("test_accuracy"), logits, network,
         settings | ({"model": model} if model else {}),
     )  # fmt: skip
 

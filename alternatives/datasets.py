@@ -274,13 +274,14 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
     """
     from filelock import FileLock, Timeout
 
-    def missing() -> np.ndarray:
+    def missing(rows: np.ndarray) -> np.ndarray:
         """Places of the files that are neither there nor known to be broken."""
         known = np.array([int(key) for key in known_broken(own)], np.uint64)
-        return np.flatnonzero((look_up(own, size, keys)[1] < 0) & ~np.isin(keys, known))
+        return np.flatnonzero((rows < 0) & ~np.isin(keys, known))
 
-    if not len(missing()):
-        return open_map(own, size, paths, keys, known_broken(own))
+    found = look_up(own, size, keys)
+    if not len(missing(found[1])):
+        return open_map(own, size, paths, keys, known_broken(own), found)
     own.mkdir(parents=True, exist_ok=True)
     lock = FileLock(own / "lock")
     try:
@@ -289,20 +290,20 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
         print(f"Another process is decoding these images into {own}: waiting for it")
         locked = lock.acquire()
     with locked:
-        count = look_up(own, size, keys)[0]
+        count, rows, _ = look_up(own, size, keys)  # there may be more by now
         if count > 2 * len(keys):  # most of it is of files that are gone
             with contextlib.suppress(PermissionError):  # on Windows, while another process reads it
                 (own / "images").unlink()
-                count = 0
+                count, rows, _ = look_up(own, size, keys)
         broken = known_broken(own)
-        if len(left := missing()):  # there may be fewer by now
+        if len(left := missing(rows)):
             lasting, passing = decode_missing(own, folder, size, paths, keys, count, left)
             broken |= lasting
             if lasting:
                 content = {"pillow": PIL.__version__, "files": broken}
                 write_whole(own / "unreadable.json", json.dumps(content).encode())
             broken |= passing
-        return open_map(own, size, paths, keys, broken)
+        return open_map(own, size, paths, keys, broken, look_up(own, size, keys))
 
 
 def known_broken(own: Path) -> dict[str, str]:
@@ -314,9 +315,12 @@ def known_broken(own: Path) -> dict[str, str]:
     return {}
 
 
-def open_map(own: Path, size: int, paths: np.ndarray, keys: np.ndarray, broken: dict[str, str]) -> Map:
-    """The map as it is; ValueError if some of its images are not those that were written."""
-    count, rows, records = look_up(own, size, keys)
+def open_map(
+    own: Path, size: int, paths: np.ndarray, keys: np.ndarray, broken: dict[str, str],
+    found: tuple[int, np.ndarray, np.ndarray],
+) -> Map:  # fmt: skip
+    """The map as look_up `found` it; ValueError if some of its images are not those that were written."""
+    count, rows, records = found
     pixels = np.empty((0, size, size, 3), np.uint8)
     if count:  # a writable mapping would be refused for more than memory can hold
         pixels = np.memmap(own / "images", np.uint8, "r", shape=(count, size, size, 3))
@@ -423,8 +427,8 @@ class Images(NamedTuple):
 
 def folders_in(folder: Path) -> list[Path]:
     """Those that are not hidden."""
-    found = (entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(HIDDEN))
-    return sorted(Path(entry.path) for entry in found)
+    found = [Path(entry.path) for entry in os.scandir(folder) if entry.is_symlink() or entry.is_dir()]
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith(HIDDEN))
 
 
 def class_folders(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ def model_file(tmp_path_factory):
 
 def test_bad_checkpoint_is_refused_with_one_line(model_file, folder):
     path, content = folder / "bad.pth", model_file.read_bytes()
+    whole = torch.load(model_file, weights_only=True)
     evil = {"model": Malicious(str(folder / "owned")), "config": {}, "classes": []}
     for write in (
         lambda: path.write_bytes(content[: len(content) // 2]),
@@ -43,7 +44,9 @@ def test_bad_checkpoint_is_refused_with_one_line(model_file, folder):
         lambda: torch.save(evil, path, _use_new_zipfile_serialization=False),
         lambda: torch.save({"weights": torch.zeros(3)}, path),
         lambda: torch.save([1, 2], path),
-    ):
+        *(lambda name=name: torch.save({key: part for key, part in whole.items() if key != name}, path)
+          for name in ("classes", "metrics", "versions")),
+    ):  # fmt: skip
         write()
         with pytest.raises(ic.UserError, match="not a checkpoint of this program") as caught:
             ic.load_checkpoint(path)

@@ -257,6 +257,18 @@ def test_long_titles_get_smaller_letters():
     assert sizes == [7, 3.5, 7]
 
 
+@pytest.mark.parametrize("size", [2, 3, 8, 32, 100])
+@pytest.mark.parametrize("count", [1, 7])
+def test_images_are_below_their_titles(folder, size, count):
+    """Each black one in its column, with nothing of a title on it, and no other black but the titles'."""
+    figure = ic.draw_images(torch.zeros(count, 3, size, size, dtype=torch.uint8), ["one\nand two"] * count, 5)
+    black = torch.from_numpy(ic.save_figure(figure, folder / "a.png").copy()).float().mean(2) < 128
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        x, bottom = round((box.x0 + box.x1) / 2), round(len(black) - box.y0)
+        assert not black[bottom : bottom + 2, x].any() and black[bottom + 8 : bottom + 100, x].all()
+
+
 def test_int8_is_smaller_and_as_good(exported):
     _, path, out = exported
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith(("| float32", "| int8"))]
@@ -267,7 +279,8 @@ def test_int8_is_smaller_and_as_good(exported):
     assert float(whole.split()[0]) - float(small.split()[0]) <= 1.0
 
 
-def test_int8_that_costs_too_much_is_refused(exported, model, data, folder, monkeypatch):
+def test_int8_that_costs_too_much_is_refused(exported, model, data, folder, monkeypatch, capsys):
+    """Judged on training images where there are no validation images: test images are used once."""
     export = pytest.importorskip("export")
     blind = copy.deepcopy(model.network)
     for weight in blind.parameters():
@@ -275,8 +288,11 @@ def test_int8_that_costs_too_much_is_refused(exported, model, data, folder, monk
     useless = export.to_onnx(replace(model, network=blind))
     monkeypatch.setattr(export, "quantised", lambda path, images: useless)
     shutil.copy(exported[0], folder / "whole.onnx")
-    with pytest.raises(inference.InferenceError, match="8 bits cost this network .* is not written"):
-        export.quantise(folder / "whole.onnx", folder / "small-int8.onnx", data)
+    monkeypatch.setattr(ic.Data, "test", property(lambda self: pytest.fail("test images are used")))
+    for used, kind in ((data, "validation"), (replace(data, valid=data.valid.only(slice(0))), "training")):
+        with pytest.raises(inference.InferenceError, match="8 bits cost this network .* is not written"):
+            export.quantise(folder / "whole.onnx", folder / "small-int8.onnx", used)
+        assert f" {kind} images |" in capsys.readouterr().out
     assert not (folder / "small-int8.onnx").exists()
 
 

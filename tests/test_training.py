@@ -144,10 +144,8 @@ def test_learning_on_real_images(cifar10, trained):
 def test_hints_and_worst_mistakes(inside, folder):
     out, _ = inside(*QUICK, "--width", "0.5", "--subset", "30", "--epochs", "15", "--batch-size", "10")
     assert re.search("Overfitting: .* or --init-from a trained model", out)
-    assert (
-        "worst mistakes" in events_of(run := only_run(folder)).Tags()["images"]
-        and (run / "worst_mistakes.png").exists()
-    )
+    run = only_run(folder)
+    assert "worst mistakes" in events_of(run).Tags()["images"] and (run / "worst_mistakes.png").exists()
     out, _ = inside(*QUICK, "--optimizer", "sgd", "--lr", "0", "--epochs", "1")
     assert "hardly better than guessing" in out
 
@@ -362,11 +360,11 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
 
 def test_minutes_are_kept(program, folder):
     began, since = time.monotonic(), {}
-    process = program.start(*QUICK, "--epochs", "10000", "--minutes", "0.4")  # the epochs would take far longer
+    process = program.start(*QUICK, "--epochs", "10000", "--minutes", "0.5")  # the epochs would take far longer
     for line in process.stdout:
         since[line.partition(" ")[0]] = time.monotonic() - began
     assert process.wait() == 0 and len(epochs_of(only_run(folder))) > 1
-    assert 16 < since["Done"] < 24 + 2 * since["Start"]  # a busy machine reports slowly
+    assert since["Finished"] < 30 and 22 < since["Done"] < 30 + max(8, since["Start"])  # a busy machine reports slowly
 
 
 def test_minutes_are_used_where_few_epochs_end_before_a_step_was_timed(folder, monkeypatch):
@@ -753,6 +751,8 @@ def small(classes=10, channels=3, image_size=32):
 def test_own_network_and_out_of_memory(inside, folder):
     (folder / "mine.py").write_text(NETWORK.format(limit=0))
     assert "too short for a single image: try --device cpu" in inside.error(*SMALL, "--model", "mine.py:small")
+    alone = ic.in_words(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))  # without alternatives/
+    assert alone == "CUDA out of memory: try a smaller --batch-size, or --device cpu"
     shutil.rmtree(folder / "runs", ignore_errors=True)
     (folder / "mine.py").write_text(NETWORK.format(limit=30))
     out, _ = inside("--dataset", "digits", "--epochs", "4", "--model", "mine.py:small", "--batch-size", "100")
