@@ -21,7 +21,7 @@ STRENGTHS = {  # of each where none is given, and the largest one
     "cutmix": (1.0, 100.0),  # a piece of another image, its share drawn from Beta(F, F) (Yun et al., 2019)
 }
 
-Two = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def make(name: str, strength: float) -> torch.nn.Module:
@@ -38,13 +38,13 @@ def make(name: str, strength: float) -> torch.nn.Module:
     return K.RandomErasing((strength**2, strength**2), (1.0, 1.0), value=0.5, p=1.0)  # cutout
 
 
-def mixup(images: torch.Tensor, others: torch.Tensor, most: float) -> Two:
+def mixup(images: torch.Tensor, others: torch.Tensor, most: float) -> Pair:
     """Each image with up to `most` of the other one; also returns that share, float (B,)."""
     share = most * torch.rand(len(images), device=images.device)
     return images.lerp(others, share.view(-1, 1, 1, 1)), share
 
 
-def cutmix(images: torch.Tensor, others: torch.Tensor, beta: float) -> Two:
+def cutmix(images: torch.Tensor, others: torch.Tensor, beta: float) -> Pair:
     """Each image with a piece of the other one, of its shape; also returns the share of its area, float (B,)."""
     drawn = torch.distributions.Beta(beta, beta).sample((len(images),)).to(images.device)
     inside = []
@@ -59,7 +59,7 @@ def cutmix(images: torch.Tensor, others: torch.Tensor, beta: float) -> Two:
 MIXES = {"mixup": mixup, "cutmix": cutmix}
 
 
-def build(steps: dict[str, str], classes: int) -> Callable[[torch.Tensor, torch.Tensor], Two]:
+def build(steps: dict[str, str], classes: int) -> Callable[[torch.Tensor, torch.Tensor], Pair]:
     """A function for uint8 images (B, C, H, W) and int64 labels (B,), from names and strengths ("" for the usual one).
 
     It returns float images in [0, 255] and the labels, which mixing makes shares (B, classes). Of mixup and cutmix
@@ -82,7 +82,7 @@ def build(steps: dict[str, str], classes: int) -> Callable[[torch.Tensor, torch.
         else:
             own.append(make(name, strength))
 
-    def augment(images: torch.Tensor, labels: torch.Tensor) -> Two:
+    def augment(images: torch.Tensor, labels: torch.Tensor) -> Pair:
         images = own(images / 255)
         if mixing:
             mix, strength = mixing[int(torch.randint(len(mixing), ()))]

@@ -80,7 +80,7 @@ def trainer_of(**settings):
     return ic.Trainer(ic.settle(ic.Config(dataset="digits", **settings), data), data, torch.device("cpu"))
 
 
-def wait_for(condition, seconds=200):
+def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -154,13 +154,13 @@ def test_own_examples_and_another_address(folder, model, data):
         assert served_picture == (folder / "mine" / os.path.basename(paths[0])).read_bytes()
 
 
-def answer_to(address, path):
+def answer_to(address, path, seconds=60):
     """The page's answer to a picture at a path, as its own JavaScript asks for it."""
     call = f"{address}/gradio_api/call/classify"
     body = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}).encode()
     request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
-    event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
-    return urllib.request.urlopen(f"{call}/{event}", timeout=60).read().decode()
+    event = json.load(urllib.request.urlopen(request, timeout=seconds))["event_id"]
+    return urllib.request.urlopen(f"{call}/{event}", timeout=seconds).read().decode()
 
 
 def test_page_fetches_nothing(address, model):
@@ -176,7 +176,7 @@ def test_page_fetches_nothing(address, model):
     with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            answer = answer_to(address, f"http://127.0.0.1:{server.server_port}/cat.png")
+            answer = answer_to(address, f"http://127.0.0.1:{server.server_port}/cat.png", seconds=20)
             assert "error" in answer and model.classes[0] not in answer
         except urllib.error.HTTPError:
             pass

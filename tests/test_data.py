@@ -236,7 +236,7 @@ def test_name_look_ups_that_hang_do_not_hang_the_program(fetch, monkeypatch):
     began = time.monotonic()
     with pytest.raises(ic.Unreachable, match="no answer"):
         fetch("good", "good")
-    assert time.monotonic() - began < 24  # the fixture waits for 3
+    assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(

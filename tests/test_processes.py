@@ -100,7 +100,7 @@ def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(insid
     os.kill(workers(process)[0], signal.SIGKILL)  # the one that writes; the run goes on by itself
     wait_for_epoch(process, folder, 5)
     process.send_signal(signal.SIGTERM)  # pre-emption
-    out, _ = process.communicate(timeout=200)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Go on with: torchrun --nproc-per-node=2 " in out and "--resume" in out
     first, second = out.split("Start Training")[1:]
     assert "Epoch 0000: " in first and "Epoch 0000: " not in second and "Epoch 0004: " in second

@@ -363,8 +363,8 @@ def test_minutes_are_kept(program, folder):
     process = program.start(*QUICK, "--epochs", "10000", "--minutes", "0.5")  # the epochs would take far longer
     for line in process.stdout:
         since[line.partition(" ")[0]] = time.monotonic() - began
-    assert process.wait() == 0 and len(epochs_of(only_run(folder))) > 1
-    assert since["Finished"] < 30 and 22 < since["Done"] < 30 + max(8, since["Start"])  # a busy machine reports slowly
+    assert process.wait() == 0 and len(epochs_of(only_run(folder))) > 3
+    assert since["Finished"] < 30 and 22 < since["Done"] < 41  # a busy machine reports slowly
 
 
 def test_minutes_are_used_where_few_epochs_end_before_a_step_was_timed(folder, monkeypatch):
@@ -683,7 +683,7 @@ def test_second_ctrl_c_quits_at_once(program):
     time.sleep(0.5)
     assert process.poll() is None  # it wants to finish its step
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130
+    assert process.wait(timeout=5) == 130
     process.communicate()
 
 

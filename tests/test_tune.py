@@ -130,7 +130,7 @@ def test_stopped_search_goes_on(here, folder):
 def test_workers_share_a_study_and_stop_together(folder):
     program = tool("tune", folder)
     process = program.start(*FAST, "--trials", "1000", "--workers", "2")
-    wait_for(lambda: {trial.user_attrs.get("worker") for trial in trials_of(folder)} >= {0, 1})
+    wait_for(lambda: {trial.user_attrs.get("worker") for trial in trials_of(folder)} >= {0, 1}, 120)
     wait_for(lambda: any(trial.state == TrialState.COMPLETE for trial in trials_of(folder)))
     process.send_signal(signal.SIGTERM)  # to the first process alone, as `kill` would
     out, err = process.communicate(timeout=60)
@@ -150,7 +150,7 @@ def test_workers_share_a_study_and_stop_together(folder):
 def test_trial_of_a_killed_process_is_given_up(here, folder):
     settings = [*FAST, "--epochs", "30", "--trials", "1"]
     process = tool("tune", folder).start(*settings)
-    wait_for(lambda: any(trial.intermediate_values for trial in trials_of(folder)))
+    wait_for(lambda: any(trial.intermediate_values for trial in trials_of(folder)), 120)
     process.kill()
     process.communicate()
     assert [trial.state for trial in trials_of(folder)] == [TrialState.RUNNING]
