@@ -64,6 +64,7 @@ def examples(model: Classifier, folder: str | None, data_dir: str | None, scratc
     """Pictures to click on: those in `folder`, or a test image of each of 10 classes if the data set is at hand."""
     if folder:
         paths, problems = inference.find([folder])
+        problems += [f"{path}: there is no such file or folder" for path in paths if not path.exists()]
         if problems:
             raise InferenceError(problems[0])
         return [str(path.resolve()) for path in paths[:20]]

@@ -154,8 +154,8 @@ def filters(network: torch.nn.Module, out: Path) -> None:
     save(pictures, [str(i) for i in range(len(pictures))], 12, out / "filters.png")
 
 
-def feature_maps(model: Classifier, image: torch.Tensor, out: Path) -> None:
-    """feature_maps.png: what each stage of the network makes of an image, uint8 (1, 3, H, W): its 8 strongest maps."""
+def feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> None:
+    """A picture of what each stage of the network makes of an image, uint8 (1, 3, H, W): its 8 strongest maps."""
     device = next(model.network.parameters()).device
     found = stages(model.network, ic.normalise(image.to(device), model.network))
     label, share = ranked(model, image.numpy(), 1)[0][0]
@@ -176,8 +176,8 @@ def feature_maps(model: Classifier, image: torch.Tensor, out: Path) -> None:
         for axes, channel in zip(figure.axes[9 * row + 1 :], strongest, strict=False):
             axes.imshow(maps[0, channel].float().cpu().numpy(), cmap="viridis")
             axes.set_title(str(channel), fontsize=7)
-    ic.save_figure(figure, out / "feature_maps.png")
-    print(f"{out / 'feature_maps.png'}: {label} {100 * share:.1f} %, {len(found)} stages")
+    ic.save_figure(figure, path)
+    print(f"{path}: {label} {100 * share:.1f} %, {len(found)} stages")
 
 
 def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:
@@ -279,14 +279,15 @@ def main() -> int:
         raise InferenceError(f"{model.path}: what a network sees is to be had from its .pth only")
     print(f"{model.path}, trained on {model.dataset}")
     if options.image:
-        feature_maps(model, torch.from_numpy(read_one(model, options.image))[None], out)
+        image = torch.from_numpy(read_one(model, options.image))[None]
+        feature_maps(model, image, out / f"feature_maps_{Path(options.image).stem}.png")
     elif options.label_issues:
         label_issues(model, load_its_data(model, options.data_dir), device, out)
     else:
         data = load_its_data(model, options.data_dir)
         guess = galleries(model, data, out)
         filters(model.network, out)
-        feature_maps(model, data.test.images[[0]], out)
+        feature_maps(model, data.test.images[[0]], out / "feature_maps.png")
         confused(model.classes, data.test.labels, guess, out)
     return 0
 

@@ -652,7 +652,7 @@ def load_digits(config: Config, substitution: str = "") -> Data:
 def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
-    if wanted not in datasets.NAMES and not Path(wanted).expanduser().is_dir():
+    if wanted not in datasets.NAMES and not (wanted and Path(wanted).expanduser().is_dir()):
         if Path(wanted).name != wanted:
             raise UsageError(f"there is no folder {wanted}")
         known = ["auto", "cifar10", "digits", *datasets.NAMES]

@@ -121,8 +121,9 @@ def remark(text: str) -> None:
 def its_data_settings(model: Classifier, data_dir: str | None) -> tuple[dict[str, Any], bool]:
     """What defines its data set, of the settings of its training; whether that is a folder of images, not a name."""
     names = ["dataset", "data_dir", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides no more
-    found = {name: model.settings[name] for name in names if name in model.settings} | {"image_size": model.image_size}
-    folder = found.get("dataset") not in ("cifar10", "digits", *datasets.NAMES)
+    own = {name: model.settings[name] for name in names if name in model.settings}
+    found = {"dataset": "cifar10"} | own | {"image_size": model.image_size}
+    folder = found["dataset"] not in ("cifar10", "digits", *datasets.NAMES)
     if data_dir:
         found["dataset" if folder else "data_dir"] = data_dir
     return found, folder
@@ -132,7 +133,7 @@ def at_hand(model: Classifier, data_dir: str | None = None) -> bool:
     """Is its data set on this machine, so that nothing has to be downloaded?"""
     settings, folder = its_data_settings(model, data_dir)
     if folder:
-        return Path(settings.get("dataset", "")).is_dir()
+        return Path(settings["dataset"]).is_dir()
     names = {
         "cifar10": ["test_batch", "cifar-10-batches-py/test_batch"], "cifar100": ["cifar-100-python"],
         "mnist": ["MNIST"], "fashion-mnist": ["FashionMNIST"], "svhn": ["test_32x32.mat"], "stl10": ["stl10_binary"],
@@ -289,8 +290,7 @@ def find(names: list[str]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             found += expand(name) or [path]
             continue
-        inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
-        inside = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
+        inside = [path / each for each, _ in sorted(datasets.files_in(path, path))]
         images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
         problems += [] if images else [f"{name}: no image in this folder"]
         found += images

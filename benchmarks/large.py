@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--leave", type=float, default=2.0, metavar="GIB", help="for the last run (default: 2)")
     parser.add_argument("--folder", default="data/large", metavar="DIR", help="for it all (default: data/large)")
     options = parser.parse_args()
+    if options.images < CLASSES * TOGETHER:
+        parser.error(f"--images {options.images}: at least {CLASSES * TOGETHER}")
     base = Path(options.folder).resolve()
     folder, data_dir = base / f"images-{options.images}", base / "map-of-large"
     shutil.rmtree(data_dir, ignore_errors=True)

@@ -207,11 +207,12 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
             assert "event: error" in answer and "no picture that can be read" in answer
 
 
-def test_help_and_a_port_that_is_taken(address, model, tool_inside):
-    text, _ = tool_inside("app")("--help")
+def test_help_and_what_cannot_be_had(address, model, tool_inside):
+    app = tool_inside("app")
+    text, _ = app("--help")
     assert "python app.py" in text and "--checkpoint" in text
-    line = tool_inside("app").error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
-    assert "--port" in line
+    assert "--port" in app.error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
+    assert "there is no such" in app.error("--checkpoint", model.path, "--examples", "nowhere")
 
 
 def test_page_without_a_browser(model, folder):

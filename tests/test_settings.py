@@ -42,7 +42,7 @@ def test_every_setting_is_in_help_and_readme(inside):
     ("--early-stopping 2 --val-fraction 0", "needs validation images"),
     ("--recipe defualt", "did you mean default?"), ("--model cnnn", "did you mean cnn?"),
     ("--model cn", "did you mean cnn?"),  # not fcn
-    ("--dataset ../nowhere", "there is no folder ../nowhere"),
+    ("--dataset ../nowhere", "there is no folder ../nowhere"), ("--dataset=", "or name a folder of images"),
     ("--model torchvision:resnet19", "no classifier resnet19, but resnet18"),
     ("--pretrained", "--pretrained is no option of the network cnn"),
     ("--dataset cifar1O", "did you mean cifar10?"),

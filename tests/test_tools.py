@@ -416,8 +416,8 @@ def test_label_issues_and_data_that_moved(folder, inside, tool_inside):
     numbers = [int(Path(row["file"]).stem) for row in rows]
     assert sum(number % 60 == 0 for number in numbers[:10]) >= 7  # by chance none
     assert "are others than in training" not in out
-    explain("--image", next((folder / "there").rglob("*.png")))
-    assert (folder / "explained" / "feature_maps.png").exists()
+    explain("--image", picture := next((folder / "there").rglob("*.png")))
+    assert (folder / "explained" / f"feature_maps_{picture.stem}.png").exists()
 
 
 # ---- every network ----
@@ -454,7 +454,7 @@ def test_every_network_is_exported_and_explained(name, folder):
     else:
         heat = explain.grad_cam(model.network, data.test.images[:2], targets)
         assert heat.shape == (2, size, size) and heat.min() >= 0 and heat.max() <= 1
-    explain.feature_maps(model, data.test.images[:1], folder)
+    explain.feature_maps(model, data.test.images[:1], folder / "feature_maps.png")
     explain.filters(model.network, folder)
 
 
