@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import http.server
-import io
 import json
 import os
 import random
@@ -163,6 +162,15 @@ def answer_to(address, path, seconds=60):
     return urllib.request.urlopen(f"{call}/{event}", timeout=seconds).read().decode()
 
 
+def ask(address, picture):
+    """The page's answer to the content of a file."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n' + picture + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
+    (path,) = json.load(urllib.request.urlopen(request, timeout=60))
+    return answer_to(address, path)
+
+
 def test_page_fetches_nothing(address, model):
     """Asked to classify what lies at an address elsewhere, it does not go there."""
     asked = []
@@ -182,15 +190,6 @@ def test_page_fetches_nothing(address, model):
             pass
         server.shutdown()
     assert not asked
-
-
-def ask(address, picture):
-    """The page's answer to the content of a file."""
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n' + picture + b"\r\n--x--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
-    (path,) = json.load(urllib.request.urlopen(request, timeout=60))
-    return answer_to(address, path)
 
 
 def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, folder):
@@ -217,9 +216,7 @@ def test_help_and_what_cannot_be_had(address, model, tool_inside):
 
 def test_page_without_a_browser(model, folder):
     app = pytest.importorskip("app")
-    buffer = io.BytesIO()
-    Image.new("RGB", (300, 200), "green").save(buffer, "PNG")
-    (folder / "green.png").write_bytes(buffer.getvalue())
+    Image.new("RGB", (300, 200), "green").save(folder / "green.png")
     shares, picture = app.classify(model, str(folder / "green.png"))
     assert sum(shares.values()) == pytest.approx(1) and picture.shape == (app.SIDE, app.SIDE, 3)
     assert app.classify(model, None) == (None, None)

@@ -203,6 +203,18 @@ def test_names_that_matplotlib_and_the_shell_would_read(pictures, tool_inside):
     assert "$a_b$.png" in out and "~tmp.png" in out and (pictures / "seen.png").exists()
 
 
+def test_model_of_a_changed_script_is_remarked(trained, folder, tool_inside, model, data):
+    (path,) = trained.glob("model_*.pth")
+    content = torch.load(path, weights_only=True)
+    save(data.test.images[0], folder / "0.png")
+    inference.remark.cache_clear()
+    for script, said in ((ic.VERSIONS["script"], False), ("other", True)):
+        content["versions"] |= {"script": script}
+        torch.save(content, folder / "changed.pth")
+        err = tool_inside("inference")("0.png", "--checkpoint", "changed.pth")[1]
+        assert ("made by another image_classification.py" in err) == said
+
+
 # ---- export.py ----
 
 
@@ -231,36 +243,6 @@ def test_onnx_computes_the_same(exported, model, data):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == model.classes and json.loads(metadata["image_size"]) == 32
     assert "bicubic" in metadata["resize"] and json.loads(metadata["temperature"]) == model.temperature
-
-
-def test_model_of_a_changed_script_is_remarked(trained, folder, tool_inside, model, data):
-    (path,) = trained.glob("model_*.pth")
-    content = torch.load(path, weights_only=True)
-    save(data.test.images[0], folder / "0.png")
-    inference.remark.cache_clear()
-    for script, said in ((ic.VERSIONS["script"], False), ("other", True)):
-        content["versions"] |= {"script": script}
-        torch.save(content, folder / "changed.pth")
-        err = tool_inside("inference")("0.png", "--checkpoint", "changed.pth")[1]
-        assert ("made by another image_classification.py" in err) == said
-
-
-def test_long_titles_get_smaller_letters():
-    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    sizes = [text.get_fontsize() for text in ic.draw_images(images, ["cat", "x" * 44, ""], 3).axes[0].texts]
-    assert sizes == [7, 3.5, 7]
-
-
-@pytest.mark.parametrize("size", [2, 3, 8, 32, 100])
-@pytest.mark.parametrize("count", [1, 7])
-def test_images_are_below_their_titles(folder, size, count):
-    """Each black one in its column, with nothing of a title on it, and no other black but the titles'."""
-    figure = ic.draw_images(torch.zeros(count, 3, size, size, dtype=torch.uint8), ["one\nand two"] * count, 5)
-    black = torch.from_numpy(ic.save_figure(figure, folder / "a.png").copy()).float().mean(2) < 128
-    for text in figure.axes[0].texts:
-        box = text.get_window_extent()
-        x, bottom = round((box.x0 + box.x1) / 2), round(len(black) - box.y0)
-        assert not black[bottom : bottom + 2, x].any() and black[bottom + 8 : bottom + 100, x].all()
 
 
 def test_int8_is_smaller_and_as_good(exported):
@@ -346,6 +328,24 @@ def test_export_where_the_data_are_not(pictures, model, tool_inside):
 
 
 # ---- explain.py ----
+
+
+def test_long_titles_get_smaller_letters():
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    sizes = [text.get_fontsize() for text in ic.draw_images(images, ["cat", "x" * 44, ""], 3).axes[0].texts]
+    assert sizes == [7, 3.5, 7]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 32, 100])
+@pytest.mark.parametrize("count", [1, 7])
+def test_images_are_below_their_titles(folder, size, count):
+    """Each black one in its column, with nothing of a title on it, and no other black but the titles'."""
+    figure = ic.draw_images(torch.zeros(count, 3, size, size, dtype=torch.uint8), ["one\nand two"] * count, 5)
+    black = torch.from_numpy(ic.save_figure(figure, folder / "a.png").copy()).float().mean(2) < 128
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        x, bottom = round((box.x0 + box.x1) / 2), round(len(black) - box.y0)
+        assert not black[bottom : bottom + 2, x].any() and black[bottom + 8 : bottom + 100, x].all()
 
 
 def test_pictures_of_what_it_sees(trained, model, data, folder):
@@ -480,7 +480,8 @@ def test_own_network_is_named_again(folder, tool_inside):
     report = ic.train(ic.Config(dataset="digits", model="net.py:tiny", epochs=1, subset=300))
     (folder / "net.py").rename(folder / "moved.py")
     save(ic.load_data(ic.Config(dataset="digits")).test.images[0], folder / "a.png")
-    assert "--model" in tool_inside("inference").error("a.png", "--checkpoint", report.checkpoint)
+    error = tool_inside("inference").error("a.png", "--checkpoint", report.checkpoint)
+    assert "holds a network of its own: give --model net.py:tiny" in error
     tool_inside("inference")("a.png", "--checkpoint", report.checkpoint, "--model", "moved.py:tiny")
     tool_inside("explain")("--label-issues", "--checkpoint", report.checkpoint, "--model", "moved.py:tiny")
 

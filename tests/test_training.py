@@ -759,8 +759,6 @@ def test_own_network_and_out_of_memory(inside, folder):
     assert "computed as 4 parts of 25 images" in out and "batch norm" in out
     accuracy = report_of(only_run(folder))["test_accuracy"]
     assert accuracy > 0.5
-    with pytest.raises(ic.UserError, match="give --model mine.py:small"):
-        ic.load_checkpoint(folder / "model_small_digits.pth")
     (folder / "mine.py").write_text(NETWORK.format(limit=1000))
     model, _ = ic.load_checkpoint(folder / "model_small_digits.pth", model=f"{folder / 'mine.py'}:small")
     test = ic.load_data(ic.Config(dataset="digits")).test
