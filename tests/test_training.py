@@ -997,10 +997,9 @@ def test_records_are_run_in_turns_and_their_first_run_does_not_count(folder, mon
     ours = "default --dataset digits --width 0.25 --epochs 1 --subset 100"
     options = ["--variant", ours, "--runs", "2", "--rounds", "2", "--name", "records_tried"]
     monkeypatch.setattr(sys, "argv", ["records.py", str(folder / "record.py"), *options])
-    monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
-    (folder / "results").mkdir()
+    monkeypatch.setattr(records, "RESULTS", folder)
     records.main()
-    results = json.loads((folder / "results" / "records_tried.json").read_text())
+    results = json.loads((folder / "records_tried.json").read_text())
     assert [result["contender"] for result in results] == [str(folder / "record.py"), ours] * 2
     assert [(run["seconds"], run["accuracy"]) for run in results[0]["runs"]] == [(2.1, 0.9401), (2.2, 0.9402)]
     for run in results[1]["runs"] + results[3]["runs"]:
