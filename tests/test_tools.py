@@ -105,15 +105,20 @@ def test_what_cannot_be_read_costs_a_line_and_the_others_are_predicted(pictures)
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F"])
 def test_modes_of_images(model, data, folder, mode):
-    image = Image.fromarray(data.test.images[0].permute(1, 2, 0).numpy()).resize((70, 40))
-    if mode in ("I;16", "I", "F"):
-        values = np.asarray(image.convert("L"))
-        image = Image.fromarray((values.astype(np.uint16) * 257) if mode != "F" else values.astype(np.float32))
-        image = image if mode != "I" else image.convert("I")
+    """Whatever way the pixels are stored in, the network is shown the picture."""
+    picture = Image.fromarray(data.test.images[0].permute(1, 2, 0).numpy()).resize((70, 40))
+    of_numbers = {"I;16": (np.uint16, 257), "I": (np.int32, 257), "F": (np.float32, 1)}  # up to 65535 and 255
+    if mode in of_numbers:
+        picture = picture.convert("L")
+        kind, factor = of_numbers[mode]
+        stored = Image.fromarray(np.asarray(picture).astype(kind) * factor)
     else:
-        image = image.convert(mode)
-    image.save(path := folder / "image.tiff")
-    assert len(inference.predict(model, [path])[0]) == 3
+        picture = stored = picture.convert(mode)
+    assert stored.mode == mode
+    stored.save(folder / "stored.tiff")
+    picture.convert("RGB").save(folder / "picture.png")
+    found, expected = (inference.read_one(model, name).astype(int) for name in ("stored.tiff", "picture.png"))
+    assert np.ptp(expected) > 50 and np.abs(found - expected).max() <= 1
 
 
 def test_usage_of_inference(pictures, folder, tool_inside):
