@@ -74,12 +74,11 @@ def examples(model: Classifier, folder: str | None, data_dir: str | None, scratc
         test = inference.load_its_data(model, data_dir).test
     except (ic.UserError, InferenceError):
         return []
-    pictures = []
-    for label in range(min(10, len(model.classes))):
-        for image in test.images[(test.labels == label).nonzero()[:1, 0]]:
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path := scratch / f"{label}.png")
-            pictures.append(str(path))
-    return pictures
+    firsts = np.unique(test.labels, return_index=True)[1][:10]  # of each class
+    paths = [scratch / f"{number}.png" for number in range(len(firsts))]
+    for path, image in zip(paths, test.images[firsts], strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return [str(path) for path in paths]
 
 
 async def refuse(hostname: str) -> str:

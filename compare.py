@@ -138,25 +138,19 @@ def read_predictions(of: Run) -> tuple[list[str], list[bool]]:
     return [label for label, _ in rows], right
 
 
-def only_one(right_a: Sequence[bool], right_b: Sequence[bool]) -> tuple[int, int]:
-    """How many images only a recognises, and how many only b; both see the same ones in the same order."""
-    pairs = list(zip(right_a, right_b, strict=True))
-    return sum(bool(a and not b) for a, b in pairs), sum(bool(b and not a) for a, b in pairs)
-
-
-def paired_difference(right_a: Sequence[bool], right_b: Sequence[bool]) -> Difference:
-    """Between two networks, from whether each recognises an image, for the same test images in the same order.
+def paired_difference(only_a: int, only_b: int, tested: int) -> Difference:
+    """Between two networks, from how many of the images that both were tested on only a, and only b recognises.
 
     p is that of the exact McNemar test. The interval is the adjusted Wald interval of Agresti and Min ("Simple improved
     confidence intervals for comparing matched proportions", 2005), which adds half an image to each of the four cells.
     """
     from scipy.stats import binomtest
 
-    (only_a, only_b), count = only_one(right_a, right_b), len(right_a) + 2
+    count = tested + 2
     shift = (only_b - only_a) / count
     half = Z * math.sqrt((only_a + only_b + 1) / count - shift**2) / math.sqrt(count)
     p = float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return Difference((only_b - only_a) / len(right_a), max(-1.0, shift - half), min(1.0, shift + half), p)
+    return Difference((only_b - only_a) / tested, max(-1.0, shift - half), min(1.0, shift + half), p)
 
 
 def seed_difference(seeds_a: dict[int, float], seeds_b: dict[int, float]) -> Difference:
@@ -189,22 +183,24 @@ def verdict(a: Run, b: Run) -> list[str]:
         mend = f"train {one.name} with --repeat {len(many.seeds)} too"
         return [f"{unknown}: {many.name} is of {len(many.seeds)} seeds, {one.name} of one: {mend}"]
     if len(one.seeds) > 1:
-        paired, difference = a.seeds.keys() == b.seeds.keys(), seed_difference(a.seeds, b.seeds)
+        difference = seed_difference(a.seeds, b.seeds)
         if math.isnan(difference.p):
             alike = f"{b.name} minus {a.name} is {points(difference.value)} points with every seed"
             return [f"{unknown}: {alike}, which tells nothing of chance: take more seeds, --repeat"]
+        same = a.seeds.keys() == b.seeds.keys()
         other = f"Welch's test over {len(a.seeds)} and {len(b.seeds)} seeds, not the same ones"
-        return [sentence(a.name, b.name, difference, f"paired over {len(a.seeds)} seeds" if paired else other)]
+        return [sentence(a.name, b.name, difference, f"paired over {len(a.seeds)} seeds" if same else other)]
     for each in (a, b):
         if not (each.path / "test_predictions.csv").exists():
             return [f"{unknown}: {each.name} has no test_predictions.csv, as runs of older versions: train it again"]
     (labels_a, right_a), (labels_b, right_b) = read_predictions(a), read_predictions(b)
     if labels_a != labels_b:
         return [f"{unknown}: they were tested on different images, by the labels in test_predictions.csv"]
-    only_a, only_b = only_one(right_a, right_b)
+    pairs = list(zip(right_a, right_b, strict=True))
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
     tested = f"paired over {a.tested:,} test images: {only_a} only {a.name} recognises, {only_b} only {b.name}"
     return [
-        sentence(a.name, b.name, paired_difference(right_a, right_b), tested),
+        sentence(a.name, b.name, paired_difference(only_a, only_b, a.tested), tested),
         "That is about these two networks: with other seeds they would be others. Whether one way to train is better: "
         "train both with --repeat 5",
     ]

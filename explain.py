@@ -45,12 +45,12 @@ def stages(network: torch.nn.Module, image: torch.Tensor) -> list[tuple[str, tor
 
     From the largest maps to the smallest; empty for a network that has none.
     """
-    found: dict[tuple[int, int], tuple[str, torch.nn.Module, torch.Tensor]] = {}
+    found: dict[torch.Size, tuple[str, torch.nn.Module, torch.Tensor]] = {}
 
     def note(name: str, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-            found.pop(size := (output.shape[2], output.shape[3]), None)
-            found[size] = (name, layer, output.detach().clone())
+            found.pop(output.shape[2:], None)  # the last layer of a size stands for it, at its own place in the order
+            found[output.shape[2:]] = (name, layer, output.detach().clone())
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, layer in list(network.named_modules())[1:]:  # the first one is the network itself
@@ -114,8 +114,8 @@ def galleries(model: Classifier, data: Any, out: Path) -> torch.Tensor:
             continue
         titles = []
         for i in order.tolist():
-            true, other, percent = model.classes[labels[i]], model.classes[guess[i]], f"{100 * sure[i]:.1f} %"
-            titles.append(f"{true}\n{percent}" if true == other else f"{true}, taken for\n{other}, {percent}")
+            true, other, surety = model.classes[labels[i]], model.classes[guess[i]], ic.percent(sure[i].item())
+            titles.append(f"{true}\n{surety}" if true == other else f"{true}, taken for\n{other}, {surety}")
         save(images[order], titles, 8, out / f"gallery_{kind}.png")
         try:
             heat = grad_cam(model.network, images[order], guess[order])
@@ -127,16 +127,16 @@ def galleries(model: Classifier, data: Any, out: Path) -> torch.Tensor:
 
 def confused(classes: list[str], labels: torch.Tensor, guess: torch.Tensor, out: Path) -> None:
     """Print and write the pairs of classes that are taken for each other, the most often confused first."""
-    count = len(classes)
-    matrix = torch.bincount(labels * count + guess, minlength=count**2).view(count, count).tolist()
+    known = len(classes)
+    matrix = torch.bincount(labels * known + guess, minlength=known**2).view(known, known).tolist()
     rows = []
-    for one, other in itertools.combinations(range(count), 2):
+    for one, other in itertools.combinations(range(known), 2):
         there, back, both = matrix[one][other], matrix[other][one], sum(matrix[one]) + sum(matrix[other])
         if total := there + back:
             rows.append([classes[one], classes[other], total, there, back, round(total / both, 4)])
     rows.sort(key=lambda row: -row[2])
     for a, b, count, there, back, share in rows[:10]:
-        print(f"{a} and {b}: {count} confused, {100 * share:.1f} % of both ({there} {a} as {b}, {back} {b} as {a})")
+        print(f"{a} and {b}: {count} confused, {ic.percent(share)} of both ({there} {a} as {b}, {back} {b} as {a})")
     header = ["class", "other", "confused", "class_as_other", "other_as_class", "share_of_both"]
     save_csv(header, rows, out / "confused.csv")
 
@@ -163,21 +163,22 @@ def feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> None:
     for axes in figure.axes:
         axes.axis("off")
     figure.axes[0].imshow(image[0].permute(1, 2, 0).numpy())
-    figure.axes[0].set_title(f"{label}\n{100 * share:.1f} %", fontsize=8, parse_math=False)
+    figure.axes[0].set_title(f"{label}\n{ic.percent(share)}", fontsize=8, parse_math=False)
     if found:
         heat = grad_cam(model.network, image, torch.tensor([model.classes.index(label)]))
         figure.axes[1].imshow(overlay(image, heat)[0].permute(1, 2, 0).numpy())
         figure.axes[1].set_title("Grad-CAM", fontsize=8)
-    for row, (name, layer, maps) in enumerate(found, 1):
-        strongest = maps[0].float().abs().mean((1, 2)).argsort(descending=True)[:8].tolist()
-        height, width = maps.shape[2:]
+    for row, (name, layer, output) in enumerate(found, 1):
+        maps = output[0].float().cpu()
+        strongest = maps.abs().mean((1, 2)).argsort(descending=True)[:8].tolist()
+        height, width = maps.shape[1:]
         text = f"{name}\n{type(layer).__name__}\n{width} x {height}"
         figure.axes[9 * row].text(0, 0.5, text, fontsize=7, va="center")
         for axes, channel in zip(figure.axes[9 * row + 1 :], strongest, strict=False):
-            axes.imshow(maps[0, channel].float().cpu().numpy(), cmap="viridis")
+            axes.imshow(maps[channel].numpy(), cmap="viridis")
             axes.set_title(str(channel), fontsize=7)
     ic.save_figure(figure, path)
-    print(f"{path}: {label} {100 * share:.1f} %, {len(found)} stages")
+    print(f"{path}: {label} {ic.percent(share)}, {len(found)} stages")
 
 
 def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:

@@ -228,7 +228,7 @@ def read_one(model: Classifier, path: Path | str) -> np.ndarray:
     (((_, found),),) = read(model, [path])
     if isinstance(found, str):
         raise InferenceError(f"{path}: {found}")
-    return found.copy()
+    return found.copy()  # that can be written to, as torch asks for; Pillow's cannot
 
 
 def predict(model: Classifier, images: Any, top_k: int = 3) -> list[list[tuple[str, float]]]:

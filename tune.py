@@ -261,19 +261,19 @@ def report(study: optuna.Study, folder: Path, given: dict[str, Any], data: ic.Da
         return False
     config = ic.configure(**given | best.user_attrs["settings"])
     ic.write_json(folder / "best.json", changed(config))
-    trials = study.get_trials(deepcopy=False)
-    done, ended = (sum(trial.state == state for trial in trials) for state in COUNTED[:2])
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ended = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     board = subprocess.list2cmdline(["tensorboard", "--logdir", str(folder)])
-    print(f"\nTrials: {done} complete, {ended} stopped early or diverged: {board}")
+    print(f"\nTrials: {len(complete)} complete, {len(ended)} stopped early or diverged: {board}")
     where = f"{ic.percent(best.value)} of the {len(data.valid.labels)} validation images"
     print(f"Best: trial {best.number}, {where}: {describe(best.user_attrs['settings'])}")
-    usual = [trial for trial in trials if "defaults" in trial.user_attrs and trial.state == TrialState.COMPLETE]
     if "defaults" in best.user_attrs:
         print(f"No trial was better than the defaults: train with these, {command(changed(config))}")
         return True
-    if usual:
-        gain = 100 * (best.value - (usual[0].value or 0.0))
-        print(f"That is {gain:.1f} percentage points better than the defaults ({ic.percent(best.value - gain / 100)})")
+    usual = next((trial.value for trial in complete if "defaults" in trial.user_attrs), None)
+    if usual is not None:
+        gain = 100 * (best.value - usual)
+        print(f"That is {gain:.1f} percentage points better than the defaults ({ic.percent(usual)})")
         again = f"--seed {config.seed + 1} --repeat 5"
         print(f"The best of many looks better than it is: to know, train with both on other seeds, {again}")
     recipe = command({"recipe": folder / "best.json"})

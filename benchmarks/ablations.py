@@ -14,7 +14,7 @@ import statistics
 
 import time_to_accuracy
 from matplotlib.figure import Figure
-from time_to_accuracy import RESULTS, arguments, changed, in_turns, markdown, spread
+from time_to_accuracy import RESULTS, arguments, changed, grouped, in_turns, markdown, spread
 
 BASE = "as it is"
 # Name: (options, replacements in the script's text).
@@ -106,7 +106,7 @@ def main() -> None:
 
     names = list(dict.fromkeys([BASE, *options.only]))
     results = in_turns(options.name, run, names, options.runs, options.data_dir, options.epochs)
-    own = {name: [result for result in results if result["variant"] == name] for name in names}
+    own = grouped(results, "variant")
     base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
     rows = []
     for name, found in own.items():

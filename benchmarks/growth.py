@@ -10,7 +10,7 @@ Start-up is until the first step. The last column is stricter: what the line say
 import math
 
 import numpy as np
-from time_to_accuracy import arguments, in_turns, markdown, run
+from time_to_accuracy import arguments, grouped, in_turns, markdown, run
 
 IMAGES = [10_000, 20_000, 30_000, 40_000, 50_000]
 EPOCHS = [4, 8, 16, 32]
@@ -20,12 +20,11 @@ def main() -> None:
     options = arguments(__doc__, runs=2).parse_args()
     images = [f"default --val-fraction 0 --epochs 3 --subset {count}" for count in IMAGES]
     epochs = [f"default --val-fraction 0 --subset 5000 --epochs {count}" for count in EPOCHS]
-    results = in_turns("growth", run, [*images, *epochs], options.runs, options.data_dir)
+    own = grouped(in_turns("growth", run, [*images, *epochs], options.runs, options.data_dir), "variant")
 
     def means(variants: list[str], key: str) -> np.ndarray:
         """Of each variant, over its runs."""
-        own = [[result[key] or math.nan for result in results if result["variant"] == each] for each in variants]
-        return np.mean(own, axis=1)
+        return np.mean([[result[key] or math.nan for result in own[variant]] for variant in variants], axis=1)
 
     whole, start_up = means(images, "whole_run"), means(images, "start_up")
     after = whole - start_up

@@ -10,7 +10,7 @@ Prints a Markdown table of every class's recall and of the macro-F1; writes resu
 import statistics
 
 import time_to_accuracy
-from time_to_accuracy import arguments, in_turns, markdown, spread
+from time_to_accuracy import arguments, grouped, in_turns, markdown, spread
 
 IMAGES = 200_000  # that each run trains on, one after the other
 WAYS = ["none", "weights", "oversample", "undersample"]
@@ -33,8 +33,7 @@ def main() -> None:
     results = in_turns("imbalance", run, WAYS, options.runs, options.data_dir, options.share)
     classes = list(results[0]["recall"])
     rows = []
-    for way in WAYS:
-        own = [result for result in results if result["class_balance"] == way]
+    for way, own in grouped(results, "class_balance").items():
         recall = [f"{100 * statistics.mean(result['recall'][name] for result in own):.0f}" for name in classes]
         accuracy = spread([result["test_accuracy"] for result in own], 100)
         macro = spread([statistics.mean(result["f1"].values()) for result in own], 100)

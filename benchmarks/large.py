@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from time_to_accuracy import RESULTS, markdown, start
+from time_to_accuracy import RESULTS, grouped, markdown, start
 from tqdm import tqdm
 
 CLASSES, TOGETHER = 10, 1000  # images that are drawn in one piece of work
@@ -75,9 +75,8 @@ def train(held: float, folder: Path, data_dir: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000, metavar="N", help="(default: 1000000)")
-    parser.add_argument(
-        "--runs", type=int, default=1, metavar="N", help="of the second and third, in turns (default: 1)"
-    )
+    turns = "of the second and third, in turns (default: 1)"
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help=turns)
     parser.add_argument("--leave", type=float, default=2.0, metavar="GIB", help="for the last run (default: 2)")
     parser.add_argument("--folder", default="data/large", metavar="DIR", help="for it all (default: data/large)")
     options = parser.parse_args()
@@ -96,9 +95,8 @@ def main() -> None:
         new.rename(folder)
     results = []
     scarce = f"from the map, {options.leave:g} GiB left for all"
-    for name, held in [
-        ("decoded first", 0), *[("from the map", 0), ("held in memory", 2**62)] * options.runs, (scarce, 0),
-    ]:  # fmt: skip
+    in_turns = [("from the map", 0), ("held in memory", 2**62)] * options.runs
+    for name, held in [("decoded first", 0), *in_turns, (scarce, 0)]:
         free = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
         taken = np.ones(max(0, free - int(options.leave * 2**30)) if name == scarce else 0, np.uint8)
         results.append({"name": name, "images": options.images} | train(held, folder, data_dir))
@@ -107,8 +105,7 @@ def main() -> None:
     (RESULTS / "large.json").write_text(json.dumps(results, indent=1))
     rows = []
     keys = ("until_training", "images_per_second", "peak_mib")
-    for name in dict.fromkeys(result["name"] for result in results):
-        own = [result for result in results if result["name"] == name]
+    for name, own in grouped(results, "name").items():
         rows.append([name, *(f"{statistics.mean(result[key] for result in own):.0f}" for key in keys)])
     print(markdown("images | until it trains, s | images/s | peak memory, MiB", rows))
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import sem, t
-from time_to_accuracy import SCRIPT
+from time_to_accuracy import RESULTS, SCRIPT, grouped
 from tqdm import tqdm
 
 ASK = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,power.draw"]
@@ -104,7 +104,7 @@ def main() -> None:
     if missing := [script for script in options.scripts if not script.is_file()]:
         parser.error(f"{missing[0]}: there is no such file")
 
-    path = Path(__file__).resolve().parent / "results" / f"{options.name}.json"
+    path = RESULTS / f"{options.name}.json"
     if path.exists():
         parser.error(f"{path} is there already: another --name")
     results: list[dict[str, Any]] = []
@@ -122,8 +122,8 @@ def main() -> None:
         results.append({"round": number, "contender": str(contender), "runs": found, "gpu": gpu})
         path.write_text(json.dumps(results, indent=1))  # hours of it are not to be lost
     print("| | runs | training, s | with the test, s | accuracy, % | first result, s |\n" + "| --- " * 6 + "|")
-    for contender in map(str, [*options.scripts, *options.variant]):
-        rounds = [result["runs"] for result in results if result["contender"] == contender]
+    for contender, starts in grouped(results, "contender").items():
+        rounds = [each["runs"] for each in starts]
         runs = [run for one in rounds for run in one]
         cells = [spread([run[key] for run in runs], 3) for key in ("seconds", "with_test")]
         cells += [spread([100 * run["accuracy"] for run in runs], 2), spread([one[0]["since"] for one in rounds], 1)]

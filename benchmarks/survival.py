@@ -67,14 +67,16 @@ def damaged(run: Path) -> list[str]:
 
 
 def compare(folder: Path, expected: dict[str, torch.Tensor]) -> list[str]:
-    """What is wrong after an accident: damaged files, a resume that fails, other weights in the end."""
+    """What is wrong after an accident: damaged files, a resume that fails, no model or other weights in the end."""
     runs = [path.parent for path in folder.glob("runs/*/*/config.json")]
     wrong = [problem for run in runs for problem in damaged(run)]
     if not list(folder.glob("runs/*/*/report.json")):
         resumed = start(folder, *(["--resume", "last"] if runs else OPTIONS))
         out, _ = resumed.communicate()
         wrong += [f"resume: {out[-300:]}"] if resumed.returncode else []
-    found = torch.load(folder / "model_cnn_digits.pth", weights_only=True)["model"]
+    if not (model := folder / "model_cnn_digits.pth").exists():
+        return [*wrong, "no model in the end"]
+    found = torch.load(model, weights_only=True)["model"]
     return wrong + [f"{name} differs" for name in expected if not torch.equal(expected[name], found[name])]
 
 
@@ -108,6 +110,13 @@ def full_disk(kilobytes: int, expected: dict[str, torch.Tensor]) -> tuple[str, l
             return (errors or ["it sufficed"])[0], wrong + compare(Path(name), expected)
         finally:
             subprocess.run(["umount", name], check=True)
+
+
+def tell(accident: str, when: str, wrong: list[str]) -> bool:
+    """Print what was wrong after an accident as a row; was there anything?"""
+    words = " ".join("; ".join(wrong).split())  # in one line, unlike what the program printed
+    print(f"| {accident} | {when} | {words or 'nothing'} |", flush=True)
+    return bool(wrong)
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
@@ -224,13 +233,11 @@ def main() -> int:
             stage, wrong = killed(seconds, 0.0 if number % 2 else 120.0, expected)
             if stage != "finished" or wrong:  # a run that had ended by then does not count
                 break
-        lost += bool(wrong)
-        print(f"| killed | after {seconds:.1f} s ({stage}) | {'; '.join(wrong) or 'nothing'} |", flush=True)
+        lost += tell("killed", f"after {seconds:.1f} s ({stage})", wrong)
     for _ in tqdm(range(options.disks), "Filling", unit="run", disable=None):
         kilobytes = chance.randrange(used // 10, used)
         stage, wrong = full_disk(kilobytes, expected)
-        lost += bool(wrong)
-        print(f"| full disk | {kilobytes} KiB ({stage[:90]}) | {'; '.join(wrong) or 'nothing'} |", flush=True)
+        lost += tell("full disk", f"{kilobytes} KiB ({stage[:90]})", wrong)
     runs = options.kills + options.disks
     print(f"\n{runs - lost} of {runs} runs went on as if undisturbed")
     return int(bool(failed + lost))

@@ -106,6 +106,11 @@ def in_turns(name: str, train: Callable[..., dict], variants: Iterable[str], run
     return results
 
 
+def grouped(results: list[dict], key: str) -> dict[str, list[dict]]:
+    """The results with each value of `key`, in the order in which they came."""
+    return {name: [each for each in results if each[key] == name] for name in dict.fromkeys(r[key] for r in results)}
+
+
 def spread(values: list[float], unit: float = 1, digits: int = 1) -> str:
     """Mean ± standard deviation, as text."""
     text = f"{unit * statistics.mean(values):.{digits}f}"
@@ -132,10 +137,8 @@ def reached(results: list[dict], target: float) -> str:
         return ""
     times = []
     for result in results:
-        for number, epoch in enumerate(result["epochs"], 1):
-            if epoch["valid_accuracy"] >= target:
-                times.append((epoch["seconds"], number))
-                break
+        epochs = enumerate(result["epochs"], 1)
+        times += [(epoch["seconds"], number) for number, epoch in epochs if epoch["valid_accuracy"] >= target][:1]
     if not times:
         return "no run"
     if len(times) < len(results):
@@ -144,13 +147,12 @@ def reached(results: list[dict], target: float) -> str:
     return f"{seconds:.0f} s, {epochs:.1f} epochs"
 
 
-def table(results: list[dict], variants: list[str], targets: list[float]) -> str:
+def table(results: list[dict], targets: list[float]) -> str:
     """A Markdown table, a row a variant."""
     valid = " | ".join(f"{100 * target:g} % valid" for target in targets)
     head = f"variant | {valid} | start-up, s | whole run, s | test accuracy, % | with views, % | peak, MiB | runs"
     rows = []
-    for variant in variants:
-        own = [result for result in results if result["variant"] == variant]
+    for variant, own in grouped(results, "variant").items():
         row: list[Any] = [f"`{variant}`", *(reached(own, target) for target in targets)]
         row += [spread([result[key] for result in own]) for key in ("start_up", "whole_run")]
         row.append(spread([result["test_accuracy"] for result in own], 100, 2))
@@ -168,13 +170,13 @@ def main() -> None:
     parser.add_argument("--name", default="time_to_accuracy", help="of the result files")
     options = parser.parse_args()
     results = in_turns(options.name, run, options.variants, options.runs, options.data_dir)
-    print(table(results, options.variants, options.targets))
+    print(table(results, options.targets))
     if not validated(results):
         return  # nothing to draw
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, variant in enumerate(options.variants):
-        for result in (result for result in validated(results) if result["variant"] == variant):
+    for number, (variant, own) in enumerate(grouped(results, "variant").items()):
+        for result in validated(own):
             times = [epoch["seconds"] for epoch in result["epochs"]]
             values = [100 * epoch["valid_accuracy"] for epoch in result["epochs"]]
             axes.plot(times, values, f"C{number}.-", alpha=0.7, label=variant if result["seed"] == 0 else None)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from time_to_accuracy import RESULTS
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,8 +84,7 @@ def main() -> None:
             f"| {rate / 1e12:.2f} | {peak / 1e12:.2f} | {100 * share:.0f} % ({spread}) |"
         )
     content = {"recipe": options.recipe, "hardware": ic.describe(device), "versions": ic.VERSIONS, "steps": rows}
-    path = Path(__file__).resolve().parent / "results" / f"{options.name}.json"
-    path.write_text(json.dumps(content, indent=1))
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

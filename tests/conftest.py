@@ -51,9 +51,13 @@ def report_of(run):
     return json.loads((run / "report.json").read_text())
 
 
+def table_of(text):
+    """The rows of a CSV file, by the names of its columns."""
+    return list(csv.DictReader(text.splitlines()))
+
+
 def rows_of(run):
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+    return table_of((run / "metrics.csv").read_text())
 
 
 def same(first, second):
@@ -122,7 +126,7 @@ class Program:
 
 
 class Inside:
-    """The same in this process, where that is as good: it saves the seconds that importing takes."""
+    """A program in this process, where that is as good: it saves the seconds that importing takes."""
 
     def __init__(self, capsys, monkeypatch, name):
         self.capsys, self.monkeypatch, self.name = capsys, monkeypatch, name
@@ -148,14 +152,15 @@ class Inside:
 
 
 @pytest.fixture
-def inside(capsys, folder, monkeypatch):
-    return Inside(capsys, monkeypatch, "image_classification")
+def tool_inside(capsys, folder, monkeypatch):
+    """A tool in this process, by its name."""
+    return functools.partial(Inside, capsys, monkeypatch)
 
 
 @pytest.fixture
-def tool_inside(capsys, folder, monkeypatch):
-    """The same of a tool, by its name."""
-    return functools.partial(Inside, capsys, monkeypatch)
+def inside(tool_inside):
+    """The program in this process."""
+    return tool_inside("image_classification")
 
 
 @pytest.fixture
@@ -189,13 +194,12 @@ def cifar10():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a model_*.pth and its run, whose epochs are kept; of all processes that test, one trains it."""
-    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    place = tmp_path_factory.getbasetemp()
-    folder = place.parent / f"trained-{shared}" if shared else place / "trained"
+    shared, own = os.environ.get("PYTEST_XDIST_TESTRUNUID"), tmp_path_factory.getbasetemp()
+    folder = own.parent / f"trained-{shared}" if shared else own / "trained"
     folder.mkdir(exist_ok=True)
-    place = find_cifar10()
-    data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "5000", "--batch-size", "250"]
-    data = data if place else ["--dataset", "digits"]
+    data = ["--dataset", "digits"]
+    if place := find_cifar10():
+        data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "5000", "--batch-size", "250"]
     with FileLock(folder / ".lock"):
         if not list(folder.glob("model_*.pth")):
             Program(folder)(*data, "--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run")

@@ -171,6 +171,16 @@ def test_mutated_files_work_or_are_refused(model_file):
     assert {"worked", "refused"} == set(done)
 
 
+def test_resume_that_fails_counts_as_a_lost_run(folder, monkeypatch, capsys):
+    survival = pytest.importorskip("survival")
+    monkeypatch.setattr(survival, "OPTIONS", ["--dataset", "digits", "--batch-size", "5000"])  # there is no run yet
+    wrong = survival.compare(folder, {"a weight": torch.zeros(1)})
+    assert survival.tell("killed", "after 1 s", wrong) and not survival.tell("killed", "after 2 s", [])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("| killed | after 1 s | resume: ") and first.endswith("; no model in the end |")
+    assert "--batch-size 5000 is larger" in first and second == "| killed | after 2 s | nothing |"
+
+
 def test_checkpoints_that_claim_to_be_huge_cost_nothing(model_file, folder):
     def write(name, change):
         content = torch.load(model_file, weights_only=True)

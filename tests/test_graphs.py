@@ -38,13 +38,13 @@ def refused(trainer, work, pool):
 
 
 @pytest.fixture
-def trained(folder, monkeypatch):
+def train(folder, monkeypatch):
     """A function that trains, with steps recorded by `capture` if there is one: (epochs, run folder)."""
 
     usual = {"dataset": "digits", "epochs": 3, "width": 0.25, "low_res": 0.7, "precision": "fp32", "batch_size": 60,
              "subset": 600}  # fmt: skip
 
-    def train(capture=None, **settings):
+    def run(capture=None, **settings):
         def prepare(trainer):
             if capture:
                 monkeypatch.setattr(graphs, "capture", functools.partial(capture, trainer))
@@ -54,18 +54,18 @@ def trained(folder, monkeypatch):
         report = ic.train(ic.configure(**settings if "resume" in settings else usual | settings))
         return report.history, report.run
 
-    return train
+    return run
 
 
-def test_recorded_steps_train_as_others_do(trained, capsys):
-    plain, _ = trained(grad_clip=5.0, ema=True)
+def test_recorded_steps_train_as_others_do(train, capsys):
+    plain, _ = train(grad_clip=5.0, ema=True)
     calls = []
 
     def capture(trainer, work, pool):
         replay, result = repeated(trainer, work, pool)
         return (lambda: (calls.append(1), replay())), result
 
-    recorded, run = trained(capture, grad_clip=5.0, ema=True)
+    recorded, run = train(capture, grad_clip=5.0, ema=True)
     assert "CUDA graph" not in capsys.readouterr().out
     state = state_of(run)
     assert len(calls) > 0.7 * state["step"]  # sizes of batches and scales, the first two steps of each as ever
@@ -75,9 +75,9 @@ def test_recorded_steps_train_as_others_do(trained, capsys):
 
 
 @pytest.mark.parametrize("capture", [stuck, refused])
-def test_recording_that_fails_is_not_used(trained, capsys, capture):
-    plain, _ = trained()
-    recorded, _ = trained(capture)
+def test_recording_that_fails_is_not_used(train, capsys, capture):
+    plain, _ = train()
+    recorded, _ = train(capture)
     assert capsys.readouterr().out.count("note: no CUDA graph of the training step") == 1
     for one, other in zip(plain, recorded, strict=True):
         assert one["train_loss"] == other["train_loss"]
@@ -94,14 +94,14 @@ def test_recordings_go_with_their_trainer():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_state_from_a_gpu_goes_on_here(trained, optimizer):
-    _, run = trained(repeated if optimizer == "muon" else None, epochs=2, optimizer=optimizer)
+def test_state_from_a_gpu_goes_on_here(train, optimizer):
+    _, run = train(repeated if optimizer == "muon" else None, epochs=2, optimizer=optimizer)
     state = state_of(run)
     for group in state["optimizers"][-1]["param_groups"]:
         assert isinstance(group["lr"], torch.Tensor) == (optimizer == "muon")
         group["capturable"] = True
     torch.save(state, run / "last.pth")
-    assert len(trained(resume=str(run), epochs=3)[0]) == 3
+    assert len(train(resume=str(run), epochs=3)[0]) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

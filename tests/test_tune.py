@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -22,13 +23,16 @@ FAST = [*QUICK, "--batch-size", "100", "--device", "cpu"]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 
 
+STUDY = Path("runs", "tune", "digits-cnn")
+
+
 def trials_of(folder):
     """What the study's journal holds at this moment."""
-    path = folder / "runs" / "tune" / "digits-cnn" / "journal.log"
+    path = folder / STUDY / "journal.log"
     if not path.exists() or not path.stat().st_size:
         return []
     storage = JournalStorage(JournalFileBackend(str(path)))
-    return optuna.load_study(study_name="digits-cnn", storage=storage).trials
+    return optuna.load_study(study_name=STUDY.name, storage=storage).trials
 
 
 def numbers(out):
@@ -53,8 +57,7 @@ def test_best_is_named_and_is_what_the_program_then_trains(searched, inside, mon
     monkeypatch.chdir(folder)
     assert numbers(out) == [0, 1, 2, 3]
     assert re.search(r"^Trial 0: \d+\.\d % \(best \d+\.\d %, trial 0\)  the defaults$", out, re.MULTILINE)
-    path = folder / "runs" / "tune" / "digits-cnn" / "best.json"
-    recipe = json.loads(path.read_text())
+    recipe = json.loads((folder / STUDY / "best.json").read_text())
     fixed = {"dataset": "digits", "subset": 400, "epochs": 2, "width": 0.25, "batch_size": 100}
     assert recipe.items() >= fixed.items() and "minutes" not in recipe
     trials = trials_of(folder)
@@ -64,10 +67,10 @@ def test_best_is_named_and_is_what_the_program_then_trains(searched, inside, mon
     gain = 100 * (best.value - trials[0].value)
     better, none = f"That is {gain:.1f} percentage points better", "No trial was better than the defaults: train with"
     assert (better if best.number else none) in out
-    assert f"python image_classification.py --recipe {path.relative_to(folder)}" in out
+    assert f"python image_classification.py --recipe {STUDY / 'best.json'}" in out
     options = out.partition("The same: python image_classification.py ")[2].split("\n")[0].split()
     assert ic.configure(**ic.parse(options)[1]) == ic.configure(**recipe)
-    inside("--recipe", path)
+    inside("--recipe", STUDY / "best.json")
     assert json.loads((only_run(folder) / "config.json").read_text()).items() >= recipe.items()
     kept = min(rows_of(only_run(folder)), key=lambda row: float(row["valid_loss"]))
     assert float(kept["valid_accuracy"]) == pytest.approx(best.value)
@@ -78,8 +81,7 @@ def test_trials_are_in_the_hparams_tab(searched):
 
     folder, _ = searched
     for trial in [trial for trial in trials_of(folder) if trial.state == TrialState.COMPLETE]:
-        path = folder / "runs" / "tune" / "digits-cnn" / f"trial-{trial.number:04d}"
-        events = events_of(path)
+        events = events_of(folder / STUDY / f"trial-{trial.number:04d}")
         start = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
         values = metadata.parse_session_start_info_plugin_data(start).hparams
         for name, value in trial.user_attrs["settings"].items():
@@ -117,7 +119,7 @@ def test_stopped_search_goes_on(here, folder):
     assert process.wait(timeout=60) == 130, err
     assert "Traceback" not in err
     assert "Best: trial " in out and "Go on with: python " in out
-    assert (folder / "runs" / "tune" / "digits-cnn" / "best.json").exists()
+    assert (folder / STUDY / "best.json").exists()
     states = [trial.state for trial in trials_of(folder)]
     assert TrialState.RUNNING not in states
     done = numbers(out)
@@ -162,19 +164,7 @@ def test_trial_of_a_killed_process_is_given_up(here, folder):
 
 
 def test_test_images_are_never_read(here, monkeypatch):
-    load = ic.load_digits
-
-    def guarded(*given):
-        def refuse():
-            raise AssertionError("the test images were read")
-
-        data = load(*given)
-        data.load_test = refuse
-        return data
-
-    monkeypatch.setattr(ic, "load_digits", guarded)
-    with pytest.raises(AssertionError):
-        _ = ic.load_data(ic.Config(dataset="digits")).test
+    monkeypatch.setattr(ic.Data, "test", property(lambda data: pytest.fail("the test images were read")))
     here(*FAST, "--trials", "2")
     here(*FAST, "--find-lr")
 
@@ -232,15 +222,14 @@ def test_sweep_draws_and_names_a_rate(here, folder, ends):
     rate = re.search(r"^Learning rate: (\S+), where the loss falls fastest", out, re.MULTILINE).group(1)
     low, high = map(float, ends[1:]) if ends else (0.12 / 1000, 0.12 * 10)
     assert low < float(rate) < high
-    picture = folder / "runs" / "tune" / "digits-cnn" / "find-lr.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (folder / STUDY / "find-lr.png").read_bytes().startswith(b"\x89PNG")
     assert f"--lr {float(rate)}" in out and "Train with it: python image_classification.py --dataset digits" in out
     assert not err and not list(folder.glob("runs/tune/*/journal.log"))
 
 
 def test_sweep_without_descent_says_so(here):
-    _, err = here(*FAST, "--find-lr", "--optimizer", "sgd", "--learning-rates", "1e30", "1e31", status=1)
-    assert err.startswith("error: the loss does not fall at any rate from 1e+30 to 1e+31")
+    error = here.error(*FAST, "--find-lr", "--optimizer", "sgd", "--learning-rates", "1e30", "1e31")
+    assert error.startswith("error: the loss does not fall at any rate from 1e+30 to 1e+31")
 
 
 @pytest.mark.parametrize("arguments", [
