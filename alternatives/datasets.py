@@ -84,10 +84,11 @@ def by_name(name: str, data_dir: Path) -> Found:
         "cifar100": datasets.CIFAR100, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
         "svhn": datasets.SVHN, "stl10": datasets.STL10,
     }  # fmt: skip
-
-    def read(train: bool) -> Any:
-        part = {"split": "train" if train else "test"} if name in ("svhn", "stl10") else {"train": train}
-        return kinds[name](str(data_dir), **part, download=True)
+    parts: list[dict[str, Any]] = [{"train": True}, {"train": False}]
+    labels = "targets"
+    if name in ("svhn", "stl10"):
+        parts, labels = [{"split": "train"}, {"split": "test"}], "labels"
+    train, test = (kinds[name](str(data_dir), **part, download=True) for part in parts)
 
     def pair(found: Any) -> Pair:
         images = torch.as_tensor(found.data)
@@ -95,13 +96,10 @@ def by_name(name: str, data_dir: Path) -> Found:
             images = images[:, None].expand(-1, 3, -1, -1)
         elif images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
-        labels = found.labels if name in ("svhn", "stl10") else found.targets
-        return images, torch.as_tensor(labels).long()
+        return images, torch.as_tensor(getattr(found, labels)).long()
 
-    train = read(True)
     classes = [str(each) for each in getattr(train, "classes", range(10))]
-    mirrored, test = name not in ("mnist", "svhn"), pair(read(False))  # now, while there is a network
-    return Found(type(train).__name__, classes, pair(train), None, test, mirrored)
+    return Found(type(train).__name__, classes, pair(train), None, pair(test), name not in ("mnist", "svhn"))
 
 
 # ==== From a file =====================================================================================================
