@@ -148,13 +148,17 @@ def extensions() -> set[str]:
     return {extension for extension, kind in Image.registered_extensions().items() if kind in formats()}
 
 
-def is_image(path: Path) -> bool:
-    """Whatever its name: does Pillow open it?"""
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of what Pillow opens, whatever its name; None of anything else."""
     try:
-        with Image.open(path, formats=formats()):
-            return True
+        with Image.open(path, formats=formats()) as file:
+            return file.size
     except (OSError, ValueError, Image.DecompressionBombError):
-        return False
+        return None
+
+
+def is_image(path: Path) -> bool:
+    return size_of(path) is not None
 
 
 # ==== The map: decoded images on disk =================================================================================
@@ -332,16 +336,14 @@ def open_map(
 
 def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
-    try:
+    records = np.empty(0, RECORD)
+    with contextlib.suppress(FileNotFoundError):
         held = (own / "images").stat().st_size // (3 * size**2)
         records = np.fromfile(own / "index", RECORD)[:held]
-    except FileNotFoundError:
-        records = np.empty(0, RECORD)
-    if not len(records):
-        return 0, np.full(len(keys), -1), np.zeros(len(keys), RECORD)
-    order = records["key"].argsort()
-    near = order[np.searchsorted(records["key"], keys, sorter=order).clip(max=len(order) - 1)]
-    return len(records), np.where(records["key"][near] == keys, near, -1), records[near]
+    rows, of_keys = np.full(len(keys), -1), np.zeros(len(keys), RECORD)
+    _, there, asked = np.intersect1d(records["key"], keys, return_indices=True)
+    rows[asked], of_keys[asked] = there, records[there]
+    return len(records), rows, of_keys
 
 
 def decode_missing(
@@ -608,13 +610,8 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
 
 def suitable_size(folder: Path, paths: np.ndarray) -> int:
     """The median of the shorter sides of some images, as 32, 48 or 64 pixels: whatever they have, up to LARGEST."""
-    sides = []
-    for path in paths[:: max(1, len(paths) // 200)]:
-        try:
-            with Image.open(folder / path, formats=formats()) as file:
-                sides.append(min(file.size))
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue
+    some = paths[:: max(1, len(paths) // 200)]
+    sides = [min(size) for path in some if (size := size_of(folder / path))]
     middle = statistics.median(sides) if sides else LARGEST
     return next((size for size in (32, 48) if middle <= size), LARGEST)
 
