@@ -276,14 +276,14 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
     """
     from filelock import FileLock, Timeout
 
-    def missing(rows: np.ndarray) -> np.ndarray:
+    def missing(rows: np.ndarray, broken: dict[str, str]) -> np.ndarray:
         """Places of the files that are neither there nor known to be broken."""
-        known = np.array([int(key) for key in known_broken(own)], np.uint64)
+        known = np.array([int(key) for key in broken], np.uint64)
         return np.flatnonzero((rows < 0) & ~np.isin(keys, known))
 
-    found = look_up(own, size, keys)
-    if not len(missing(found[1])):
-        return open_map(own, size, paths, keys, known_broken(own), found)
+    found, broken = look_up(own, size, keys), known_broken(own)
+    if not len(missing(found[1], broken)):
+        return open_map(own, size, paths, keys, broken, found)
     own.mkdir(parents=True, exist_ok=True)
     lock = FileLock(own / "lock")
     try:
@@ -298,13 +298,12 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
                 (own / "images").unlink()
                 count, rows, _ = look_up(own, size, keys)
         broken = known_broken(own)
-        if len(left := missing(rows)):
-            lasting, passing = decode_missing(own, folder, size, paths, keys, count, left)
-            broken |= lasting
+        if len(left := missing(rows, broken)):
+            lasting, passing = decode_missing(own, count, folder, size, paths[left], keys[left])
             if lasting:
-                content = {"pillow": PIL.__version__, "files": broken}
+                content = {"pillow": PIL.__version__, "files": broken | lasting}
                 write_whole(own / "unreadable.json", json.dumps(content).encode())
-            broken |= passing
+            broken |= lasting | passing
         return open_map(own, size, paths, keys, broken, look_up(own, size, keys))
 
 
@@ -347,9 +346,9 @@ def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np
 
 
 def decode_missing(
-    own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, missing: np.ndarray
+    own: Path, count: int, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Decode the `missing` of these files, in threads, after the `count` images that the map has.
+    """Decode these files, in threads, after the first `count` images of the map.
 
     Returns the keys of those that cannot be read, with the reasons: where it lasts, and where another time may do.
     """
@@ -359,35 +358,38 @@ def decode_missing(
     def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
         """How many were looked at, and images and records of those that can be read."""
         pixels, records = [], []
-        for which in some.tolist():
+        for path, key in zip(paths[some], keys[some], strict=True):
             try:
-                pixels.append((each := decode(folder / paths[which], size)).pixels)
-                records.append((keys[which], each.digest, *each.size, each.sketch))
+                pixels.append((each := decode(folder / path, size)).pixels)
+                records.append((key, each.digest, *each.size, each.sketch))
             except Exception as error:  # whatever a damaged file makes Pillow raise
                 why = str(error) or type(error).__name__
                 passes = isinstance(error, MemoryError) or getattr(error, "errno", None) or "memory" in why
-                (passing if passes else lasting)[str(keys[which])] = why
+                (passing if passes else lasting)[str(key)] = why
         return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
 
-    print(f"Decoding {many(len(missing), 'image')}, once, into {own}")
-    pieces = np.array_split(missing, math.ceil(len(missing) / max(1, min(16, PIECE // (3 * size**2)))))
-    at_once = max(4 * THREADS, WRITTEN // (len(pieces[0]) * 3 * size**2))
+    print(f"Decoding {many(len(paths), 'image')}, once, into {own}")
+    image = 3 * size**2  # bytes
+    in_piece = max(1, min(16, PIECE // image))
+    pieces = np.array_split(np.arange(len(paths)), math.ceil(len(paths) / in_piece))
+    at_once = max(4 * THREADS, WRITTEN // (in_piece * image))
     try:
         with (
             (own / "images").open("ab") as images, (own / "index").open("ab") as index,
             warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool,
-            tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
+            tqdm(desc="Decoding images", total=len(paths), unit="img", leave=False, disable=None) as bar,
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
-            images.truncate(count * 3 * size**2)  # without what was only half written
+            images.truncate(count * image)  # without what was only half written
             index.truncate(count * RECORD.itemsize)
             for start in range(0, len(pieces), at_once):
                 decoded = []
-                for looked_at, *content in pool.map(decode_some, pieces[start : start + at_once]):
-                    decoded.append(content)
-                    bar.update(looked_at)
-                for file, parts in zip((images, index), zip(*decoded, strict=True), strict=True):
-                    file.write(b"".join(parts))  # never a record before its image
+                for each in pool.map(decode_some, pieces[start : start + at_once]):
+                    decoded.append(each)
+                    bar.update(each[0])
+                _, pixels, records = zip(*decoded, strict=True)
+                for file, parts in ((images, pixels), (index, records)):  # never a record before its image
+                    file.write(b"".join(parts))
                     file.flush()
                     os.fsync(file.fileno())
     except OSError as error:
