@@ -428,7 +428,7 @@ class Images(NamedTuple):
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Those that are not hidden."""
+    """Those that are not hidden. Files are left out before they are asked for one by one: there may be many."""
     found = [Path(entry.path) for entry in os.scandir(folder) if entry.is_symlink() or entry.is_dir()]
     return sorted(path for path in found if path.is_dir() and not path.name.startswith(HIDDEN))
 
@@ -478,7 +478,8 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     import torch
 
     parts = layout(folder)
-    classes = [path.name for path in class_folders(next(iter(parts.values())))]
+    learning = next(iter(parts))  # the part to learn from: train, or all
+    classes = [path.name for path in class_folders(parts[learning])]
     paths, part_of, label_of, keys, other = list_images(folder, parts, classes)
     if other:
         kinds = Counter(Path(name).suffix.lower() or "without an extension" for name in other).most_common(5)
@@ -491,23 +492,21 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     print(f"Each image becomes {size} by {size} pixels{cost}: {how}")
     store = map_of(folder, data_dir, size, paths, keys)
     kept = Images(paths, part_of, label_of, store.rows, store.records).only(store.rows >= 0)
-    if lost := set(range(len(classes))) - set(kept.label[np.isin(kept.part, ["all", "train"])].tolist()):
+    if lost := set(range(len(classes))) - set(kept.label[kept.part == learning].tolist()):
         why = "; ".join(store.unreadable.values())
         raise ValueError(f"no image of the class {classes[min(lost)]} can be read: {why}"[:500])
+    if len(store.unreadable) > UNREADABLE * len(paths):
+        first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
+        most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
+        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
     pairs = twins(kept, store)
     chosen = np.arange(len(kept.label))
     if "all" in parts:  # of identical ones of a class the first
         alike = firsts(kept.record["digest"]) * len(classes) + kept.label
         chosen = chosen[firsts(alike) == chosen]
     report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs) | {"left_out": other}
-    if len(store.unreadable) > UNREADABLE * len(paths):
-        first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
-        most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
-        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
 
-    part = kept.part[chosen]
-    learned = chosen[np.isin(part, ["all", "train"])]
-    validated, tested = chosen[part == "valid"], chosen[part == "test"]
+    learned, validated, tested = (chosen[kept.part[chosen] == part] for part in (learning, "valid", "test"))
     if not len(tested):
         testing = draw_test(kept.label, learned, pairs, split_off)
         learned, tested = learned[~testing], learned[testing]
@@ -681,10 +680,10 @@ def describe(
     """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
     parts = list(dict.fromkeys(kept.part.tolist()))
 
-    def count(labels: np.ndarray) -> dict[str, int]:
+    def per_class(labels: np.ndarray) -> dict[str, int]:
         return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
-    table = {part: count(kept.label[kept.part == part]) for part in parts}
+    table = {part: per_class(kept.label[kept.part == part]) for part in parts}
     words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
     for part in parts:
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
@@ -694,15 +693,14 @@ def describe(
     words.append(f"  shorter sides {spread if sides[0] < sides[-1] else f'of {sides[0]} pixels'}")
     if sides[0] < size / 2:
         words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
-    learned = count(kept.label[chosen][kept.part[chosen] == parts[0]])
-    few = {name: count for name, count in learned.items() if count < FEW}
-    if few:
+    learned = per_class(kept.label[chosen][kept.part[chosen] == parts[0]])
+    if few := {name: count for name, count in learned.items() if count < FEW}:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
         words += [
             f"  fewer than {FEW} images: {listed}. Without test/ and val/, classes of 1 or 2 are trained on only;",
             "    those of 3 to 6 are tested, too, and only larger ones also validated. So small a test says little",
         ]
-    if max(learned.values()) > 5 * max(1, min(learned.values())):
+    if max(learned.values()) > 5 * min(learned.values()):
         advice = "look at each class's accuracy, and try --class-balance weights"
         words.append(f"  the classes differ much in size: {advice}")
     if unreadable:
@@ -716,24 +714,22 @@ def describe(
     elif len(pairs):
         words.append(f"  {many(same, 'pair')} of identical and {len(pairs) - same} of near-identical images{once}")
 
-    def example(which: np.ndarray) -> str:
-        return " and ".join(str(folder / kept.path[place]) for place in pairs[which][0, :2])
-
+    alike = [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
+             for *pair, same in pairs.tolist()]  # fmt: skip
     sides_of = kept.part[pairs[:, :2]]
     for one, other in itertools.combinations(parts, 2):
         if (across := (sides_of == [one, other]).all(1)).any():
             better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
-            names = f"{one} and {other}, such as {example(across)}"
+            names = f"{one} and {other}, such as {' and '.join(alike[across.argmax()][:2])}"
             words.append(f"  WARNING: {many(across.sum(), 'pair')} across {names}: {better}")
     labels = kept.label[pairs[:, :2]]
     if (crossed := labels[:, 0] != labels[:, 1]).any():
-        such = f"such as {example(crossed)}: both stay, one label is wrong"
+        such = f"such as {' and '.join(alike[crossed.argmax()][:2])}: both stay, one label is wrong"
         words.append(f"  {crossed.sum()} of these in two classes, {such}")
     sizes = Counter(zip(kept.record["width"].tolist(), kept.record["height"].tolist(), strict=True))
     return {
         "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,
         "sizes": [[f"{width}x{height}", number] for (width, height), number in sizes.most_common(20)],
         "unreadable": {str(folder / path): why for path, why in unreadable.items()}, "classes_with_few_images": few,
-        "twins": [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
-                  for *pair, same in pairs.tolist()],
+        "twins": alike,
     }  # fmt: skip
