@@ -60,18 +60,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(content[position : position + 10_000])
                     time.sleep(0.05)
             elif manner == "once":  # the first request gets a third, later ones nothing
-                first = sum(1 for each, _ in mirror.requests if each == manner) == 1
+                first = [each for each, _ in mirror.requests].count(manner) == 1
                 self.wfile.write(content[start : start + len(content) // 3] if first else b"")
             else:
                 self.wfile.write(content[start:])
-                mirror.whole += 1
 
 
 class Mirror:
     """The running server: its `url`, and what was asked of it."""
 
     def __init__(self, content):
-        self.content, self.requests, self.proxied, self.whole = content, [], [], 0
+        self.content, self.requests, self.proxied = content, [], []
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.server.mirror = self
