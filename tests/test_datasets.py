@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,13 +211,16 @@ def test_faults_of_real_folders_are_reported(photos, capsys):
 def test_twins_across_training_and_test_are_a_warning(folder):
     for part, seed in (("train", 1), ("test", 2)):
         write_images(folder / "photos" / part, {"red": 12, "green": 12}, seed=seed)
-    shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
+    train, test = Path("photos", "train"), Path("photos", "test")
+    first, leak = train / "red" / "3.png", test / "red" / "leak.png"
+    shutil.copy(first, leak)
+    shutil.copy(train / "green" / "3.png", train / "green" / "again.png")  # this pair is not across
     out = "\n".join(load_photos().report["words"])
-    assert "WARNING: 1 pair across train and test" in out and "leak.png" in out and "the test accuracy" in out
-    shutil.copytree(folder / "photos" / "train", folder / "photos" / "val")
-    (folder / "photos" / "test" / "red" / "leak.png").unlink()
+    assert f"WARNING: 1 pair across train and test, such as {first} and {leak}: the test accuracy" in out
+    shutil.copytree(train, train.with_name("val"))
+    leak.unlink()
     out = "\n".join(load_photos().report["words"])
-    assert "WARNING: 24 pairs across train and valid" in out and "the test accuracy" not in out
+    assert "WARNING: 25 pairs across train and valid" in out and "the test accuracy" not in out
 
 
 @pytest.mark.parametrize(("count", "split"), [(1, (1, 0, 0)), (2, (2, 0, 0)), (3, (2, 0, 1)), (10, (7, 1, 2))])
