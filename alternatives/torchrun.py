@@ -44,6 +44,7 @@ def begin(given: dict[str, Any]) -> dict[str, Any]:
     if not (run / "config.json").exists():  # it ended before there was anything to go on from
         return given
     model = json.loads((run / "config.json").read_text())["model"]
+    # a network's file has to be named again, lest the folder be somebody else's: this one is not
     own = {"model": model} if ":" in model and not model.startswith("torchvision:") else {}
     return {name: given[name] for name in CHANGEABLE if name in given} | own | {"resume": str(run)}
 

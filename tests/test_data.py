@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 import random
 import re
 import signal
@@ -324,8 +325,5 @@ def test_epoch_plan_follows_from_seed_and_epoch():
 
 
 def test_classes_are_named_in_the_files_order(cifar10):
-    import pickle
-
-    folder = cifar10 if (cifar10 / "batches.meta").exists() else cifar10 / "cifar-10-batches-py"
-    names = pickle.loads((folder / "batches.meta").read_bytes())["label_names"]
+    names = pickle.loads((cifar10 / ic.BATCHES / "batches.meta").read_bytes())["label_names"]
     assert [{"plane": "airplane", "car": "automobile"}.get(name, name) for name in ic.CLASSES] == names
