@@ -687,12 +687,13 @@ def describe(
     words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
     for part in parts:
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
-        words.append(f"  {part}: {sum(table[part].values())} images ({listed})")
+        words.append(f"  {part}: {many(sum(table[part].values()), 'image')} ({listed})")
     sides = np.sort(np.minimum(kept.record["width"], kept.record["height"]))
     spread = f"from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}"
     words.append(f"  shorter sides {spread if sides[0] < sides[-1] else f'of {sides[0]} pixels'}")
-    if sides[0] < size / 2:
-        words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
+    if small := int((sides < size / 2).sum()):
+        are = "is" if small == 1 else "are"
+        words.append(f"  {many(small, 'image')} {are} less than half as large as {size} pixels")
     learned = per_class(kept.label[chosen][kept.part[chosen] == parts[0]])
     if few := {name: count for name, count in learned.items() if count < FEW}:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())

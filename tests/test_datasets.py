@@ -196,15 +196,17 @@ def test_faults_of_real_folders_are_reported(photos, capsys):
     (photos / "red" / "text.jpg").write_text("no image")
     (photos / "blue" / ".hidden.png").write_text("no image")
     (photos / "blue" / "notes.txt").write_text("no image")
+    Image.new("RGB", (20, 30)).save(photos / "blue" / "icon.png")
     data = load_photos()
     out = "\n".join([capsys.readouterr().out, *data.report["words"]])
     assert "no format that Pillow knows: 1 file (1 .txt)" in out
     assert "cannot be read: 1 file: " in out and "text.jpg" in out
+    assert "1 image is less than half as large as 48 pixels" in out
     assert "fewer than 10 images: rare (3)" in out and "differ much in size" in out
     assert "in two classes, such as " in out and "near-identical" in out
     kinds = [kind for *_, kind in data.report["twins"]]
     assert kinds.count("near-identical") == 1 and kinds.count("identical") == 3
-    total = 110 + 3 + 4 - 2  # of the red copies one each is left
+    total = 110 + 3 + 5 - 2  # of the red copies one each is left
     assert sum(len(part.labels) for part in (data.train, data.valid, data.test)) == total
 
 
