@@ -84,10 +84,11 @@ def by_name(name: str, data_dir: Path) -> Found:
         "cifar100": datasets.CIFAR100, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
         "svhn": datasets.SVHN, "stl10": datasets.STL10,
     }  # fmt: skip
-
-    def read(train: bool) -> Any:
-        part = {"split": "train" if train else "test"} if name in ("svhn", "stl10") else {"train": train}
-        return kinds[name](str(data_dir), **part, download=True)
+    parts: list[dict[str, Any]] = [{"train": True}, {"train": False}]
+    labels = "targets"
+    if name in ("svhn", "stl10"):
+        parts, labels = [{"split": "train"}, {"split": "test"}], "labels"
+    train, test = (kinds[name](str(data_dir), **part, download=True) for part in parts)
 
     def pair(found: Any) -> Pair:
         images = torch.as_tensor(found.data)
@@ -95,13 +96,10 @@ def by_name(name: str, data_dir: Path) -> Found:
             images = images[:, None].expand(-1, 3, -1, -1)
         elif images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
-        labels = found.labels if name in ("svhn", "stl10") else found.targets
-        return images, torch.as_tensor(labels).long()
+        return images, torch.as_tensor(getattr(found, labels)).long()
 
-    train = read(True)
     classes = [str(each) for each in getattr(train, "classes", range(10))]
-    mirrored, test = name not in ("mnist", "svhn"), pair(read(False))  # now, while there is a network
-    return Found(type(train).__name__, classes, pair(train), None, test, mirrored)
+    return Found(type(train).__name__, classes, pair(train), None, pair(test), name not in ("mnist", "svhn"))
 
 
 # ==== From a file =====================================================================================================
@@ -150,13 +148,17 @@ def extensions() -> set[str]:
     return {extension for extension, kind in Image.registered_extensions().items() if kind in formats()}
 
 
-def is_image(path: Path) -> bool:
-    """Whatever its name: does Pillow open it?"""
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of what Pillow opens, whatever its name; None of anything else."""
     try:
-        with Image.open(path, formats=formats()):
-            return True
+        with Image.open(path, formats=formats()) as file:
+            return file.size
     except (OSError, ValueError, Image.DecompressionBombError):
-        return False
+        return None
+
+
+def is_image(path: Path) -> bool:
+    return size_of(path) is not None
 
 
 # ==== The map: decoded images on disk =================================================================================
@@ -274,14 +276,14 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
     """
     from filelock import FileLock, Timeout
 
-    def missing(rows: np.ndarray) -> np.ndarray:
+    def missing(rows: np.ndarray, broken: dict[str, str]) -> np.ndarray:
         """Places of the files that are neither there nor known to be broken."""
-        known = np.array([int(key) for key in known_broken(own)], np.uint64)
+        known = np.array([int(key) for key in broken], np.uint64)
         return np.flatnonzero((rows < 0) & ~np.isin(keys, known))
 
-    found = look_up(own, size, keys)
-    if not len(missing(found[1])):
-        return open_map(own, size, paths, keys, known_broken(own), found)
+    found, broken = look_up(own, size, keys), known_broken(own)
+    if not len(missing(found[1], broken)):
+        return open_map(own, size, paths, keys, broken, found)
     own.mkdir(parents=True, exist_ok=True)
     lock = FileLock(own / "lock")
     try:
@@ -296,13 +298,12 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
                 (own / "images").unlink()
                 count, rows, _ = look_up(own, size, keys)
         broken = known_broken(own)
-        if len(left := missing(rows)):
-            lasting, passing = decode_missing(own, folder, size, paths, keys, count, left)
-            broken |= lasting
+        if len(left := missing(rows, broken)):
+            lasting, passing = decode_missing(own, count, folder, size, paths[left], keys[left])
             if lasting:
-                content = {"pillow": PIL.__version__, "files": broken}
+                content = {"pillow": PIL.__version__, "files": broken | lasting}
                 write_whole(own / "unreadable.json", json.dumps(content).encode())
-            broken |= passing
+            broken |= lasting | passing
         return open_map(own, size, paths, keys, broken, look_up(own, size, keys))
 
 
@@ -334,22 +335,20 @@ def open_map(
 
 def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
-    try:
+    records = np.empty(0, RECORD)
+    with contextlib.suppress(FileNotFoundError):
         held = (own / "images").stat().st_size // (3 * size**2)
         records = np.fromfile(own / "index", RECORD)[:held]
-    except FileNotFoundError:
-        records = np.empty(0, RECORD)
-    if not len(records):
-        return 0, np.full(len(keys), -1), np.zeros(len(keys), RECORD)
-    order = records["key"].argsort()
-    near = order[np.searchsorted(records["key"], keys, sorter=order).clip(max=len(order) - 1)]
-    return len(records), np.where(records["key"][near] == keys, near, -1), records[near]
+    rows, of_keys = np.full(len(keys), -1), np.zeros(len(keys), RECORD)
+    _, there, asked = np.intersect1d(records["key"], keys, return_indices=True)
+    rows[asked], of_keys[asked] = there, records[there]
+    return len(records), rows, of_keys
 
 
 def decode_missing(
-    own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray, count: int, missing: np.ndarray
+    own: Path, count: int, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Decode the `missing` of these files, in threads, after the `count` images that the map has.
+    """Decode these files, in threads, after the first `count` images of the map.
 
     Returns the keys of those that cannot be read, with the reasons: where it lasts, and where another time may do.
     """
@@ -359,35 +358,38 @@ def decode_missing(
     def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
         """How many were looked at, and images and records of those that can be read."""
         pixels, records = [], []
-        for which in some.tolist():
+        for path, key in zip(paths[some], keys[some], strict=True):
             try:
-                pixels.append((each := decode(folder / paths[which], size)).pixels)
-                records.append((keys[which], each.digest, *each.size, each.sketch))
+                pixels.append((each := decode(folder / path, size)).pixels)
+                records.append((key, each.digest, *each.size, each.sketch))
             except Exception as error:  # whatever a damaged file makes Pillow raise
                 why = str(error) or type(error).__name__
                 passes = isinstance(error, MemoryError) or getattr(error, "errno", None) or "memory" in why
-                (passing if passes else lasting)[str(keys[which])] = why
+                (passing if passes else lasting)[str(key)] = why
         return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
 
-    print(f"Decoding {many(len(missing), 'image')}, once, into {own}")
-    pieces = np.array_split(missing, math.ceil(len(missing) / max(1, min(16, PIECE // (3 * size**2)))))
-    at_once = max(4 * THREADS, WRITTEN // (len(pieces[0]) * 3 * size**2))
+    print(f"Decoding {many(len(paths), 'image')}, once, into {own}")
+    image = 3 * size**2  # bytes
+    in_piece = max(1, min(16, PIECE // image))
+    pieces = np.array_split(np.arange(len(paths)), math.ceil(len(paths) / in_piece))
+    at_once = max(4 * THREADS, WRITTEN // (in_piece * image))
     try:
         with (
             (own / "images").open("ab") as images, (own / "index").open("ab") as index,
             warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool,
-            tqdm(desc="Decoding images", total=len(missing), unit="img", leave=False, disable=None) as bar,
+            tqdm(desc="Decoding images", total=len(paths), unit="img", leave=False, disable=None) as bar,
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
-            images.truncate(count * 3 * size**2)  # without what was only half written
+            images.truncate(count * image)  # without what was only half written
             index.truncate(count * RECORD.itemsize)
             for start in range(0, len(pieces), at_once):
                 decoded = []
-                for looked_at, *content in pool.map(decode_some, pieces[start : start + at_once]):
-                    decoded.append(content)
-                    bar.update(looked_at)
-                for file, parts in zip((images, index), zip(*decoded, strict=True), strict=True):
-                    file.write(b"".join(parts))  # never a record before its image
+                for each in pool.map(decode_some, pieces[start : start + at_once]):
+                    decoded.append(each)
+                    bar.update(each[0])
+                _, pixels, records = zip(*decoded, strict=True)
+                for file, parts in ((images, pixels), (index, records)):  # never a record before its image
+                    file.write(b"".join(parts))
                     file.flush()
                     os.fsync(file.fileno())
     except OSError as error:
@@ -426,7 +428,7 @@ class Images(NamedTuple):
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Those that are not hidden."""
+    """Those that are not hidden. Files are left out before they are asked for one by one: there may be many."""
     found = [Path(entry.path) for entry in os.scandir(folder) if entry.is_symlink() or entry.is_dir()]
     return sorted(path for path in found if path.is_dir() and not path.name.startswith(HIDDEN))
 
@@ -476,7 +478,8 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     import torch
 
     parts = layout(folder)
-    classes = [path.name for path in class_folders(next(iter(parts.values())))]
+    learning = next(iter(parts))  # the part to learn from: train, or all
+    classes = [path.name for path in class_folders(parts[learning])]
     paths, part_of, label_of, keys, other = list_images(folder, parts, classes)
     if other:
         kinds = Counter(Path(name).suffix.lower() or "without an extension" for name in other).most_common(5)
@@ -489,23 +492,21 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     print(f"Each image becomes {size} by {size} pixels{cost}: {how}")
     store = map_of(folder, data_dir, size, paths, keys)
     kept = Images(paths, part_of, label_of, store.rows, store.records).only(store.rows >= 0)
-    if lost := set(range(len(classes))) - set(kept.label[np.isin(kept.part, ["all", "train"])].tolist()):
+    if lost := set(range(len(classes))) - set(kept.label[kept.part == learning].tolist()):
         why = "; ".join(store.unreadable.values())
         raise ValueError(f"no image of the class {classes[min(lost)]} can be read: {why}"[:500])
+    if len(store.unreadable) > UNREADABLE * len(paths):
+        first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
+        most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
+        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
     pairs = twins(kept, store)
     chosen = np.arange(len(kept.label))
     if "all" in parts:  # of identical ones of a class the first
         alike = firsts(kept.record["digest"]) * len(classes) + kept.label
         chosen = chosen[firsts(alike) == chosen]
     report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs) | {"left_out": other}
-    if len(store.unreadable) > UNREADABLE * len(paths):
-        first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
-        most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
-        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
 
-    part = kept.part[chosen]
-    learned = chosen[np.isin(part, ["all", "train"])]
-    validated, tested = chosen[part == "valid"], chosen[part == "test"]
+    learned, validated, tested = (chosen[kept.part[chosen] == part] for part in (learning, "valid", "test"))
     if not len(tested):
         testing = draw_test(kept.label, learned, pairs, split_off)
         learned, tested = learned[~testing], learned[testing]
@@ -610,13 +611,8 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
 
 def suitable_size(folder: Path, paths: np.ndarray) -> int:
     """The median of the shorter sides of some images, as 32, 48 or 64 pixels: whatever they have, up to LARGEST."""
-    sides = []
-    for path in paths[:: max(1, len(paths) // 200)]:
-        try:
-            with Image.open(folder / path, formats=formats()) as file:
-                sides.append(min(file.size))
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue
+    some = paths[:: max(1, len(paths) // 200)]
+    sides = [min(size) for path in some if (size := size_of(folder / path))]
     middle = statistics.median(sides) if sides else LARGEST
     return next((size for size in (32, 48) if middle <= size), LARGEST)
 
@@ -684,28 +680,28 @@ def describe(
     """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
     parts = list(dict.fromkeys(kept.part.tolist()))
 
-    def count(labels: np.ndarray) -> dict[str, int]:
+    def per_class(labels: np.ndarray) -> dict[str, int]:
         return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
-    table = {part: count(kept.label[kept.part == part]) for part in parts}
+    table = {part: per_class(kept.label[kept.part == part]) for part in parts}
     words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
     for part in parts:
         listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
-        words.append(f"  {part}: {sum(table[part].values())} images ({listed})")
+        words.append(f"  {part}: {many(sum(table[part].values()), 'image')} ({listed})")
     sides = np.sort(np.minimum(kept.record["width"], kept.record["height"]))
     spread = f"from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}"
     words.append(f"  shorter sides {spread if sides[0] < sides[-1] else f'of {sides[0]} pixels'}")
-    if sides[0] < size / 2:
-        words.append(f"  {(sides < size / 2).sum()} images are less than half as large as {size} pixels")
-    learned = count(kept.label[chosen][kept.part[chosen] == parts[0]])
-    few = {name: count for name, count in learned.items() if count < FEW}
-    if few:
+    if small := int((sides < size / 2).sum()):
+        are = "is" if small == 1 else "are"
+        words.append(f"  {many(small, 'image')} {are} less than half as large as {size} pixels")
+    learned = per_class(kept.label[chosen][kept.part[chosen] == parts[0]])
+    if few := {name: count for name, count in learned.items() if count < FEW}:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
         words += [
             f"  fewer than {FEW} images: {listed}. Without test/ and val/, classes of 1 or 2 are trained on only;",
             "    those of 3 to 6 are tested, too, and only larger ones also validated. So small a test says little",
         ]
-    if max(learned.values()) > 5 * max(1, min(learned.values())):
+    if max(learned.values()) > 5 * min(learned.values()):
         advice = "look at each class's accuracy, and try --class-balance weights"
         words.append(f"  the classes differ much in size: {advice}")
     if unreadable:
@@ -719,24 +715,22 @@ def describe(
     elif len(pairs):
         words.append(f"  {many(same, 'pair')} of identical and {len(pairs) - same} of near-identical images{once}")
 
-    def example(which: np.ndarray) -> str:
-        return " and ".join(str(folder / kept.path[place]) for place in pairs[which][0, :2])
-
+    alike = [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
+             for *pair, same in pairs.tolist()]  # fmt: skip
     sides_of = kept.part[pairs[:, :2]]
     for one, other in itertools.combinations(parts, 2):
         if (across := (sides_of == [one, other]).all(1)).any():
             better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
-            names = f"{one} and {other}, such as {example(across)}"
+            names = f"{one} and {other}, such as {' and '.join(alike[across.argmax()][:2])}"
             words.append(f"  WARNING: {many(across.sum(), 'pair')} across {names}: {better}")
     labels = kept.label[pairs[:, :2]]
     if (crossed := labels[:, 0] != labels[:, 1]).any():
-        such = f"such as {example(crossed)}: both stay, one label is wrong"
+        such = f"such as {' and '.join(alike[crossed.argmax()][:2])}: both stay, one label is wrong"
         words.append(f"  {crossed.sum()} of these in two classes, {such}")
     sizes = Counter(zip(kept.record["width"].tolist(), kept.record["height"].tolist(), strict=True))
     return {
         "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,
         "sizes": [[f"{width}x{height}", number] for (width, height), number in sizes.most_common(20)],
         "unreadable": {str(folder / path): why for path, why in unreadable.items()}, "classes_with_few_images": few,
-        "twins": [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
-                  for *pair, same in pairs.tolist()],
+        "twins": alike,
     }  # fmt: skip

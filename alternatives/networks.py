@@ -218,12 +218,11 @@ class Airbench(nn.Module):
         parts: list[nn.Module] = [nn.GELU()]
         widths = [8 * channels, 64, 256, 256]
         for inputs, width in itertools.pairwise(widths):
-            first, second = (nn.Conv2d(i, width, 3, padding=1, bias=False) for i in (inputs, width))
-            norms = [nn.BatchNorm2d(width, momentum=0.4) for _ in range(2)]
-            for convolution, norm in zip((first, second), norms, strict=True):
-                nn.init.dirac_(convolution.weight[: convolution.in_channels])
+            for i, pooling in ((inputs, [nn.MaxPool2d(2)]), (width, [])):
+                convolution, norm = nn.Conv2d(i, width, 3, padding=1, bias=False), nn.BatchNorm2d(width, momentum=0.4)
+                nn.init.dirac_(convolution.weight[:i])
                 norm.weight.requires_grad_(False)
-            parts += [first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU()]
+                parts += [convolution, *pooling, norm, nn.GELU()]
         self.body = nn.Sequential(*parts, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(widths[-1], classes, bias=False)
 

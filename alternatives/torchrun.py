@@ -44,6 +44,7 @@ def begin(given: dict[str, Any]) -> dict[str, Any]:
     if not (run / "config.json").exists():  # it ended before there was anything to go on from
         return given
     model = json.loads((run / "config.json").read_text())["model"]
+    # a network's file has to be named again, lest the folder be somebody else's: this one is not
     own = {"model": model} if ":" in model and not model.startswith("torchvision:") else {}
     return {name: given[name] for name in CHANGEABLE if name in given} | own | {"resume": str(run)}
 
@@ -99,20 +100,19 @@ def fresh_part(shared: Any, rank: int, world: int) -> Any:
     """
     own = uuid.uuid4().hex
     if rank == 0:
+        part = dist.PrefixStore(own, shared)
         shared.set(PART, own)
         for other in range(1, world):
-            shared.wait([f"{own}/asked by {other}"], PATIENCE)
-            shared.set(f"{own}/answer to {other}", shared.get(f"{own}/asked by {other}"))
-        return dist.PrefixStore(own, shared)
+            part.wait([f"asked by {other}"], PATIENCE)
+            part.set(f"answer to {other}", part.get(f"asked by {other}").decode())
+        return part
     shared.wait([PART], PATIENCE)
-    part = answer = ""
-    while answer != own:
-        if (named := shared.get(PART).decode()) != part:
-            shared.set(f"{(part := named)}/asked by {rank}", own)
+    while True:
+        part = dist.PrefixStore(shared.get(PART).decode(), shared)
+        part.set(f"asked by {rank}", own)
         time.sleep(0.05)
-        there = shared.check([f"{part}/answer to {rank}"])
-        answer = shared.get(f"{part}/answer to {rank}").decode() if there else ""
-    return dist.PrefixStore(part, shared)
+        if part.check([f"answer to {rank}"]) and part.get(f"answer to {rank}").decode() == own:
+            return part
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -149,7 +149,7 @@ def share(model: nn.Module, images: Any, classify: Callable[[Any], torch.Tensor]
         dist.broadcast(buffer, 0)
     if len(images) < count:
         return classify(images)
-    shares = [torch.empty(0)] * count
+    shares: list[Any] = [None] * count
     dist.all_gather_object(shares, classify(images[rank::count]))
     logits = torch.empty(len(images), shares[0].shape[1])
     for i, part in enumerate(shares):

@@ -250,6 +250,13 @@ def photos(folder):
     return folder / "photos"
 
 
+def load_photos(**settings):
+    """The data set in the folder photos/ of the current one."""
+    import image_classification as ic
+
+    return ic.load_data(ic.Config(dataset="photos", **settings))
+
+
 @pytest.fixture
 def small_disk(folder):
     """A function that mounts a file system of so many KiB and returns its folder."""

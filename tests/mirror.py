@@ -5,6 +5,8 @@ import http.server
 import threading
 import time
 
+STOPS = {"silent": 0, "stall": 50_000, "tire": 700_000}  # bytes, then nothing; tire: more than a probe takes
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -18,8 +20,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path.startswith("http://"):  # asked as a proxy
             mirror.proxied.append(path)
             path = "/" + path.split("/", 3)[3]
-        manner = path.split("/")[1]
-        mirror.requests.append((manner, self.headers.get("Range")))
+        manner, wanted = path.split("/")[1], self.headers.get("Range")
+        mirror.requests.append((manner, wanted))
         content, start = mirror.content, 0
         if manner == "gone":
             return self.send_error(404)
@@ -32,7 +34,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = b"<html>Please log in to this network</html>"
         elif manner == "lie":
             content = bytes(len(content))
-        wanted = self.headers.get("Range")
         if wanted and not manner.startswith(("rangeless", "page")):
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             self.send_response(206)
@@ -45,13 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         with contextlib.suppress(OSError):
-            if manner == "silent":
-                time.sleep(30)
-            elif manner == "stall":
-                self.wfile.write(content[start : start + 50_000])
-                time.sleep(30)
-            elif manner == "tire":  # after more than a probe takes
-                self.wfile.write(content[start : start + 700_000])
+            if manner in STOPS:
+                self.wfile.write(content[start : start + STOPS[manner]])
                 time.sleep(30)
             elif manner == "cut":
                 self.wfile.write(content[start : start + len(content) // 3])
@@ -60,18 +56,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(content[position : position + 10_000])
                     time.sleep(0.05)
             elif manner == "once":  # the first request gets a third, later ones nothing
-                first = sum(1 for each, _ in mirror.requests if each == manner) == 1
+                first = [each for each, _ in mirror.requests].count(manner) == 1
                 self.wfile.write(content[start : start + len(content) // 3] if first else b"")
             else:
                 self.wfile.write(content[start:])
-                mirror.whole += 1
 
 
 class Mirror:
     """The running server: its `url`, and what was asked of it."""
 
     def __init__(self, content):
-        self.content, self.requests, self.proxied, self.whole = content, [], [], 0
+        self.content, self.requests, self.proxied = content, [], []
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.server.mirror = self

@@ -63,7 +63,7 @@ def test_table_counts_every_weight(capsys):
 
 
 def test_recipe_and_network_by_name(inside, folder):
-    out, _ = inside("--recipe", "beginner", *QUICK[:2], "--subset", "64", "--epochs", "1")
+    out, _ = inside("--recipe", "beginner", "--dataset", "digits", "--subset", "64", "--epochs", "1")
     assert "545,290" in out and "float32" in out
     assert (folder / "model_beginner-cnn_digits.pth").exists()
 
@@ -126,7 +126,7 @@ def test_pretrained_weights_that_cannot_be_had(inside, folder, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(folder))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies of its first use
-    error = inside.error(*QUICK[:2], "--model", "torchvision:squeezenet1_1", "--pretrained")
+    error = inside.error("--dataset", "digits", "--model", "torchvision:squeezenet1_1", "--pretrained")
     assert "ImageNet weights could not be downloaded" in error and "squeezenet1_1-" in error and "--init-from" in error
     assert not (folder / "runs").exists()
 
@@ -134,9 +134,9 @@ def test_pretrained_weights_that_cannot_be_had(inside, folder, monkeypatch):
 def test_damaged_file_of_weights_is_named(inside, folder):
     (folder / "bad.pth").write_bytes(b"no weights")
     options = ["--model", "torchvision:squeezenet1_1", "--pretrained", "--init-from"]
-    assert "bad.pth is damaged or no file of weights" in inside.error(*QUICK[:2], *options, "bad.pth")
+    assert "bad.pth is damaged or no file of weights" in inside.error("--dataset", "digits", *options, "bad.pth")
     torch.save({"weight": torch.zeros(3)}, folder / "other.pth")
-    assert "other.pth holds another network" in inside.error(*QUICK[:2], *options, "other.pth")
+    assert "other.pth holds another network" in inside.error("--dataset", "digits", *options, "other.pth")
 
 
 def test_tuned_network_goes_on_with_its_head(folder, imagenet):
@@ -164,12 +164,12 @@ def test_small_images_are_not_made_smaller(inside, monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_b0", "googlenet", "vit_b_16"])
 def test_torchvision_networks(name):
-    size = 224 if name in ("googlenet",) else 32
+    size = 224 if name == "googlenet" else 32
     network = networks.factory(f"torchvision:{name}")(classes=7, image_size=size)
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
 
 
-def test_own_model_is_tuned_to_other_classes(inside, folder, monkeypatch):
+def test_own_model_is_tuned_to_other_classes(inside, folder):
     inside(*QUICK, "--out", "ten.pth")
     content = torch.load(folder / "ten.pth", weights_only=True)
     config = ic.Config(dataset="digits", width=0.25, init_from="ten.pth")
@@ -316,9 +316,10 @@ def test_dropout_and_depth_reach_the_network():
 
 
 def test_every_network_has_settings_of_its_own():
+    data = ic.load_data(ic.Config(dataset="digits"))
     for name, settings in networks.SETTINGS.items():
         assert {"optimizer", "lr", "epochs"} <= settings.keys(), name
-        config = ic.settle(ic.Config(dataset="digits", model=name), ic.load_data(ic.Config(dataset="digits")))
+        config = ic.settle(ic.Config(dataset="digits", model=name), data)
         assert None not in (config.optimizer, config.lr, config.epochs, config.batch_size, config.augment)
 
 
@@ -329,11 +330,10 @@ def test_resnets_have_the_stem_for_small_images(name):
     network.avgpool.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[-1]))
     with torch.no_grad():
         network.eval()(torch.zeros(1, 3, 32, 32))
-    convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
-    deep = sum(layer.kernel_size != (1, 1) or name not in ("resnet18", "resnet34") and "downsample" not in label
-               for label, layer in network.named_modules() if isinstance(layer, torch.nn.Conv2d))  # fmt: skip
-    assert seen == [4] and convolutions[0].stride == (1, 1)
-    assert deep + 1 == int(name.removeprefix("resnet"))  # and the classifier
+    convolutions = [label for label, layer in network.named_modules() if isinstance(layer, torch.nn.Conv2d)]
+    in_a_row = [label for label in convolutions if "downsample" not in label]
+    assert seen == [4] and network.conv1.stride == (1, 1)
+    assert len(in_a_row) + 1 == int(name.removeprefix("resnet"))  # and the classifier
 
 
 def test_fftnet_filters_spectra_in_fp32_under_autocast():
@@ -366,7 +366,7 @@ def network(classes=10, channels=3, image_size=32):
 
 
 def test_network_of_one_image_size_and_low_res(inside, folder):
-    error = inside.error(*QUICK[:2], "--model", "notebook-cnn", "--low-res", "0.5")
+    error = inside.error("--dataset", "digits", "--model", "notebook-cnn", "--low-res", "0.5")
     assert "images of 32 pixels, which become 16 in the first --low-res of a run" in error
     assert not (folder / "runs").exists()
 
@@ -376,4 +376,4 @@ def test_torch_and_torchvision_that_do_not_fit(inside, monkeypatch):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(networks, "torchvision_model", misfit)
-    assert "pip install --force-reinstall" in inside.error(*QUICK[:2], "--model", "torchvision:resnet18")
+    assert "pip install --force-reinstall" in inside.error("--dataset", "digits", "--model", "torchvision:resnet18")

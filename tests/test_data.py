@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 import random
 import re
 import signal
@@ -60,7 +61,7 @@ def test_source_that_stalls_later_is_left(fetch, mirror, capsys):
     assert re.search(r"leaving \S+/tire/a.tar.gz: (timed out|it is slow)", capsys.readouterr().out)
 
 
-def test_quickest_source_is_taken(fetch, mirror, monkeypatch):
+def test_quickest_source_is_taken(fetch, mirror):
     fetch("crawl", "good", "gone")
     assert ("good", "bytes=0-") in mirror.requests[3:]  # probes first, then the download
     assert all(manner == "good" for manner, _ in mirror.requests[3:])
@@ -123,7 +124,7 @@ def test_proxy_is_honoured(fetch, mirror, monkeypatch):
     assert mirror.proxied[-1] == f"http://teacher.invalid/good/{ic.ARCHIVE}"
 
 
-def test_refused_certificate_is_named_with_its_remedy(fetch, mirror, folder, monkeypatch):
+def test_refused_certificate_is_named_with_its_remedy(fetch, folder):
     names = ["-subj", "/CN=localhost", "-days", "1", "-keyout", str(folder / "k"), "-out", str(folder / "c")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names]
     try:
@@ -324,8 +325,5 @@ def test_epoch_plan_follows_from_seed_and_epoch():
 
 
 def test_classes_are_named_in_the_files_order(cifar10):
-    import pickle
-
-    folder = cifar10 if (cifar10 / "batches.meta").exists() else cifar10 / "cifar-10-batches-py"
-    names = pickle.loads((folder / "batches.meta").read_bytes())["label_names"]
+    names = pickle.loads((cifar10 / ic.BATCHES / "batches.meta").read_bytes())["label_names"]
     assert [{"plane": "airplane", "car": "automobile"}.get(name, name) for name in ic.CLASSES] == names

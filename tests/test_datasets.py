@@ -6,23 +6,18 @@ import os
 import pickle
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, report_of, write_images
+from conftest import load_photos, only_run, report_of, write_images
 from PIL import Image
 
 import image_classification as ic
 from alternatives import datasets
 
 QUICKLY = ["--width", "0.25", "--epochs", "1"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(monkeypatch, tmp_path):
-    """What is decoded does not go into this repository's data/."""
-    monkeypatch.chdir(tmp_path)
 
 
 def md5(path):
@@ -147,10 +142,10 @@ def test_folder_of_class_folders_is_split_and_learned(inside, folder, photos):
     assert "Epoch 0012" in out
 
 
-def test_train_test_and_validation_folders(inside, folder):
+def test_train_test_and_validation_folders(folder):
     for part, count in (("Training", 20), ("Test", 5), ("validation", 4)):
         write_images(folder / "photos" / part, {"red": count, "green": count}, seed=count)
-    data = ic.load_data(ic.Config(dataset=str(folder / "photos"), image_size=24))
+    data = load_photos(image_size=24)
     assert [len(part.labels) for part in (data.train, data.valid, data.test)] == [40, 8, 10]
     first = Image.open(folder / "photos" / "Training" / "green" / "0.png").resize((24, 24), box=(6, 0, 42, 36))
     seen = data.train.images[0].permute(1, 2, 0).numpy().astype(int)
@@ -161,7 +156,7 @@ def test_train_test_and_validation_folders(inside, folder):
 @pytest.mark.parametrize(("sides", "size"), [((20, 30), 32), ((40, 60), 48), ((300, 200), 64)])
 def test_image_size_follows_the_images(folder, capsys, sides, size):
     write_images(folder / "photos", {"red": 10, "green": 10}, sides)
-    assert ic.load_data(ic.Config(dataset=str(folder / "photos"))).train.images.shape[2:] == (size, size)
+    assert load_photos().train.images.shape[2:] == (size, size)
     assert f"becomes {size} by {size} pixels" in capsys.readouterr().out
 
 
@@ -191,7 +186,7 @@ def test_every_kind_of_image_is_read_upright(folder):
         assert found[:14].mean() > (250 if most < 1000 else 3) and found[18:].mean() < 5, most
 
 
-def test_faults_of_real_folders_are_reported(folder, photos, capsys):
+def test_faults_of_real_folders_are_reported(photos, capsys):
     write_images(photos, {"rare": 3}, seed=5)
     first = sorted((photos / "red").iterdir())[0]
     shutil.copy(first, photos / "red" / "copy.png")
@@ -201,49 +196,54 @@ def test_faults_of_real_folders_are_reported(folder, photos, capsys):
     (photos / "red" / "text.jpg").write_text("no image")
     (photos / "blue" / ".hidden.png").write_text("no image")
     (photos / "blue" / "notes.txt").write_text("no image")
-    data = ic.load_data(ic.Config(dataset=str(photos)))
+    Image.new("RGB", (20, 30)).save(photos / "blue" / "icon.png")
+    data = load_photos()
     out = "\n".join([capsys.readouterr().out, *data.report["words"]])
     assert "no format that Pillow knows: 1 file (1 .txt)" in out
     assert "cannot be read: 1 file: " in out and "text.jpg" in out
+    assert "1 image is less than half as large as 48 pixels" in out
     assert "fewer than 10 images: rare (3)" in out and "differ much in size" in out
     assert "in two classes, such as " in out and "near-identical" in out
     kinds = [kind for *_, kind in data.report["twins"]]
     assert kinds.count("near-identical") == 1 and kinds.count("identical") == 3
-    total = 110 + 3 + 4 - 2  # of the red copies one each is left
+    total = 110 + 3 + 5 - 2  # of the red copies one each is left
     assert sum(len(part.labels) for part in (data.train, data.valid, data.test)) == total
 
 
 def test_twins_across_training_and_test_are_a_warning(folder):
     for part, seed in (("train", 1), ("test", 2)):
         write_images(folder / "photos" / part, {"red": 12, "green": 12}, seed=seed)
-    shutil.copy(folder / "photos" / "train" / "red" / "3.png", folder / "photos" / "test" / "red" / "leak.png")
-    out = "\n".join(ic.load_data(ic.Config(dataset=str(folder / "photos"))).report["words"])
-    assert "WARNING: 1 pair across train and test" in out and "leak.png" in out and "the test accuracy" in out
-    shutil.copytree(folder / "photos" / "train", folder / "photos" / "val")
-    (folder / "photos" / "test" / "red" / "leak.png").unlink()
-    out = "\n".join(ic.load_data(ic.Config(dataset=str(folder / "photos"))).report["words"])
-    assert "WARNING: 24 pairs across train and valid" in out and "the test accuracy" not in out
+    train, test = Path("photos", "train"), Path("photos", "test")
+    first, leak = train / "red" / "3.png", test / "red" / "leak.png"
+    shutil.copy(first, leak)
+    shutil.copy(train / "green" / "3.png", train / "green" / "again.png")  # this pair is not across
+    out = "\n".join(load_photos().report["words"])
+    assert f"WARNING: 1 pair across train and test, such as {first} and {leak}: the test accuracy" in out
+    shutil.copytree(train, train.with_name("val"))
+    leak.unlink()
+    out = "\n".join(load_photos().report["words"])
+    assert "WARNING: 25 pairs across train and valid" in out and "the test accuracy" not in out
 
 
 @pytest.mark.parametrize(("count", "split"), [(1, (1, 0, 0)), (2, (2, 0, 0)), (3, (2, 0, 1)), (10, (7, 1, 2))])
-def test_how_few_images_of_a_class_are_split(folder, photos, count, split):
+def test_how_few_images_of_a_class_are_split(photos, count, split):
     write_images(photos, {"rare": count}, seed=7)
     for i in range(12):  # identical ones are used once
         shutil.copy(photos / "rare" / "0.png", photos / "rare" / f"copy {i}.png")
-    data = ic.load_data(ic.Config(dataset=str(photos)))
+    data = load_photos()
     rare = data.classes.index("rare")
     assert tuple(int((part.labels == rare).sum()) for part in (data.train, data.valid, data.test)) == split
     words = "\n".join(data.report["words"])
     assert (f"fewer than 10 images: rare ({count})" in words) == (count < 10)
 
 
-def test_images_are_known_by_what_they_hold(folder, photos):
+def test_images_are_known_by_what_they_hold(photos):
     (photos / "red" / "0.png").rename(photos / "red" / "0")
     (photos / "red" / "1.png").rename(photos / "red" / "1.picture")
     (photos / "red" / "phone.heic").write_bytes(b"....ftypheic....")
-    data = ic.load_data(ic.Config(dataset=str(photos)))
+    data = load_photos()
     assert data.report["images_per_class"]["all"]["red"] == 40
-    assert data.report["left_out"] == [str(photos / "red" / "phone.heic")]
+    assert data.report["left_out"] == [os.path.join("photos", "red", "phone.heic")]
 
 
 @pytest.mark.parametrize(("layout", "words"), [  # of each folder how many images lie in it
@@ -299,7 +299,7 @@ def test_near_identical_images_stay_on_one_side_of_the_split(folder):
     for name in ("red", "green"):
         for i in range(30):
             Image.open(folder / "photos" / name / f"{i}.png").save(folder / "photos" / name / f"{i}.jpg", quality=80)
-    data = ic.load_data(ic.Config(dataset=str(folder / "photos"), val_fraction=0.0))
+    data = load_photos(val_fraction=0.0)
     assert len(data.report["twins"]) == 60 and 12 < len(data.test.labels) < 36
     train, test = (part.images.flatten(1).float() for part in (data.train, data.test))
     assert torch.cdist(test, train, p=1).min() / test.shape[1] > 255 * 0.03
@@ -335,8 +335,7 @@ def test_folder_with_the_name_of_a_data_set(inside, folder):
 def test_photographs_keep_their_detail_for_imagenet_weights(folder):
     write_images(folder / "photos", {"red": 8, "green": 8}, (300, 260))
     for model, size in (("resnet18", 224), ("efficientnet_v2_s", 384)):
-        config = ic.Config(dataset=str(folder / "photos"), model=f"torchvision:{model}", pretrained=True)
-        assert ic.load_data(config).train.images.shape[-1] == size
+        assert load_photos(model=f"torchvision:{model}", pretrained=True).train.images.shape[-1] == size
 
 
 @pytest.mark.parametrize(
@@ -354,7 +353,7 @@ def test_near_identical_images_are_for_one_purpose(folder, monkeypatch, count, p
     write_images(folder / "photos", {"red": 30, "green": count})
     monkeypatch.setattr(ic, "split_off", first_for_testing)
     monkeypatch.setattr(datasets, "near_identical", lambda *given: np.array(pairs))
-    data = ic.load_data(ic.Config(dataset="photos", val_fraction=0.0))
+    data = load_photos(val_fraction=0.0)
     labels = [part.labels.tolist().count(data.classes.index("green")) for part in (data.train, data.test)]
     assert labels == [count - tested, tested]
 
@@ -379,7 +378,7 @@ def test_few_photographs_are_enough_to_tune_a_pretrained_network(inside, folder,
 
 
 @pytest.mark.parametrize(("count", "batch", "epochs"), [(80, 16, 30), (1000, 64, 19), (20_000, 64, 5)])
-def test_pretrained_network_takes_some_hundred_steps(folder, count, batch, epochs):
+def test_pretrained_network_takes_some_hundred_steps(count, batch, epochs):
     images, labels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8).expand(count, -1, -1, -1), torch.zeros(count)
     data = ic.Data("photos", ["a", "b"], ic.Split(images, labels), ic.Split(images, labels), lambda: None, 10, True,
                    [0.5] * 3, [0.5] * 3)  # fmt: skip
@@ -388,10 +387,10 @@ def test_pretrained_network_takes_some_hundred_steps(folder, count, batch, epoch
     assert ic.settle(ic.configure(recipe="finetune"), ic.replace(data, name="CIFAR10")).epochs == epochs
 
 
-def test_other_networks_train_small_folders_as_long_as_ours(folder, photos):
+def test_other_networks_train_small_folders_as_long_as_ours(photos):
+    data = load_photos()
     for model in ("cnn", "resnet18"):
-        config = ic.Config(dataset=str(photos), model=model)
-        assert ic.settle(config, ic.load_data(config)).epochs == 60
+        assert ic.settle(ic.Config(dataset="photos", model=model), data).epochs == 60
 
 
 def test_images_of_every_data_set_are_resized_alike(cifar10, folder):
