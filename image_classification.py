@@ -426,7 +426,7 @@ def stream(url: str, file: io.FileIO, slowest: float) -> None:
     begun, mark = time.perf_counter(), -1
     with tqdm(desc="CIFAR-10", total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None) as bar:
         for position, chunk in chunks(url, file.seek(0, os.SEEK_END)):
-            if mark < 0:
+            if mark < 0:  # the server decides where it begins
                 mark = bar.n = bar.initial = file.seek(position)
             try:
                 bar.update(file.write(chunk))
@@ -442,8 +442,8 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
     """Download the CIFAR-10 archive into `folder`, verified by size and SHA-256; returns its path.
 
     A mirror that answers goes first, then the quickest source. One that stalls or crawls is left for the next; if all
-    do, the fastest gets the time it needs. Whoever comes next continues the partial file, after a restart too. Raises
-    Unreachable when a round over all sources brings nothing.
+    do, a patient round follows, in which the fastest gets the time it needs. Whoever comes next continues the partial
+    file, after a restart too. Raises Unreachable when no source answers or a patient round brings nothing.
     """
     path = Path(folder, ARCHIVE)
     part = path.with_name(f"{ARCHIVE}.part")
@@ -453,25 +453,27 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
         mirror = f"{mirror.rstrip('/')}/{ARCHIVE}"
     sources, helpers = [mirror, *SOURCES] if mirror else SOURCES, set()
     failures: dict[str, Any] = {}
-    before, slowest, clean = -1, SLOW, not part.stat().st_size
-    while sources and (size := part.stat().st_size) > before:
-        if size < ARCHIVE_BYTES:
+    patient, clean = False, not part.stat().st_size
+    while sources:
+        if (size := part.stat().st_size) < ARCHIVE_BYTES:
             answers = probe(sources, size)
             rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
             failures |= {url: answer for url, answer in answers.items() if url not in rates}
             if mirror in answers and mirror not in rates:
                 print(f"note: leaving {mirror}: {failures[mirror]}")
-            for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
+            for url in sorted(rates, key=lambda url: (not patient and url != mirror, -rates[url])):
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}")
                 helpers.add(url)
                 try:
                     with part.open("r+b", buffering=0) as file:
-                        stream(url, file, slowest)
+                        stream(url, file, slowest=0 if patient else SLOW)
                     break
                 except NETWORK_ERRORS as error:
                     failures[url] = explain(error)
                     print(f"note: leaving {url}: {failures[url]}")
-            before, slowest = before if slowest and rates else size, 0  # the patient round comes in any case
+            if (patient or not rates) and part.stat().st_size <= size:
+                break
+            patient = True
         elif hashlib.sha256(part.read_bytes()).hexdigest() == ARCHIVE_SHA256:
             return part.replace(path)
         else:
@@ -479,7 +481,7 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             part.write_bytes(b"")
             failures |= dict.fromkeys(helpers, "what came is not the archive")
             sources = [url for url in sources if not clean or url not in helpers]  # else it is an older piece's fault
-            before, slowest, clean, helpers = -1, SLOW, True, set()
+            patient, clean, helpers = False, True, set()
     if not part.stat().st_size:
         part.unlink()
     reasons = dict.fromkeys(failures.values())
@@ -500,8 +502,9 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
     def complete(folder: Path) -> bool:
         return all((folder / name).is_file() for name in MEMBERS[:7])  # readme.html may be missing
 
-    if complete(data_dir) or complete(folder):
-        return data_dir if complete(data_dir) else folder
+    for place in (data_dir, folder):
+        if complete(place):
+            return place
     if data_dir.is_file():
         raise UserError(f"--data-dir {data_dir} is a file: name the folder that it is in")
     if not data_dir.exists() and data_dir != Path(Config.data_dir):
