@@ -210,9 +210,9 @@ def suggest(name: str, known: Iterable[str], others: str = "") -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}{others}"
 
 
-def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
+def augmentation(text: str | None) -> tuple[bool, int, dict[str, str]]:
     """What --augment names: whether to mirror, by how many pixels to shift at most, and what is not done here."""
-    steps = {name: value for name, _, value in (step.strip().partition("=") for step in text.split(","))}
+    steps = {name: value for name, _, value in (step.strip().partition("=") for step in (text or "none").split(","))}
     steps.pop("none", None)
     mirror, shift = steps.pop("flip", None), steps.pop("crop", "0")
     if mirror or not (shift or "4").isdecimal():
@@ -220,7 +220,7 @@ def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
     return mirror is not None, int(shift or 4), steps
 
 
-def batch_augmentation(text: str, classes: int) -> Callable[..., Any]:
+def batch_augmentation(text: str | None, classes: int) -> Callable[..., Any]:
     """What --augment names besides flip and crop, as a function of images and labels: alternatives/augmentations.py."""
     if not (steps := augmentation(text)[2]):
         return lambda images, labels: (images, labels)
@@ -257,7 +257,8 @@ def configure(**given: Any) -> Config:
     known = KINDS.keys() - {"recipe", "resume", "run_dir", "out", "fast_dev_run", "debug"}  # these are of one run
     if unknown := settings.keys() - known:
         raise UserError(f"--recipe {recipe}: no setting {min(unknown)}: {suggest(min(unknown), sorted(known))}")
-    if given.get("model", own := settings.get("model", "cnn")) != own:  # these three are for the recipe's own network
+    own = settings.get("model", "cnn")
+    if given.get("model", own) != own:  # these three are for the recipe's own network
         settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
     return Config(**settings | given)
 
@@ -312,7 +313,7 @@ def settle(config: Config, data: "Data") -> Config:
     out = Path(config.out or "model.pth")
     if out.is_dir() or not os.access(out.parent, os.W_OK):  # rather now than after the training
         raise UserError(f"the model cannot be written to {config.out or Path.cwd()}: name a file with --out FILE.pth")
-    mirror, shift, _ = augmentation(config.augment or "none")
+    mirror, shift, _ = augmentation(config.augment)
     if mirror and not data.mirrored:
         print(f"note: mirroring changes what {data.name} show: better without flip in --augment")
     if shift >= size:
@@ -604,7 +605,7 @@ def make_data(config: Config, given: Split, valid: Split | None = None, **rest: 
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     valid = valid or given.only(held_out)
-    if not len(kept) or config.val_fraction > 0 == len(valid.labels):
+    if not len(kept) or config.val_fraction and not len(valid.labels):
         raise UsageError(f"--val-fraction {config.val_fraction} leaves no image to train or validate on (0: none)")
     size = config.image_size or given.images.shape[-1]
     train, valid = resized(given.only(kept), size), resized(valid, size)
@@ -667,9 +668,10 @@ def load_other(config: Config) -> Data:
         found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
-    rest = found._asdict()
-    train, valid, test = (part and Split(*part) for part in map(rest.pop, ("train", "valid", "test")))
-    return make_data(config, train, valid, load_test=lambda: test, test_images=len(test.labels), **rest)
+    valid, test = found.valid and Split(*found.valid), Split(*found.test)
+    return make_data(config, Split(*found.train), valid, name=found.name, classes=found.classes, report=found.report,
+                     files=found.files, load_test=lambda: test, test_images=len(test.labels),
+                     mirrored=found.mirrored)  # fmt: skip
 
 
 def load_data(config: Config) -> Data:
@@ -695,7 +697,7 @@ def load_data(config: Config) -> Data:
 
 
 def plan_epoch(
-    count: int, seed: int, epoch: int, augment: str, device: torch.device, drawn: torch.Tensor | None = None
+    count: int, seed: int, epoch: int, augment: str | None, device: torch.device, drawn: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
     """All that is random in an epoch, drawn at once from (seed, epoch) alone; a step takes its slice of each.
 
@@ -843,23 +845,25 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
-    if fresh and config.pretrained:
+    if config.freeze:
+        if not (config.init_from or config.pretrained):
+            raise UsageError("--freeze trains the last layer alone, and so needs --init-from FILE or --pretrained")
+        alternative("networks", "--freeze").freeze(model)
+    if not fresh:
+        return model
+    if config.pretrained:
         try:
             alternative("networks", "--pretrained").load_pretrained(model, data.classes, config.init_from)
         except ValueError as error:
             raise UserError(f"--pretrained: {error}") from None
-    elif fresh and config.init_from:
+    elif config.init_from:
         content = read_checkpoint(config.init_from)
         if content["classes"] != data.classes:
             print(f"note: {config.init_from} is for other classes: the last layer starts anew")
             content["model"] |= alternative("networks", "--init-from").head_weights(model)
         load_weights(model, content["model"], config.init_from)
-    elif fresh and isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
+    elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
         set_whitening(layer, normalise(images[torch.arange(0, len(images), max(1, len(images) // 500))], model))
-    if config.freeze:
-        if not (config.init_from or config.pretrained):
-            raise UsageError("--freeze trains the last layer alone, and so needs --init-from FILE or --pretrained")
-        alternative("networks", "--freeze").freeze(model)
     return model
 
 
@@ -1190,7 +1194,7 @@ class Trainer:
         # what has to be the same for a resumed run to repeat an unbroken one bit for bit
         self.environment = {"torch": str(torch.__version__), "hardware": describe(device), "precision": str(self.dtype)}
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
-        self.augment = batch_augmentation(config.augment or "none", len(data.classes))
+        self.augment = batch_augmentation(config.augment, len(data.classes))
         limit = config.batch_size if config.fast_dev_run else None
         own: Any = self.model  # with --pretrained it has a normalisation and a size
         statistics: list[list[float]] = own.normalisation if config.pretrained else [data.mean, data.std]
@@ -1280,7 +1284,7 @@ class Trainer:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             balanced = alternative("sampling", "--class-balance").balanced
             drawn = balanced(self.labels.cpu(), config.class_balance, generator)
-        return plan_epoch(len(self.labels), config.seed, epoch, config.augment or "none", self.device, drawn)
+        return plan_epoch(len(self.labels), config.seed, epoch, config.augment, self.device, drawn)
 
     def settle_batch(self) -> None:
         """Compute the batch in as many parts as memory asks for, if alternatives/ is there."""
@@ -1297,7 +1301,7 @@ class Trainer:
         if config.compile:
             self.parallel = torch.compile(self.parallel)
         known = config.model == "cnn" and config.optimizer == "muon" and isinstance(self.images, torch.Tensor)
-        draws = config.dropout or augmentation(config.augment or "none")[2]
+        draws = config.dropout or augmentation(config.augment)[2]
         recordable = known and not draws and not self.scaler.is_enabled() and self.world == 1
         if self.device.type == "cuda" and recordable and importlib.util.find_spec("alternatives"):
             self.graphs = alternative("graphs", "CUDA").Graphs(self)
@@ -1439,10 +1443,11 @@ def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1
     def classify(images: Any) -> torch.Tensor:
         results = []
         for batch in images.split(at_once):
-            seen = [(1.0, normalise(batch.to(device), model))]
+            whole = normalise(batch.to(device), model)
+            seen = [(1.0, whole)]
             if views == 6:
-                padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
-                seen = [(0.5, seen[0][1]), (0.25, padded[:, :, :-2, :-2]), (0.25, padded[:, :, 2:, 2:])]
+                padded = F.pad(whole, (1, 1, 1, 1), "reflect")
+                seen = [(0.5, whole), (0.25, padded[:, :, :-2, :-2]), (0.25, padded[:, :, 2:, 2:])]
             if views > 1:
                 seen = [(weight / 2, view) for weight, image in seen for view in (image, image.flip(3))]
             results.append(torch.stack([weight * model(view).float() for weight, view in seen]).sum(0))
@@ -1572,7 +1577,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has no such algorithm
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
-    batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
+    batch_augmentation(config.augment, 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
     if config.minutes and not config.fast_dev_run:
         alternative("minutes", "--minutes")
