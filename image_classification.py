@@ -95,7 +95,7 @@ class Unreachable(UserError):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM ended the run after its state was saved; args: the signal's number, the run folder."""
+    """Ctrl-C or SIGTERM ended the run after its state was saved. From `train`: the signal's number, the run folder."""
 
 
 # ==== Settings ========================================================================================================
@@ -1028,7 +1028,7 @@ CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more me
 COST = {0.5: 0.38, 0.75: 0.67, 1.0: 1.0}  # of a step on images of that scale; measured: 0.3 to 0.4, 0.5 to 0.75
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "debug"}  # on resuming
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it started this process
-STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
+STATE = ["step", "seconds", "cost", "history"]  # of a Trainer, which goes on with all of it; weights are besides
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
 
@@ -1195,11 +1195,11 @@ class Trainer:
         self.environment = {"torch": str(torch.__version__), "hardware": describe(device), "precision": str(self.dtype)}
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
         self.augment = batch_augmentation(config.augment, len(data.classes))
-        limit = config.batch_size if config.fast_dev_run else None
         own: Any = self.model  # with --pretrained it has a normalisation and a size
         statistics: list[list[float]] = own.normalisation if config.pretrained else [data.mean, data.std]
         self.mean, self.std = statistics
         self.rank, self.world = processes()
+        limit = config.batch_size if config.fast_dev_run else None
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         count = len(self.plan(0)[0])  # of the images in an epoch
@@ -1231,6 +1231,7 @@ class Trainer:
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
         self.pace = alternative("minutes", "--minutes").Pace(self, deadline, from_first) if config.minutes else None
+        # where a network holds infinities on purpose
         self.masks = {name for name, value in self.model.named_buffers() if not value.isfinite().all()}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -1342,9 +1343,11 @@ class Trainer:
     def check_finite(self, done: int, saving: bool = False, valid_loss: float = 0.0) -> None:
         """UserError if the loss in one of this epoch's first `done` steps, or what is to be saved, is not finite."""
         bad = (~self.sums[:done, 0].isfinite()).nonzero()
-        kept = [value for name, value in self.model.state_dict().items() if saving and name not in self.masks]
-        for state in [state for optimizer in self.optimizers * saving for state in optimizer.state.values()]:
-            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        kept: list[Any] = []
+        if saving:
+            kept += [value for name, value in self.model.state_dict().items() if name not in self.masks]
+            states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+            kept += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         if len(bad) or not math.isfinite(valid_loss) or not all(tensor.isfinite().all() for tensor in kept):
             step = self.step - done + int(bad[0]) if len(bad) else self.step - 1
             raise UserError(
@@ -1388,13 +1391,14 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "environment": self.environment, "measured": self.data.measured(),
+            "total_steps": self.total_steps, "parts": self.parts, "environment": self.environment,
+            "measured": self.data.measured(),
         })  # fmt: skip
         self.saved_at = time.perf_counter()
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
-        state, total_steps, parts = read_checkpoint(path, self.data.classes), self.total_steps, self.parts
+        state = read_checkpoint(path, self.data.classes)
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -1406,19 +1410,19 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         for name in STATE:
             setattr(self, name, state[name])
-        self.parts = max(self.parts, parts)
-        if not self.config.minutes:
-            self.total_steps = total_steps
+        if self.config.minutes:
+            self.total_steps = state["total_steps"]
         if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
             self.history = self.history[: self.step // len(self.places)]
         self.sums.copy_(state["sums"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        for name, now in self.environment.items():
-            if (then := state["environment"][name]) != now:
-                print(f"note: {name} was {then}, is {now}: the last digits will differ from an unbroken run's")
-                self.parts = parts
+        then, now = state["environment"], self.environment
+        for name in (changed := [name for name in now if then[name] != now[name]]):
+            print(f"note: {name} was {then[name]}, is {now[name]}: the last digits will differ from an unbroken run's")
+        if not changed:  # elsewhere, memory may be larger
+            self.parts = max(self.parts, state["parts"])
 
 
 class Evaluation(NamedTuple):
@@ -1496,9 +1500,11 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 trainer.save(last)
             if stop:
                 from_first(lambda: None)  # it has saved: now all may go
-                raise Stopped(*signals[:1] or [signal.SIGTERM])
+                raise Stopped
     trainer.check_finite(done, saving=True)
-    return (place.stop - passed) / (time.perf_counter() - begun)
+    taken = time.perf_counter() - begun
+    trainer.seconds = before + taken
+    return (place.stop - passed) / taken
 
 
 def train_once(
@@ -1527,11 +1533,9 @@ def train_once(
         print(f"Going on after step {trainer.step} of {trainer.total_steps}")
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
-            begun, before = time.perf_counter(), trainer.seconds
             rate = train_one_epoch(trainer, last, signals)
-            opening = time.perf_counter()
             log.open()  # which draws, once a run: no part of training
-            begun += (trained := time.perf_counter()) - opening
+            trained = time.perf_counter()
             epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
             loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
@@ -1542,7 +1546,7 @@ def train_once(
                 trainer.check_finite(done, valid_loss=valid.loss)
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
-            trainer.seconds = before + time.perf_counter() - begun
+            trainer.seconds += time.perf_counter() - trained
             seconds = trainer.seconds - sum(row["seconds"] for row in trainer.history)  # a stop's first half included
             row |= {"learning_rate": float(trainer.groups()[0]["lr"]), "seconds": seconds}
             trainer.history.append(row)
@@ -1560,7 +1564,7 @@ def train_once(
                 f"{valid_accuracy}, {row['seconds']:.1f} s{part}, {trainer.left()}{', saved' if better else ''}"
             )
             if trainer.agree(torch.zeros(0, device=device), bool(signals)):
-                raise Stopped(*signals[:1] or [signal.SIGTERM])
+                raise Stopped
         print("Finished Training")
         return from_first(lambda: write_report(trainer, run, log))
 
@@ -1629,14 +1633,14 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 reports.append(train_once(one, data, device, folder, deadline, signals, None if reports else model))
                 if config.repeat > 1:
                     write_json(folder / "report.json", reports[-1].results)
-            except Stopped as stop:
-                raise Stopped(stop.args[0], run) from None
+                if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
+                    raise Stopped
+            except Stopped:  # if nobody asked this process, then another one
+                raise Stopped(signals[0] if signals else signal.SIGTERM, run) from None
             except Exception as error:  # one with nothing to go on from is no run to resume; a full disk passes
                 if not isinstance(error, OSError) and not saved_states(run):
                     (run / "config.json").unlink(missing_ok=True)
                 raise
-            if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
-                raise Stopped(*signals[:1] or [signal.SIGTERM], run)
         report = reports[0] if config.repeat == 1 else alternative("repeats", "--repeat").summary(reports, run)
         print_classes(report, config.fast_dev_run)
         report = from_first(lambda: keep_model(report, config, data))
