@@ -95,7 +95,7 @@ class Unreachable(UserError):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM ended the run after its state was saved; args: the signal's number, the run folder."""
+    """Ctrl-C or SIGTERM ended the run after its state was saved. From `train`: the signal's number, the run folder."""
 
 
 # ==== Settings ========================================================================================================
@@ -210,9 +210,9 @@ def suggest(name: str, known: Iterable[str], others: str = "") -> str:
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}{others}"
 
 
-def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
+def augmentation(text: str | None) -> tuple[bool, int, dict[str, str]]:
     """What --augment names: whether to mirror, by how many pixels to shift at most, and what is not done here."""
-    steps = {name: value for name, _, value in (step.strip().partition("=") for step in text.split(","))}
+    steps = {name: value for name, _, value in (step.strip().partition("=") for step in (text or "none").split(","))}
     steps.pop("none", None)
     mirror, shift = steps.pop("flip", None), steps.pop("crop", "0")
     if mirror or not (shift or "4").isdecimal():
@@ -220,7 +220,7 @@ def augmentation(text: str) -> tuple[bool, int, dict[str, str]]:
     return mirror is not None, int(shift or 4), steps
 
 
-def batch_augmentation(text: str, classes: int) -> Callable[..., Any]:
+def batch_augmentation(text: str | None, classes: int) -> Callable[..., Any]:
     """What --augment names besides flip and crop, as a function of images and labels: alternatives/augmentations.py."""
     if not (steps := augmentation(text)[2]):
         return lambda images, labels: (images, labels)
@@ -257,7 +257,8 @@ def configure(**given: Any) -> Config:
     known = KINDS.keys() - {"recipe", "resume", "run_dir", "out", "fast_dev_run", "debug"}  # these are of one run
     if unknown := settings.keys() - known:
         raise UserError(f"--recipe {recipe}: no setting {min(unknown)}: {suggest(min(unknown), sorted(known))}")
-    if given.get("model", own := settings.get("model", "cnn")) != own:  # these three are for the recipe's own network
+    own = settings.get("model", "cnn")
+    if given.get("model", own) != own:  # these three are for the recipe's own network
         settings = {name: value for name, value in settings.items() if name not in ("width", "depth", "dropout")}
     return Config(**settings | given)
 
@@ -312,7 +313,7 @@ def settle(config: Config, data: "Data") -> Config:
     out = Path(config.out or "model.pth")
     if out.is_dir() or not os.access(out.parent, os.W_OK):  # rather now than after the training
         raise UserError(f"the model cannot be written to {config.out or Path.cwd()}: name a file with --out FILE.pth")
-    mirror, shift, _ = augmentation(config.augment or "none")
+    mirror, shift, _ = augmentation(config.augment)
     if mirror and not data.mirrored:
         print(f"note: mirroring changes what {data.name} show: better without flip in --augment")
     if shift >= size:
@@ -426,7 +427,7 @@ def stream(url: str, file: io.FileIO, slowest: float) -> None:
     begun, mark = time.perf_counter(), -1
     with tqdm(desc="CIFAR-10", total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None) as bar:
         for position, chunk in chunks(url, file.seek(0, os.SEEK_END)):
-            if mark < 0:
+            if mark < 0:  # the server decides where it begins
                 mark = bar.n = bar.initial = file.seek(position)
             try:
                 bar.update(file.write(chunk))
@@ -442,8 +443,8 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
     """Download the CIFAR-10 archive into `folder`, verified by size and SHA-256; returns its path.
 
     A mirror that answers goes first, then the quickest source. One that stalls or crawls is left for the next; if all
-    do, the fastest gets the time it needs. Whoever comes next continues the partial file, after a restart too. Raises
-    Unreachable when a round over all sources brings nothing.
+    do, a patient round follows, in which the fastest gets the time it needs. Whoever comes next continues the partial
+    file, after a restart too. Raises Unreachable when no source answers or a patient round brings nothing.
     """
     path = Path(folder, ARCHIVE)
     part = path.with_name(f"{ARCHIVE}.part")
@@ -453,25 +454,27 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
         mirror = f"{mirror.rstrip('/')}/{ARCHIVE}"
     sources, helpers = [mirror, *SOURCES] if mirror else SOURCES, set()
     failures: dict[str, Any] = {}
-    before, slowest, clean = -1, SLOW, not part.stat().st_size
-    while sources and (size := part.stat().st_size) > before:
-        if size < ARCHIVE_BYTES:
+    patient, clean = False, not part.stat().st_size
+    while sources:
+        if (size := part.stat().st_size) < ARCHIVE_BYTES:
             answers = probe(sources, size)
             rates = {url: answer for url, answer in answers.items() if isinstance(answer, float)}
             failures |= {url: answer for url, answer in answers.items() if url not in rates}
             if mirror in answers and mirror not in rates:
                 print(f"note: leaving {mirror}: {failures[mirror]}")
-            for url in sorted(rates, key=lambda url: (bool(slowest) and url != mirror, -rates[url])):
+            for url in sorted(rates, key=lambda url: (not patient and url != mirror, -rates[url])):
                 print(f"Downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {url}")
                 helpers.add(url)
                 try:
                     with part.open("r+b", buffering=0) as file:
-                        stream(url, file, slowest)
+                        stream(url, file, slowest=0 if patient else SLOW)
                     break
                 except NETWORK_ERRORS as error:
                     failures[url] = explain(error)
                     print(f"note: leaving {url}: {failures[url]}")
-            before, slowest = before if slowest and rates else size, 0  # the patient round comes in any case
+            if (patient or not rates) and part.stat().st_size <= size:
+                break
+            patient = True
         elif hashlib.sha256(part.read_bytes()).hexdigest() == ARCHIVE_SHA256:
             return part.replace(path)
         else:
@@ -479,7 +482,7 @@ def download_archive(folder: Path | str, mirror: str = "") -> Path:
             part.write_bytes(b"")
             failures |= dict.fromkeys(helpers, "what came is not the archive")
             sources = [url for url in sources if not clean or url not in helpers]  # else it is an older piece's fault
-            before, slowest, clean, helpers = -1, SLOW, True, set()
+            patient, clean, helpers = False, True, set()
     if not part.stat().st_size:
         part.unlink()
     reasons = dict.fromkeys(failures.values())
@@ -500,8 +503,9 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
     def complete(folder: Path) -> bool:
         return all((folder / name).is_file() for name in MEMBERS[:7])  # readme.html may be missing
 
-    if complete(data_dir) or complete(folder):
-        return data_dir if complete(data_dir) else folder
+    for place in (data_dir, folder):
+        if complete(place):
+            return place
     if data_dir.is_file():
         raise UserError(f"--data-dir {data_dir} is a file: name the folder that it is in")
     if not data_dir.exists() and data_dir != Path(Config.data_dir):
@@ -601,7 +605,7 @@ def make_data(config: Config, given: Split, valid: Split | None = None, **rest: 
     if config.subset:
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     valid = valid or given.only(held_out)
-    if not len(kept) or config.val_fraction > 0 == len(valid.labels):
+    if not len(kept) or config.val_fraction and not len(valid.labels):
         raise UsageError(f"--val-fraction {config.val_fraction} leaves no image to train or validate on (0: none)")
     size = config.image_size or given.images.shape[-1]
     train, valid = resized(given.only(kept), size), resized(valid, size)
@@ -664,9 +668,10 @@ def load_other(config: Config) -> Data:
         found = datasets.load(wanted, Path(config.data_dir).expanduser(), size, split_off)
     except (*NETWORK_ERRORS, RuntimeError, EOFError) as error:
         raise UserError(f"--dataset {wanted}: {error}") from error
-    rest = found._asdict()
-    train, valid, test = (part and Split(*part) for part in map(rest.pop, ("train", "valid", "test")))
-    return make_data(config, train, valid, load_test=lambda: test, test_images=len(test.labels), **rest)
+    valid, test = found.valid and Split(*found.valid), Split(*found.test)
+    return make_data(config, Split(*found.train), valid, name=found.name, classes=found.classes, report=found.report,
+                     files=found.files, load_test=lambda: test, test_images=len(test.labels),
+                     mirrored=found.mirrored)  # fmt: skip
 
 
 def load_data(config: Config) -> Data:
@@ -692,7 +697,7 @@ def load_data(config: Config) -> Data:
 
 
 def plan_epoch(
-    count: int, seed: int, epoch: int, augment: str, device: torch.device, drawn: torch.Tensor | None = None
+    count: int, seed: int, epoch: int, augment: str | None, device: torch.device, drawn: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
     """All that is random in an epoch, drawn at once from (seed, epoch) alone; a step takes its slice of each.
 
@@ -840,23 +845,25 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
-    if fresh and config.pretrained:
+    if config.freeze:
+        if not (config.init_from or config.pretrained):
+            raise UsageError("--freeze trains the last layer alone, and so needs --init-from FILE or --pretrained")
+        alternative("networks", "--freeze").freeze(model)
+    if not fresh:
+        return model
+    if config.pretrained:
         try:
             alternative("networks", "--pretrained").load_pretrained(model, data.classes, config.init_from)
         except ValueError as error:
             raise UserError(f"--pretrained: {error}") from None
-    elif fresh and config.init_from:
+    elif config.init_from:
         content = read_checkpoint(config.init_from)
         if content["classes"] != data.classes:
             print(f"note: {config.init_from} is for other classes: the last layer starts anew")
             content["model"] |= alternative("networks", "--init-from").head_weights(model)
         load_weights(model, content["model"], config.init_from)
-    elif fresh and isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
+    elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
         set_whitening(layer, normalise(images[torch.arange(0, len(images), max(1, len(images) // 500))], model))
-    if config.freeze:
-        if not (config.init_from or config.pretrained):
-            raise UsageError("--freeze trains the last layer alone, and so needs --init-from FILE or --pretrained")
-        alternative("networks", "--freeze").freeze(model)
     return model
 
 
@@ -1021,7 +1028,7 @@ CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more me
 COST = {0.5: 0.38, 0.75: 0.67, 1.0: 1.0}  # of a step on images of that scale; measured: 0.3 to 0.4, 0.5 to 0.75
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "debug"}  # on resuming
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it started this process
-STATE = ["step", "total_steps", "seconds", "cost", "parts", "history"]  # of a Trainer, besides its weights
+STATE = ["step", "seconds", "cost", "history"]  # of a Trainer, which goes on with all of it; weights are besides
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
 
@@ -1187,12 +1194,12 @@ class Trainer:
         # what has to be the same for a resumed run to repeat an unbroken one bit for bit
         self.environment = {"torch": str(torch.__version__), "hardware": describe(device), "precision": str(self.dtype)}
         self.model = (model or build_model(config, data)).to(device).to(memory_format=torch.channels_last)
-        self.augment = batch_augmentation(config.augment or "none", len(data.classes))
-        limit = config.batch_size if config.fast_dev_run else None
+        self.augment = batch_augmentation(config.augment, len(data.classes))
         own: Any = self.model  # with --pretrained it has a normalisation and a size
         statistics: list[list[float]] = own.normalisation if config.pretrained else [data.mean, data.std]
         self.mean, self.std = statistics
         self.rank, self.world = processes()
+        limit = config.batch_size if config.fast_dev_run else None
         self.images, self.labels = (part[:limit].to(device) for part in data.train)
         self.valid = Split(*(part[:limit].to(device) for part in data.valid))
         count = len(self.plan(0)[0])  # of the images in an epoch
@@ -1224,6 +1231,7 @@ class Trainer:
         self.history: list[Row] = []
         self.saved_at = time.perf_counter()
         self.pace = alternative("minutes", "--minutes").Pace(self, deadline, from_first) if config.minutes else None
+        # where a network holds infinities on purpose
         self.masks = {name for name, value in self.model.named_buffers() if not value.isfinite().all()}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -1277,7 +1285,7 @@ class Trainer:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             balanced = alternative("sampling", "--class-balance").balanced
             drawn = balanced(self.labels.cpu(), config.class_balance, generator)
-        return plan_epoch(len(self.labels), config.seed, epoch, config.augment or "none", self.device, drawn)
+        return plan_epoch(len(self.labels), config.seed, epoch, config.augment, self.device, drawn)
 
     def settle_batch(self) -> None:
         """Compute the batch in as many parts as memory asks for, if alternatives/ is there."""
@@ -1294,7 +1302,7 @@ class Trainer:
         if config.compile:
             self.parallel = torch.compile(self.parallel)
         known = config.model == "cnn" and config.optimizer == "muon" and isinstance(self.images, torch.Tensor)
-        draws = config.dropout or augmentation(config.augment or "none")[2]
+        draws = config.dropout or augmentation(config.augment)[2]
         recordable = known and not draws and not self.scaler.is_enabled() and self.world == 1
         if self.device.type == "cuda" and recordable and importlib.util.find_spec("alternatives"):
             self.graphs = alternative("graphs", "CUDA").Graphs(self)
@@ -1335,9 +1343,11 @@ class Trainer:
     def check_finite(self, done: int, saving: bool = False, valid_loss: float = 0.0) -> None:
         """UserError if the loss in one of this epoch's first `done` steps, or what is to be saved, is not finite."""
         bad = (~self.sums[:done, 0].isfinite()).nonzero()
-        kept = [value for name, value in self.model.state_dict().items() if saving and name not in self.masks]
-        for state in [state for optimizer in self.optimizers * saving for state in optimizer.state.values()]:
-            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        kept: list[Any] = []
+        if saving:
+            kept += [value for name, value in self.model.state_dict().items() if name not in self.masks]
+            states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+            kept += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         if len(bad) or not math.isfinite(valid_loss) or not all(tensor.isfinite().all() for tensor in kept):
             step = self.step - done + int(bad[0]) if len(bad) else self.step - 1
             raise UserError(
@@ -1381,13 +1391,14 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "sums": self.sums, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "environment": self.environment, "measured": self.data.measured(),
+            "total_steps": self.total_steps, "parts": self.parts, "environment": self.environment,
+            "measured": self.data.measured(),
         })  # fmt: skip
         self.saved_at = time.perf_counter()
 
     def load(self, path: Path) -> None:
         """Go on from a saved state; says so if that cannot repeat the unbroken run bit for bit."""
-        state, total_steps, parts = read_checkpoint(path, self.data.classes), self.total_steps, self.parts
+        state = read_checkpoint(path, self.data.classes)
         load_weights(self.model, state["model"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -1399,19 +1410,19 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         for name in STATE:
             setattr(self, name, state[name])
-        self.parts = max(self.parts, parts)
-        if not self.config.minutes:
-            self.total_steps = total_steps
+        if self.config.minutes:
+            self.total_steps = state["total_steps"]
         if self.step < self.total_steps:  # an epoch that ended early and now goes on gets its row anew
             self.history = self.history[: self.step // len(self.places)]
         self.sums.copy_(state["sums"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        for name, now in self.environment.items():
-            if (then := state["environment"][name]) != now:
-                print(f"note: {name} was {then}, is {now}: the last digits will differ from an unbroken run's")
-                self.parts = parts
+        then, now = state["environment"], self.environment
+        for name in (changed := [name for name in now if then[name] != now[name]]):
+            print(f"note: {name} was {then[name]}, is {now[name]}: the last digits will differ from an unbroken run's")
+        if not changed:  # elsewhere, memory may be larger
+            self.parts = max(self.parts, state["parts"])
 
 
 class Evaluation(NamedTuple):
@@ -1436,10 +1447,11 @@ def evaluate(model: nn.Module, images: Any, labels: torch.Tensor, views: int = 1
     def classify(images: Any) -> torch.Tensor:
         results = []
         for batch in images.split(at_once):
-            seen = [(1.0, normalise(batch.to(device), model))]
+            whole = normalise(batch.to(device), model)
+            seen = [(1.0, whole)]
             if views == 6:
-                padded = F.pad(seen[0][1], (1, 1, 1, 1), "reflect")
-                seen = [(0.5, seen[0][1]), (0.25, padded[:, :, :-2, :-2]), (0.25, padded[:, :, 2:, 2:])]
+                padded = F.pad(whole, (1, 1, 1, 1), "reflect")
+                seen = [(0.5, whole), (0.25, padded[:, :, :-2, :-2]), (0.25, padded[:, :, 2:, 2:])]
             if views > 1:
                 seen = [(weight / 2, view) for weight, image in seen for view in (image, image.flip(3))]
             results.append(torch.stack([weight * model(view).float() for weight, view in seen]).sum(0))
@@ -1488,9 +1500,11 @@ def train_one_epoch(trainer: Trainer, last: Path, signals: list[int]) -> float:
                 trainer.save(last)
             if stop:
                 from_first(lambda: None)  # it has saved: now all may go
-                raise Stopped(*signals[:1] or [signal.SIGTERM])
+                raise Stopped
     trainer.check_finite(done, saving=True)
-    return (place.stop - passed) / (time.perf_counter() - begun)
+    taken = time.perf_counter() - begun
+    trainer.seconds = before + taken
+    return (place.stop - passed) / taken
 
 
 def train_once(
@@ -1519,11 +1533,9 @@ def train_once(
         print(f"Going on after step {trainer.step} of {trainer.total_steps}")
     with contextlib.closing(RunLog(run, trainer)) as log:
         while trainer.step < trainer.total_steps and not trainer.stalled():
-            begun, before = time.perf_counter(), trainer.seconds
             rate = train_one_epoch(trainer, last, signals)
-            opening = time.perf_counter()
             log.open()  # which draws, once a run: no part of training
-            begun += (trained := time.perf_counter()) - opening
+            trained = time.perf_counter()
             epoch, done = (trainer.step - 1) // steps, (trainer.step - 1) % steps + 1
             loss, hits = (trainer.sums[:done].sum(0) / trainer.places[done - 1].stop).tolist()
             row: Row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
@@ -1534,7 +1546,7 @@ def train_once(
                 trainer.check_finite(done, valid_loss=valid.loss)
                 row |= {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
                 valid_loss, valid_accuracy = f"{valid.loss:.4f}", f", valid acc {percent(valid.accuracy)}"
-            trainer.seconds = before + time.perf_counter() - begun
+            trainer.seconds += time.perf_counter() - trained
             seconds = trainer.seconds - sum(row["seconds"] for row in trainer.history)  # a stop's first half included
             row |= {"learning_rate": float(trainer.groups()[0]["lr"]), "seconds": seconds}
             trainer.history.append(row)
@@ -1552,7 +1564,7 @@ def train_once(
                 f"{valid_accuracy}, {row['seconds']:.1f} s{part}, {trainer.left()}{', saved' if better else ''}"
             )
             if trainer.agree(torch.zeros(0, device=device), bool(signals)):
-                raise Stopped(*signals[:1] or [signal.SIGTERM])
+                raise Stopped
         print("Finished Training")
         return from_first(lambda: write_report(trainer, run, log))
 
@@ -1569,7 +1581,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     if config.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has no such algorithm
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
-    batch_augmentation(config.augment or "none", 2)  # if one of these is wrong, then rather before a download
+    batch_augmentation(config.augment, 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
     if config.minutes and not config.fast_dev_run:
         alternative("minutes", "--minutes")
@@ -1621,14 +1633,14 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
                 reports.append(train_once(one, data, device, folder, deadline, signals, None if reports else model))
                 if config.repeat > 1:
                     write_json(folder / "report.json", reports[-1].results)
-            except Stopped as stop:
-                raise Stopped(stop.args[0], run) from None
+                if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
+                    raise Stopped
+            except Stopped:  # if nobody asked this process, then another one
+                raise Stopped(signals[0] if signals else signal.SIGTERM, run) from None
             except Exception as error:  # one with nothing to go on from is no run to resume; a full disk passes
                 if not isinstance(error, OSError) and not saved_states(run):
                     (run / "config.json").unlink(missing_ok=True)
                 raise
-            if left > 1 and from_first(lambda: bool(signals)):  # a signal to others is heard in the next step
-                raise Stopped(*signals[:1] or [signal.SIGTERM], run)
         report = reports[0] if config.repeat == 1 else alternative("repeats", "--repeat").summary(reports, run)
         print_classes(report, config.fast_dev_run)
         report = from_first(lambda: keep_model(report, config, data))

@@ -375,7 +375,7 @@ def main() -> int:
     config = ic.configure(**given)
     if not config.val_fraction:
         raise ic.UsageError("tuning looks at validation images: leave --val-fraction above 0")
-    ic.batch_augmentation(config.augment or "none", 2)  # if this or the network is wrong, then rather before a download
+    ic.batch_augmentation(config.augment, 2)  # if this or the network is wrong, then rather before a download
     ic.network_settings(config.model)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
