@@ -1028,7 +1028,7 @@ CPU_IMAGES = 170  # of 32 × 32, computed at once on a CPU: all 500 take more me
 COST = {0.5: 0.38, 0.75: 0.67, 1.0: 1.0}  # of a step on images of that scale; measured: 0.3 to 0.4, 0.5 to 0.75
 MAY_CHANGE = {"epochs", "data_dir", "mirror", "debug"}  # on resuming
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it started this process
-STATE = ["step", "seconds", "cost", "history"]  # of a Trainer, which goes on with all of it; weights are besides
+STATE = ["step", "seconds", "cost", "history"]  # of a Trainer: what resuming takes over as it is
 COLUMNS = ["epoch", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate", "seconds"]
 Row = dict[str, Any]  # an epoch: COLUMNS, with None where there are no validation images
 

@@ -290,7 +290,9 @@ def find(names: list[str]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             found += expand(name) or [path]
             continue
-        inside = [path / each for each, _ in sorted(datasets.files_in(path, path))]
+        # unlike a data set, a folder within that cannot be read is passed over: the others are still to be had
+        inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
+        inside = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
         images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
         problems += [] if images else [f"{name}: no image in this folder"]
         found += images

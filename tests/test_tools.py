@@ -167,6 +167,14 @@ def test_images_are_classified_in_batches(pictures, tool_inside, monkeypatch):
     assert seen == [(4, 4), (2, 6)] and len(out.splitlines()) == 7
 
 
+def test_model_that_names_no_data_set_is_taken_for_cifar10(model, folder):
+    nameless = replace(model, settings={})
+    assert not inference.at_hand(nameless)
+    (folder / "data").mkdir()
+    (folder / "data" / "test_batch").touch()
+    assert inference.at_hand(nameless)
+
+
 def test_checkpoint_of_a_folder_and_what_is_newest(pictures, trained, tool_inside):
     out, _ = tool_inside("inference")("images/0.png", "--checkpoint", trained)
     assert out.startswith("model_cnn")

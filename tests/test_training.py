@@ -977,6 +977,10 @@ ic.Trainer.advance = first"""
 # ---- benchmarks ----
 
 
+def test_too_few_images_for_a_large_folder_are_refused(tool_inside):
+    assert "--images 9999: at least 10000" in tool_inside("large").error("--images", "9999", status=2)
+
+
 def test_training_benchmark_tells_what_a_run_did(cifar10):
     result = time_to_accuracy.run("default --fast-dev-run", 3, str(cifar10))
     assert result["variant"] == "default --fast-dev-run" and result["seed"] == 3 and len(result["epochs"]) == 1
