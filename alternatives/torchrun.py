@@ -83,12 +83,13 @@ def device(name: str) -> str:
 
 def join(device: torch.device) -> None:
     """Meet the other processes; those of other machines may still be getting their data."""
+    place: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    place: dict[str, Any] = {}
+        place["device_id"] = device  # else NCCL would guess
     if shared := store():
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        place = {"store": fresh_part(shared, rank, world), "rank": rank, "world_size": world}
+        place |= {"store": fresh_part(shared, rank, world), "rank": rank, "world_size": world}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **place)
 
 

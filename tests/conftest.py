@@ -40,11 +40,11 @@ def only_run(folder):
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+    return torch.load(path, weights_only=True, map_location="cpu")["model"]
 
 
 def state_of(run):
-    return torch.load(run / "last.pth", weights_only=True)
+    return torch.load(run / "last.pth", weights_only=True, map_location="cpu")
 
 
 def report_of(run):
@@ -103,7 +103,8 @@ class Program:
         if patch:
             code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
             command = [sys.executable, "-c", code, *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(self.script.parent)} | (env or {})
+        paths = filter(None, [str(self.script.parent), os.environ.get("PYTHONPATH")])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (env or {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.folder} | options
         return subprocess.Popen(command, env=environment, **options)
 

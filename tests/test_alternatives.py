@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK, only_run, report_of, same, state_of, trainer_of
+from conftest import QUICK, only_run, report_of, same, state_of, trainer_of, weights
 from PIL import Image
 
 import image_classification as ic
@@ -291,7 +291,7 @@ def test_average_of_the_weights_is_tested_and_kept(inside, folder):
     inside(*QUICK, "--ema", "--epochs", "1", "--scheduler", "none", "--batch-size", "40")
     run = only_run(folder)
     last = state_of(run)
-    kept = torch.load(folder / "model_cnn_digits.pth", weights_only=True)["model"]
+    kept = weights(folder / "model_cnn_digits.pth")
     assert not torch.equal(last["model"]["classifier.weight"], kept["classifier.weight"])
     assert torch.equal(last["average"]["module.classifier.weight"], kept["classifier.weight"])
     valid = ic.load_data(ic.Config(dataset="digits")).valid

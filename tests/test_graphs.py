@@ -42,7 +42,7 @@ def train(folder, monkeypatch):
     """A function that trains, with steps recorded by `capture` if there is one: (epochs, run folder)."""
 
     usual = {"dataset": "digits", "epochs": 3, "width": 0.25, "low_res": 0.7, "precision": "fp32", "batch_size": 60,
-             "subset": 600}  # fmt: skip
+             "subset": 600, "device": "cpu"}  # fmt: skip
 
     def run(capture=None, **settings):
         def prepare(trainer):
@@ -151,5 +151,5 @@ def test_compiled(inside, folder):
 def test_compile_without_a_compiler(program, folder):
     (folder / "mine.py").write_text(TINY)
     env = {"CXX": str(folder / "none"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    error = program.error(*SMALL, "--model", "mine.py:tiny", "--compile", env=env)
+    error = program.error(*SMALL, "--device", "cpu", "--model", "mine.py:tiny", "--compile", env=env)
     assert "--compile does not work here" in error and "leave it out" in error

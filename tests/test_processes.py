@@ -65,7 +65,7 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
     (folder / "own.py").write_text(PLAIN)
     options = ["--dataset", "digits", "--subset", "401", "--batch-size", "57", "--epochs", "3", "--precision", "fp32",
                "--model", "own.py:plain", "--low-res", "0", "--class-balance", "weights",
-               "--optimizer", "sgd"]  # fmt: skip
+               "--optimizer", "sgd", "--device", "cpu"]  # fmt: skip
     inside(*options, "--run-dir", "one")
     together.launcher = torchrun(3)
     out, _ = together(*options, "--run-dir", "three")
@@ -80,14 +80,14 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
 def test_two_processes_train_the_default_network_as_well(inside, together, folder):
     """In batches of about the default size, of which batch norm sees smaller parts."""
     options = ["--dataset", "digits", "--subset", "1200", "--batch-size", "400", "--epochs", "2", "--precision", "fp32",
-               "--image-size", "16"]  # fmt: skip
+               "--image-size", "16", "--device", "cpu"]  # fmt: skip
     inside(*options, "--run-dir", "one")
     together(*options, "--run-dir", "two")
     one, two = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "two"))
     assert 0 < (one[:, 0] / two[:, 0] - 1).abs().max() < 0.02
 
 
-LONG = [*QUICK, "--epochs", "10", "--batch-size", "20", "--image-size", "16"]  # of 20 steps each
+LONG = [*QUICK, "--device", "cpu", "--epochs", "10", "--batch-size", "20", "--image-size", "16"]  # of 20 steps each
 
 
 def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(inside, together, folder, tmp_path):
@@ -114,7 +114,7 @@ def test_run_that_loses_a_process_and_is_pre_empted_ends_as_if_undisturbed(insid
 
 
 def test_error_of_all_is_one_line_of_the_program(together, folder):
-    process = together.start(*QUICK, "--batch-size", "7")
+    process = together.start(*QUICK, "--device", "cpu", "--batch-size", "7")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1 and "exitcode  : 2" in err
     assert len([line for line in err.splitlines() if "too small for 2 processes" in line]) == 1

@@ -338,7 +338,7 @@ def test_images_are_small_at_first(quick, monkeypatch):
         return forward(self, images)
 
     monkeypatch.setattr(ic.CNN, "forward", watched)
-    quick(low_res=0.5, epochs=2)  # of 26 steps
+    quick(low_res=0.5, epochs=2, device="cpu")  # of 26 steps
     assert [size for training, size in sizes if training] == [16] * 13 + [24] * 13 + [32] * 26
     begun = sizes.index((True, 16))  # before it the network was tried
     assert {size for training, size in sizes[begun:] if not training} == {32}
