@@ -1215,7 +1215,8 @@ class Trainer:
             )  # fmt: skip
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.unused = False  # has the network weights that get no gradient?
-        self.parallel: Any = self.model  # what computes gradients, perhaps compiled, or their mean over processes
+        self.parallel: Any = self.model  # what computes gradients, or their mean over processes
+        self.compiled: Any = None
         self.graphs: Any = None  # recordings of the step, on CUDA
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -1300,7 +1301,7 @@ class Trainer:
         if self.world > 1:
             alternative("torchrun", "torchrun").parallelise(self)
         if config.compile:
-            self.parallel = torch.compile(self.parallel)
+            self.compiled = torch.compile(self.parallel)
         known = config.model == "cnn" and config.optimizer == "muon" and isinstance(self.images, torch.Tensor)
         draws = config.dropout or augmentation(config.augment)[2]
         recordable = known and not draws and not self.scaler.is_enabled() and self.world == 1
@@ -1326,7 +1327,8 @@ class Trainer:
 
     def compute(self, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
         """What the device does in a step: gradients, and what the optimisers make of them; returns backward()'s."""
-        result = self.backward(self.parallel, batch, scale)
+        compiled = self.compiled and scale > 0.5  # where images end at 1 × 1, torch 2.11's compiler fails on CUDA
+        result = self.backward(self.compiled if compiled else self.parallel, batch, scale)
         if self.config.grad_clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)

@@ -148,6 +148,17 @@ def test_compiled(inside, folder):
     assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in others], rel=1e-3)
 
 
+def test_smallest_images_are_not_compiled(inside, monkeypatch):
+    sizes = []
+
+    def compiled(model):
+        return lambda images: (sizes.append(images.shape[-1]), model(images))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    inside(*QUICK, "--low-res", "0.5", "--batch-size", "50", "--compile", "--device", "cpu")
+    assert set(sizes) == {24, 32}
+
+
 def test_compile_without_a_compiler(program, folder):
     (folder / "mine.py").write_text(TINY)
     env = {"CXX": str(folder / "none"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
