@@ -1216,7 +1216,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.unused = False  # has the network weights that get no gradient?
         self.parallel: Any = self.model  # what computes gradients, or their mean over processes
-        self.compiled: Any = None
+        self.compiled: Any = None  # the same by torch.compile
         self.graphs: Any = None  # recordings of the step, on CUDA
         self.peaks = [group["lr"] for group in self.groups()]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -1327,7 +1327,7 @@ class Trainer:
 
     def compute(self, batch: list[torch.Tensor], scale: float) -> torch.Tensor:
         """What the device does in a step: gradients, and what the optimisers make of them; returns backward()'s."""
-        compiled = self.compiled and scale > 0.5  # where images end at 1 × 1, torch 2.11's compiler fails on CUDA
+        compiled = self.config.compile and scale > 0.5  # where images end at 1 × 1, torch 2.11's compiler fails on CUDA
         result = self.backward(self.compiled if compiled else self.parallel, batch, scale)
         if self.config.grad_clip:
             for optimizer in self.optimizers:
