@@ -54,7 +54,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import traceback
 import urllib.request
 import uuid
 import warnings
@@ -272,12 +271,8 @@ def network_settings(model: str) -> dict[str, Any]:
     """The default settings that a network has of its own; UsageError for an unknown one."""
     if model == "cnn":
         return FOR_NETWORK
-    networks = alternative("networks", f"--model {model}")
-    if ":" not in model and model not in networks.SETTINGS:
-        known = ["cnn", *networks.SETTINGS]
-        raise UsageError(f"unknown model {model}: {suggest(model, known, ', torchvision:NAME or FILE.py:FACTORY')}")
     try:
-        return networks.settings(model)
+        return alternative("networks", f"--model {model}").settings(model, suggest)
     except ValueError as error:
         raise UsageError(f"unknown model {model}: {error}") from None
 
@@ -319,6 +314,8 @@ def settle(config: Config, data: "Data") -> Config:
     if shift >= size:
         raise UsageError(f"--augment {config.augment} shifts images of {size} pixels out of sight")
     schedule(config.scheduler, 0.0, [])  # if that fails, then rather now
+    if config.ema or config.grad_clip:
+        alternative("optimizers", "--ema" if config.ema else "--grad-clip")
     if config.dataset == "auto":  # for resuming, never another
         config = replace(config, dataset=data.name.lower())
     elif data.report:  # a folder, found again from elsewhere
@@ -656,11 +653,8 @@ def load_digits(config: Config, substitution: str = "") -> Data:
 def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
-    if wanted not in datasets.NAMES and not (wanted and Path(wanted).expanduser().is_dir()):
-        if Path(wanted).name != wanted:
-            raise UsageError(f"there is no folder {wanted}")
-        known = ["auto", "cifar10", "digits", *datasets.NAMES]
-        raise UsageError(f"unknown data set {wanted}: {suggest(wanted, known, ', or name a folder of images')}")
+    if wrong := datasets.unknown(wanted, suggest):
+        raise UsageError(wrong)
     try:
         size = config.image_size
         if config.pretrained and not size:
@@ -803,12 +797,11 @@ def build_network(
     for a network that does not work.
     """
     torch.manual_seed(config.seed)
-    factory: Callable[..., Any] = CNN
+    networks: Any = None if config.model == "cnn" else alternative("networks", f"--model {config.model}")
     given = {name: getattr(config, name) for name in ("width", "depth", "dropout", "pretrained")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     try:
-        if config.model != "cnn":
-            factory = alternative("networks", f"--model {config.model}").factory(config.model)
+        factory: Callable[..., Any] = networks.factory(config.model) if networks else CNN
         if unknown := given.keys() - inspect.signature(factory).parameters.keys():
             raise UsageError(f"{option(min(unknown))} is no option of the network {config.model}")
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
@@ -818,21 +811,14 @@ def build_network(
         for seen in sizes:  # rather now than after the run has begun
             with torch.no_grad():  # lazy layers get their shapes
                 logits = network.eval()(torch.zeros(2, len(mean), seen, seen))
-            if not isinstance(logits, torch.Tensor):
-                raise ValueError(f"it gives a {type(logits).__name__}, not a tensor with a number for each class")
-            if (shape := tuple(logits.shape)) != (2, classes):
-                raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
-            if is_own(config.model) and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
-                raise UserError(f"--model {config.model} ends in a softmax, but the loss has one: leave it out")
+            if is_own(config.model):
+                networks.judge(logits, classes)
     except UserError:
         raise
     except Exception as error:  # anything, in a user's own file
         half = f", which become {size // 2} in the first --low-res of a run" if config.low_res else ""
         why = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        file = Path(config.model.rpartition(":")[0]).name
-        places = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        if is_own(config.model) and (lines := [each.lineno for each in places if Path(each.filename).name == file]):
-            why += f" ({file}, line {lines[-1]})"
+        why += networks.place(error, config.model) if is_own(config.model) else ""
         raise UserError(f"--model {config.model} gives no network for images of {size} pixels{half}: {why}") from error
     if config.pretrained:
         mean, std = cast(Any, network).normalisation
@@ -931,14 +917,12 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
         raise UserError(f"{path} holds a network of its own: give --model {config.model}")
     config = replace(config, model=model or config.model)
     claims = config, len(content["classes"]), content["mean"], content["std"], content["image_size"]
-    tried = not is_own(config.model)
-    if tried:
-        with torch.device("meta"):  # nothing is allocated before it is known to be needed
-            try:
-                network = build_network(*claims)
-            except UserError:  # meta tensors do not know every operation
-                network, tried = build_network(*claims, tried=True), False
-            check_weights(network, content["model"], path)
+    claimed: nn.Module | None = None
+    if tried := not is_own(config.model):  # nothing is allocated before it is known to be needed
+        with torch.device("meta"), contextlib.suppress(UserError):  # torchvision's RegNets cannot be made there
+            claimed = build_network(*claims, tried=True)
+    if claimed:
+        check_weights(claimed, content["model"], path)
     network = build_network(*claims, tried=tried)
     load_weights(network, content["model"], path)
     return network.eval(), content
@@ -1207,12 +1191,7 @@ class Trainer:
         self.places = [slice(count * i // steps, count * (i + 1) // steps) for i in range(steps)]  # of each batch
         counts = torch.bincount(self.labels, minlength=len(data.classes)).clamp(min=1)
         self.class_weights = count / len(data.classes) / counts if config.class_balance == "weights" else None
-        self.average: Any = None
-        if config.ema:  # reaches back over about an epoch
-            self.average = torch.optim.swa_utils.AveragedModel(
-                self.model, device, use_buffers=True,
-                avg_fn=lambda mean, new, n: mean + (new - mean) / torch.as_tensor(n + 1).clamp(max=steps),
-            )  # fmt: skip
+        self.average: Any = alternative("optimizers", "--ema").average(self.model, steps) if config.ema else None
         self.optimizers = build_optimizers(self.model, config, self.dtype)
         self.unused = False  # has the network weights that get no gradient?
         self.parallel: Any = self.model  # what computes gradients, or their mean over processes
@@ -1290,8 +1269,6 @@ class Trainer:
 
     def settle_batch(self) -> None:
         """Compute the batch in as many parts as memory asks for, if alternatives/ is there."""
-        if self.device.type == "cpu" and self.config.model == "cnn":
-            return  # it fits any machine that torch fits
         if importlib.util.find_spec("alternatives") and not alternative("memory", "--batch-size").settle_batch(self):
             raise UserError("memory is too short for a single image: try --device cpu")
 
@@ -1302,11 +1279,8 @@ class Trainer:
             alternative("torchrun", "torchrun").parallelise(self)
         if config.compile:
             self.compiled = torch.compile(self.parallel)
-        known = config.model == "cnn" and config.optimizer == "muon" and isinstance(self.images, torch.Tensor)
-        draws = config.dropout or augmentation(config.augment)[2]
-        recordable = known and not draws and not self.scaler.is_enabled() and self.world == 1
-        if self.device.type == "cuda" and recordable and importlib.util.find_spec("alternatives"):
-            self.graphs = alternative("graphs", "CUDA").Graphs(self)
+        if self.device.type == "cuda" and importlib.util.find_spec("alternatives"):
+            self.graphs = alternative("graphs", "CUDA").of(self, augments=bool(augmentation(config.augment)[2]))
 
     def agree(self, result: torch.Tensor, asked: bool, look: bool = True) -> bool:
         """Add up `result`, float32 (N,), over all processes; was one asked to stop? To `look` may wait for a GPU."""
@@ -1330,12 +1304,7 @@ class Trainer:
         compiled = self.config.compile and scale > 0.5  # where images end at 1 × 1, torch 2.11's compiler fails on CUDA
         result = self.backward(self.compiled if compiled else self.parallel, batch, scale)
         if self.config.grad_clip:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-            # the scaler skips the optimiser that overflowed: its NaN must not spread to the other
-            norm = nn.utils.get_total_norm(gradients).nan_to_num(nan=math.inf, posinf=math.inf)
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, norm)
+            alternative("optimizers", "--grad-clip").clip(self)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad()
@@ -1833,16 +1802,15 @@ def draw_report(
 
     results: as in report.json; guess, sure: of each test image the predicted class, int64 (N,), and its confidence.
     """
-    import numpy as np
     from sklearn.metrics import ConfusionMatrixDisplay
 
     save_figure(draw_curves(history), run / "training_results.png")
-    classes, matrix = list(results["class_accuracy"]), np.array(results["confusion_matrix"])
+    classes = list(results["class_accuracy"])
     many = len(classes) > 30  # numbers would be too small to read, and take long to draw
     figure = draw(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))
-    ConfusionMatrixDisplay(matrix, display_labels=classes).plot(
-        ax=figure.axes[0], cmap="Blues", colorbar=False, include_values=not many,
-        xticks_rotation="vertical" if many else 45,
+    ConfusionMatrixDisplay.from_predictions(
+        test.labels, guess, labels=range(len(classes)), display_labels=classes, ax=figure.axes[0], cmap="Blues",
+        colorbar=False, include_values=not many, xticks_rotation="vertical" if many else 45,
     )  # fmt: skip
     pictures = {"confusion matrix": save_figure(figure, run / "confusion_matrix.png")}
     mistaken = guess != test.labels

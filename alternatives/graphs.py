@@ -15,6 +15,17 @@ def capture(work: Callable[[], torch.Tensor], pool: Any) -> tuple[Callable[[], N
     return graph.replay, result
 
 
+def of(trainer: Any, augments: bool) -> "Graphs | None":
+    """What records a trainer's steps, if it can: those of `cnn` and Muon, whose images are on the device.
+
+    augments: by more than flips and shifts? Not what draws at random in a step, may skip one, or talks to others.
+    """
+    config = trainer.config
+    known = config.model == "cnn" and config.optimizer == "muon" and isinstance(trainer.images, torch.Tensor)
+    fixed = not (config.dropout or augments or trainer.scaler.is_enabled()) and trainer.world == 1
+    return Graphs(trainer) if known and fixed else None
+
+
 class Graphs:
     """Does a trainer's steps (`compute`) by replaying recordings, one for each size of batch and images.
 

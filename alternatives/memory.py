@@ -1,8 +1,35 @@
 """Batches that do not fit into a GPU's memory, or with a large network into any: computed in parts."""
 
+import contextlib
 import copy
 import math
 from typing import Any
+
+import torch
+
+CPU_BYTES = 2 * 2**30  # that a CPU may keep for the backward pass: laptops have 8 GiB
+
+
+def kept_bytes(trainer: Any, count: int) -> int:
+    """How much a process keeps for the backward pass: of the weights, and of so many images, computed at once."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    few = [drawn[: count * trainer.world] for drawn in trainer.plan(0)]
+    with torch.random.fork_rng([]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.backward(copy.deepcopy(trainer.model).train(), few, 1.0)
+    return sum(sizes.values())
+
+
+def fit_cpu(trainer: Any) -> None:
+    """Split batches into as many parts as CPU_BYTES ask for: too much is no error there, but swaps or is killed."""
+    parts, trainer.parts, image = trainer.parts, 1, 0.0
+    with contextlib.suppress(RuntimeError):  # the trial step will meet it as well
+        image = (kept_bytes(trainer, 8) - kept_bytes(trainer, 4)) / 4  # the weights are in both
+    trainer.parts = max(parts, min(math.ceil(trainer.share * image / CPU_BYTES), trainer.share // 8))
 
 
 def settle_batch(trainer: Any) -> bool:
@@ -10,6 +37,10 @@ def settle_batch(trainer: Any) -> bool:
 
     Also notes whether the network has weights that get no gradient. False if not even a single image fits.
     """
+    if trainer.device.type == "cpu":
+        if trainer.config.model == "cnn":
+            return True  # it fits any machine that torch fits
+        fit_cpu(trainer)
     first = [drawn[trainer.places[0]] for drawn in trainer.plan(0)]
     while True:
         try:

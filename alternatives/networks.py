@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TORCHVISION: dict[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "batch_size": 64}
 
 
-def settings(name: str) -> dict[str, Any]:
-    """The default settings of one of SETTINGS, torchvision:NAME (ValueError if it has none) or FILE.py:FACTORY."""
+def settings(name: str, suggest: Callable[..., str]) -> dict[str, Any]:
+    """The default settings of one of SETTINGS, torchvision:NAME or FILE.py:FACTORY.
+
+    Raises ValueError for an unknown name; suggest(name, known, others) says what may have been meant.
+    """
+    if ":" not in name and name not in SETTINGS:
+        raise ValueError(suggest(name, ["cnn", *SETTINGS], ", torchvision:NAME or FILE.py:FACTORY"))
     usual = MUON
     if name.startswith("torchvision:"):
         known(name.partition(":")[2])
@@ -151,8 +157,7 @@ def fftnet(classes: int = 10, channels: int = 3, image_size: int = 32) -> nn.Mod
 def convnet(classes: int = 10, channels: int = 3, image_size: int = 32, depth: int = 2) -> nn.Module:
     """Reference 000's `convnet`: three stages of 64, 128 and 256 channels, `depth` convolutions in each."""
     at_least(8, image_size)
-    parts: list[nn.Module] = []
-    inputs = channels
+    inputs, parts = channels, list[nn.Module]()
     for width in (64, 128, 256):
         for _ in range(depth):
             parts += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -195,8 +200,7 @@ class BasicBlock(nn.Module):
 def resnet18_dropout(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.1) -> nn.Module:
     """Reference 003's ResNet-18: dropout, a 1×1 convolution as head, then the mean over the final map."""
     at_least(8, image_size)
-    parts: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    parts.append(nn.Dropout(dropout))
+    parts = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Dropout(dropout)]
     for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
         parts += [BasicBlock(inputs, outputs, stride, dropout), BasicBlock(outputs, outputs, 1, dropout)]
     return nn.Sequential(*parts, nn.Conv2d(512, classes, 1), nn.AvgPool2d(math.ceil(image_size / 8)), nn.Flatten())
@@ -296,13 +300,12 @@ def from_torchvision(
     return FromImageNet(name, classes) if pretrained else torchvision_model(name, classes, image_size)
 
 
-def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> None:
+def load_pretrained(network: FromImageNet, classes: list[str], path: str = "") -> None:
     """Load ImageNet weights, or those in the file `path`, into a FromImageNet.
 
     A file may be torchvision's own or a checkpoint of this program. The classifier stays new, except where that is for
     the same classes. Raises ValueError where there are no weights to be had.
     """
-    assert isinstance(network, FromImageNet)
     source = path or network.weights.url
     try:
         if path:
@@ -316,10 +319,8 @@ def load_pretrained(network: nn.Module, classes: list[str], path: str = "") -> N
             raise
         reason = getattr(error, "reason", None)  # HTTPError's is no exception but a part of its text
         why = reason if isinstance(reason, Exception) else error
-        raise ValueError(
-            f"the ImageNet weights could not be downloaded ({why}): fetch "
-            f"{source} elsewhere and name the file with --init-from"
-        ) from None
+        mend = f"fetch {source} elsewhere and name the file with --init-from"
+        raise ValueError(f"the ImageNet weights could not be downloaded ({why}): {mend}") from None
     except Exception as error:
         raise ValueError(f"{source} is damaged or no file of weights") from error
     state = network.state_dict()
@@ -340,8 +341,7 @@ def from_file(name: str) -> Callable[..., nn.Module]:
     file, _, factory = name.rpartition(":")
     if not Path(file).is_file() or Path(file).suffix != ".py":
         raise ValueError(f"there is no Python file {file}")
-    spec = importlib.util.spec_from_file_location(f"network_{Path(file).stem}", file)
-    assert spec is not None and spec.loader is not None  # it ends in .py
+    spec: Any = importlib.util.spec_from_file_location(f"network_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in it look themselves up there
     if (beside := str(Path(file).resolve().parent)) not in sys.path:
@@ -353,3 +353,21 @@ def from_file(name: str) -> Callable[..., nn.Module]:
     if not callable(found := getattr(module, factory, None)):
         raise ValueError(f"{file} has no function or class {factory}")
     return found
+
+
+def judge(logits: Any, classes: int) -> None:
+    """ValueError unless these are what a user's own network has to give for 2 images: logits (2, classes)."""
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"it gives a {type(logits).__name__}, not a tensor with a number for each class")
+    if (shape := tuple(logits.shape)) != (2, classes):
+        raise ValueError(f"2 images give {shape}, not (2, {classes}): a number for each class")
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-5:
+        raise ValueError("it ends in a softmax, but the loss has one: leave it out")
+
+
+def place(error: Exception, name: str) -> str:
+    """The line of FILE.py at which its network failed, in brackets; "" if it did not fail there."""
+    file = Path(name.rpartition(":")[0]).name
+    places = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    lines = [each.lineno for each in places if Path(each.filename).name == file]
+    return f" ({file}, line {lines[-1]})" if lines else ""

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,10 +20,8 @@ STATED = {  # by the references' READMEs, or by the issue that they are rebuilt 
         "model": "resnet18", "optimizer": "adam", "scheduler": "plateau",
         "augment": "flip,rotate=20,brightness=0.2,contrast=0.2,saturation=0.2,sharpness,erase=0.75",
     },
-    "beginner": {
-        "model": "beginner-cnn", "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 0.001,
-        "augment": "flip,crop=4",
-    },
+    "beginner": {"model": "beginner-cnn", "epochs": 10, "batch_size": 32, "optimizer": "adam", "lr": 0.001,
+                 "augment": "flip,crop=4"},
     "resnet-dropout": {"model": "resnet18-dropout", "epochs": 25},
     "notebook": {"model": "notebook-cnn", "batch_size": 20, "val_fraction": 0.2, "optimizer": "sgd", "lr": 0.01},
 }  # fmt: skip
@@ -49,7 +48,8 @@ def test_network_learns_with_its_own_settings(name, folder):
 
 
 def test_sizes_of_the_networks_that_have_no_table():
-    assert sum(weight.numel() for weight in networks.notebook_cnn().parameters()) == 1_059_306
+    sizes = {"beginner-cnn": 545_290, "coursework-cnn": 685_962, "notebook-cnn": 1_059_306}
+    assert {n: sum(weight.numel() for weight in networks.factory(n)().parameters()) for n in sizes} == sizes
     kinds = [type(layer) for layer in networks.fcn().modules()]
     assert torch.nn.Conv2d not in kinds and torch.nn.Linear in kinds
 
@@ -62,19 +62,11 @@ def test_table_counts_every_weight(capsys):
         assert int(total.replace(",", "")) == sum(weight.numel() for weight in network.parameters()), name
 
 
-def test_recipe_and_network_by_name(inside, folder):
-    out, _ = inside("--recipe", "beginner", "--dataset", "digits", "--subset", "64", "--epochs", "1")
-    assert "545,290" in out and "float32" in out
-    assert (folder / "model_beginner-cnn_digits.pth").exists()
-
-
 def test_coursework_network_has_the_footer_of_the_reference(capsys):
     """Input 0.01, forward/backward 1.54, parameters 2.62, in all 4.17 MB: the table in the coursework's README."""
-    network = networks.coursework_cnn()
-    ic.print_summary(network, (3, 32, 32))
+    ic.print_summary(networks.coursework_cnn(), (3, 32, 32))
     numbers = re.findall(r"\(MB\): (\S+)", capsys.readouterr().out)
     assert numbers == ["0.01", "1.54", "2.62", "4.17"]
-    assert sum(weight.numel() for weight in network.parameters()) == 685_962
 
 
 def test_resnet18_dropout_has_the_table_of_the_reference(capsys):
@@ -115,11 +107,9 @@ def test_pretrained_network_with_only_its_head_trained(inside, folder, imagenet,
     config = ic.Config(dataset="digits", model="torchvision:squeezenet1_1", pretrained=True, init_from=str(path))
     seen_in_training = ic.build_model(config, data).get_buffer("pixel_mean").flatten() / 255
     assert seen_in_training.tolist() == pytest.approx(content["mean"])
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     seen = []
     model.body.features.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[-1]))
-    model(torch.zeros(1, 3, 32, 32))
-    assert seen == [224]
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10) and seen == [224]
 
 
 def test_pretrained_weights_that_cannot_be_had(inside, folder, monkeypatch):
@@ -149,10 +139,11 @@ def test_tuned_network_goes_on_with_its_head(folder, imagenet):
     assert same(again.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if name not in ("finetune", "beginner")])
-def test_every_recipe_runs(inside, recipe):
+@pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if name != "finetune"])
+def test_every_recipe_runs(inside, folder, recipe):
     out, _ = inside("--recipe", recipe, "--dataset", "digits", "--subset", "64", "--batch-size", "8", "--fast-dev-run")
-    assert "Done in" in out
+    assert "Done in" in out and (recipe not in STATED or "float32" in out)
+    assert (only_run(folder) / f"model_{recipes.RECIPES[recipe]['model']}_digits.pth").exists()
 
 
 def test_small_images_are_not_made_smaller(inside, monkeypatch):
@@ -167,6 +158,13 @@ def test_torchvision_networks(name):
     size = 224 if name == "googlenet" else 32
     network = networks.factory(f"torchvision:{name}")(classes=7, image_size=size)
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_model_that_no_meta_device_can_build_is_loaded(inside, folder):
+    inside("--dataset", "digits", "--model", "torchvision:regnet_x_400mf", "--fast-dev-run")
+    path = only_run(folder) / "model_torchvision-regnet_x_400mf_digits.pth"
+    network, content = ic.load_checkpoint(path)
+    assert same(network.state_dict(), content["model"])
 
 
 def test_own_model_is_tuned_to_other_classes(inside, folder):
@@ -216,7 +214,6 @@ def test_mixed_labels_are_the_shares_of_the_images(name):
     labels = torch.arange(10).repeat(20)
     images = (20 * labels).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).byte()  # so bright as their label says
     mixed, shares = augmentations.build({name: ""}, 10)(images, labels)
-    assert torch.allclose(shares.sum(1), torch.ones(200))
     assert torch.allclose(mixed.mean((1, 2, 3)) / 20, shares @ torch.arange(10.0), atol=1e-3)
     assert 0.05 < 1 - shares.max(1).values.mean() < 0.4
 
@@ -289,8 +286,7 @@ def test_average_is_a_plain_mean_at_first_and_then_forgets():
 
 def test_average_of_the_weights_is_tested_and_kept(inside, folder):
     inside(*QUICK, "--ema", "--epochs", "1", "--scheduler", "none", "--batch-size", "40")
-    run = only_run(folder)
-    last = state_of(run)
+    last = state_of(only_run(folder))
     kept = weights(folder / "model_cnn_digits.pth")
     assert not torch.equal(last["model"]["classifier.weight"], kept["classifier.weight"])
     assert torch.equal(last["average"]["module.classifier.weight"], kept["classifier.weight"])
@@ -330,8 +326,7 @@ def test_resnets_have_the_stem_for_small_images(name):
     network.avgpool.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[-1]))
     with torch.no_grad():
         network.eval()(torch.zeros(1, 3, 32, 32))
-    convolutions = [label for label, layer in network.named_modules() if isinstance(layer, torch.nn.Conv2d)]
-    in_a_row = [label for label in convolutions if "downsample" not in label]
+    in_a_row = [label for label, weight in network.named_parameters() if weight.ndim == 4 and "downsample" not in label]
     assert seen == [4] and network.conv1.stride == (1, 1)
     assert len(in_a_row) + 1 == int(name.removeprefix("resnet"))  # and the classifier
 
@@ -359,8 +354,7 @@ def test_own_network_imports_what_is_beside_it(folder, monkeypatch):
 import torch
 def network(classes=10, channels=3, image_size=32):
     from blocks import WIDTH
-    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, WIDTH),
-                               torch.nn.Linear(WIDTH, classes))""")
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, WIDTH), torch.nn.Linear(WIDTH, classes))""")
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert networks.factory(f"{folder / 'mine.py'}:network")()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
@@ -372,8 +366,6 @@ def test_network_of_one_image_size_and_low_res(inside, folder):
 
 
 def test_torch_and_torchvision_that_do_not_fit(inside, monkeypatch):
-    def misfit(*_, **__):
-        raise RuntimeError("operator torchvision::nms does not exist")
-
-    monkeypatch.setattr(networks, "torchvision_model", misfit)
+    misfit = RuntimeError("operator torchvision::nms does not exist")
+    monkeypatch.setattr(networks, "torchvision_model", Mock(side_effect=misfit))
     assert "pip install --force-reinstall" in inside.error("--dataset", "digits", "--model", "torchvision:resnet18")

@@ -1,5 +1,6 @@
 """Training: the whole program on real images, stopping, going on, and what goes wrong on the way."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import records
@@ -20,6 +22,7 @@ from conftest import (
     SCRIPT,
     SMALL,
     Program,
+    beforehand,
     epochs_of,
     events_of,
     only_run,
@@ -30,13 +33,13 @@ from conftest import (
     trainer_of,
     wait_for,
     weights,
-    write_images,
+    without_time,
 )
 from filelock import FileLock
 from test_data import DEAD
 
 import image_classification as ic
-from alternatives import minutes
+from alternatives import memory, minutes
 from alternatives.datasets import UNSAFE
 
 FILES = {"config.json", "metrics.csv", "last.pth", "best.pth", "training_results.png", "confusion_matrix.png",
@@ -71,47 +74,37 @@ def digits(tmp_path_factory):
 def test_script_alone_does_its_whole_job(digits):
     folder, run, out = digits
     assert {path.name for path in run.iterdir()} >= FILES
-    assert (folder / "model_cnn_digits.pth").exists()
     assert not list(folder.rglob("*.tmp"))
     assert not [path.name for path in folder.rglob("*") if UNSAFE.search(path.name)]  # on Windows
-    lines = out.splitlines()
-    start = lines.index("Finished Training")
-    assert any(line.startswith("Start Training  ") for line in lines)
-    number = r"\d+\.\d{4}"
-    epochs = [line for line in lines if line.startswith("Epoch ")]
-    for index, line in enumerate(epochs):
-        assert re.match(rf"Epoch {index:04d}: train loss {number}, valid loss {number}, ", line)
-    assert re.match(r"Accuracy of the network on the 359 test images: \d+ %", lines[start + 1])
-    for index, name in enumerate("0123456789"):
-        assert re.match(rf"Accuracy for class {name}     is: \d+\.\d %", lines[start + 2 + index])
-    assert "tensorboard --logdir runs" in out and re.match(r"Done in \d\d:\d\d$", lines[-1])
+    assert "\nStart Training  " in out
+    assert "tensorboard --logdir runs" in out and re.search(r"\nDone in \d\d:\d\d\n\Z", out)
 
 
 def test_report_and_metrics_agree_with_what_was_printed(digits):
     folder, run, out = digits
     report, rows = report_of(run), rows_of(run)
-    matrix = torch.tensor(report["confusion_matrix"])
+    matrix, closing = torch.tensor(report["confusion_matrix"]), out.partition("\nFinished Training\n")[2].splitlines()
     assert matrix.sum() == 359 and report["test_accuracy"] >= 0.97
-    assert f"on the 359 test images: {int(100 * matrix.trace() / 359)} % (" in out
+    assert closing[0].startswith(f"Accuracy of the network on the 359 test images: {100 * matrix.trace() // 359} % (")
     assert report["test_accuracy"] == pytest.approx(matrix.trace().item() / 359)
-    low, high = report["test_accuracy_interval"]
     share, z2 = report["test_accuracy"], 1.959964**2 / 359  # Wilson (1927)
-    half = (z2 * (share * (1 - share) + z2 / 4)) ** 0.5
-    assert [low, high] == pytest.approx([(share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)])
+    middle, half = share + z2 / 2, (z2 * (share * (1 - share) + z2 / 4)) ** 0.5
+    assert report["test_accuracy_interval"] == pytest.approx([(middle - half) / (1 + z2), (middle + half) / (1 + z2)])
     for index, name in enumerate("0123456789"):
         right, both = matrix[index, index].item(), (report["recall"][name], report["precision"][name])
         assert both == pytest.approx((right / matrix[index].sum().item(), right / matrix[:, index].sum().item()))
         assert report["class_accuracy"][name] == both[0]
         assert report["f1"][name] == pytest.approx(2 * both[0] * both[1] / sum(both))
-        assert f"class {name}     is: {100 * both[0]:.1f} %  (precision {100 * both[1]:.1f} %, F1 " in out
-    best, worst = re.search(r"Best class: (\d); worst class: (\d)", out).groups()
-    assert report["recall"][best] == max(report["recall"].values())
-    assert report["recall"][worst] == min(report["recall"].values())
+        printed = f"Accuracy for class {name}     is: {100 * both[0]:.1f} %  (precision {100 * both[1]:.1f} %, F1 "
+        assert closing[1 + index].startswith(printed)
+    extremes, recall = re.search(r"Best class: (\d); worst class: (\d)", out).groups(), report["recall"]
+    assert [recall[name] for name in extremes] == [max(recall.values()), min(recall.values())]
     assert {"test_loss", "seconds", "commit", "hardware", "versions"} <= report.keys()
     assert report["dataset"] == "digits" and report["substituted_for"] is None and report["train_images"] == 1295
     assert list(rows[0]) == ic.COLUMNS
-    for row, line in zip(rows, re.findall(r"Epoch .*", out), strict=True):
-        assert f"train loss {float(row['train_loss']):.4f}, valid loss {float(row['valid_loss']):.4f}" in line
+    for index, (row, line) in enumerate(zip(rows, re.findall("^Epoch .*", out, re.M), strict=True)):
+        losses = f"train loss {float(row['train_loss']):.4f}, valid loss {float(row['valid_loss']):.4f}, "
+        assert line.startswith(f"Epoch {index:04d}: {losses}")
     assert sum(float(row["seconds"]) for row in rows) == pytest.approx(report["seconds"])
     assert all(0 < float(row["seconds"]) < report["seconds"] / 2 for row in rows)
     best = min(range(len(rows)), key=lambda index: float(rows[index]["valid_loss"]))
@@ -134,7 +127,6 @@ def test_model_file_reproduces_the_report(digits):
             return all(map(plain, value))
         return type(value) in (str, int, float, bool, type(None), torch.Tensor)
 
-    content["model"] = dict(content["model"])
     assert plain(content)
 
 
@@ -162,8 +154,6 @@ def test_hints_and_worst_mistakes(inside, folder):
     assert re.search("Overfitting: .* or --init-from a trained model", out)
     run = only_run(folder)
     assert "worst mistakes" in events_of(run).Tags()["images"] and (run / "worst_mistakes.png").exists()
-    out, _ = inside(*QUICK, "--optimizer", "sgd", "--lr", "0", "--epochs", "1")
-    assert "hardly better than guessing" in out
 
 
 def test_narrow_network_on_grey_images(inside, folder):
@@ -218,11 +208,7 @@ def test_several_views_are_a_score_of_their_own(folder, capsys):
 
 @pytest.fixture
 def quick(folder):
-    def train(**settings):
-        basis = {"dataset": "digits", "epochs": 3, "width": 0.25}
-        return ic.train(ic.Config(**basis | settings))
-
-    return train
+    return lambda **settings: ic.train(ic.Config(**{"dataset": "digits", "epochs": 3, "width": 0.25} | settings))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam", "adamw", "rmsprop"])
@@ -275,12 +261,8 @@ def test_confidence_is_calibrated_on_validation_images(quick):
 
     def error(temperature):
         sure, guess = (ic.evaluate(model, *data.test).logits / temperature).softmax(1).max(1)
-        gaps = []
-        for low in range(15):
-            inside = [i for i, each in enumerate(sure.tolist()) if low <= 15 * each < low + 1]
-            right = sum(int(guess[i] == data.test.labels[i]) for i in inside)
-            gaps.append(abs(sum(sure[i].item() for i in inside) - right))
-        return sum(gaps) / len(sure)
+        gaps, bins = sure - (guess == data.test.labels).float(), (15 * sure).floor()
+        return sum(abs(gaps[bins == low].sum().item()) for low in range(15)) / len(sure)
 
     assert report.results["calibration_error_before"] == pytest.approx(error(1.0), abs=1e-5)
     assert report.results["calibration_error"] == pytest.approx(error(temperature), abs=1e-5)
@@ -330,15 +312,10 @@ def test_learning_rate_reaches_the_optimizers(quick):
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
-def test_images_are_small_at_first(quick, monkeypatch):
-    sizes, forward = [], ic.CNN.forward
-
-    def watched(self, images):
-        sizes.append((self.training, int(images.shape[-1])))
-        return forward(self, images)
-
-    monkeypatch.setattr(ic.CNN, "forward", watched)
-    quick(low_res=0.5, epochs=2, device="cpu")  # of 26 steps
+def test_images_are_small_at_first(quick):
+    sizes = []
+    with beforehand(ic.CNN, "forward", lambda model, images: sizes.append((model.training, int(images.shape[-1])))):
+        quick(low_res=0.5, epochs=2, device="cpu")  # of 26 steps
     assert [size for training, size in sizes if training] == [16] * 13 + [24] * 13 + [32] * 26
     begun = sizes.index((True, 16))  # before it the network was tried
     assert {size for training, size in sizes[begun:] if not training} == {32}
@@ -402,21 +379,12 @@ def test_repeat_gives_mean_spread_and_the_best_model(inside, folder):
     assert same(weights(folder / "model_cnn_digits.pth"), weights(best / "best.pth"))
 
 
-def without_time(history):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
 def test_test_labels_change_nothing_but_the_report(folder):
     config = ic.Config(dataset="digits", width=0.25, epochs=2, device="cpu")
-    honest, wrong = ic.load_data(config), ic.load_data(config)
-    opened = []
-
-    def load_test():
-        opened.append(len(list(folder.rglob("last.pth"))))
-        return ic.Split(honest.test.images, (honest.test.labels + 1) % 10)
-
-    wrong.load_test = load_test
-    first, second = ic.train(config, honest), ic.train(config, wrong)
+    honest, wrong, opened = ic.load_data(config), ic.load_data(config), []
+    wrong.load_test = lambda: ic.Split(honest.test.images, (honest.test.labels + 1) % 10)
+    with beforehand(wrong, "load_test", lambda: opened.append(len(list(folder.rglob("last.pth"))))):
+        first, second = ic.train(config, honest), ic.train(config, wrong)
     assert opened == [2]  # once, after the second run's training
     assert without_time(first.history) == without_time(second.history)
     assert same(weights(first.run / "best.pth"), weights(second.run / "best.pth"))
@@ -427,10 +395,9 @@ def test_test_labels_change_nothing_but_the_report(folder):
 
 
 def test_minutes_are_kept(program, folder):
-    began, since = time.monotonic(), {}
+    began = time.monotonic()
     process = program.start(*QUICK, "--epochs", "10000", "--minutes", "0.5")  # the epochs would take far longer
-    for line in process.stdout:
-        since[line.partition(" ")[0]] = time.monotonic() - began
+    since = {line.partition(" ")[0]: time.monotonic() - began for line in process.stdout}
     assert process.wait() == 0 and len(epochs_of(only_run(folder))) > 3
     assert since["Finished"] < 30 and 22 < since["Done"] < 41  # a busy machine reports slowly
 
@@ -446,11 +413,10 @@ def test_minutes_that_are_too_short_are_said(inside):
 
 
 def test_minutes_shorter_than_an_epoch(inside, folder, monkeypatch):
-    advance = ic.Trainer.advance
-    monkeypatch.setattr(ic.Trainer, "advance", lambda *both: (time.sleep(0.02), advance(*both))[1])
     monkeypatch.setattr(minutes, "REPORT_SECONDS", 3)
     monkeypatch.setattr(ic, "START", time.perf_counter())
-    out, _ = inside("--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2")
+    with beforehand(ic.Trainer, "advance", lambda *_: time.sleep(0.02)):
+        out, _ = inside("--dataset", "digits", "--width", "0.25", "--batch-size", "1", "--minutes", "0.2")
     assert epochs_of(run := only_run(folder)) == [0]
     assert re.search(r"^Epoch 0000: .* s for \d+ of 1295 steps, ", out, re.M)
     assert report_of(run)["train_images"] == state_of(run)["step"] < 1295  # of one image each
@@ -510,14 +476,10 @@ def test_small_images_count_less_in_what_is_planned():
 
 
 def test_seeds_share_the_minutes(folder, monkeypatch):
-    given, train_once = [], ic.train_once
-
-    def watched(config, data, device, run, deadline, *rest):
-        given.append(deadline - time.perf_counter())
-        return train_once(ic.replace(config, minutes=0.0), data, device, run, deadline, *rest)
-
-    monkeypatch.setattr(ic, "train_once", watched)
-    ic.train(ic.Config(dataset="digits", subset=400, width=0.25, epochs=1, minutes=10.0, repeat=2))
+    given = []
+    monkeypatch.setattr(minutes.Pace, "fit", lambda *_: None)  # or this would take all that time
+    with beforehand(minutes.Pace, "__init__", lambda *rest: given.append(rest[2] - time.perf_counter())):
+        ic.train(ic.Config(dataset="digits", subset=400, width=0.25, epochs=1, minutes=10.0, repeat=2))
     assert 280 < given[0] < 300 and 500 < given[1] < 600
 
 
@@ -544,14 +506,10 @@ def equal_state(first, second):
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_run_goes_on_bit_for_bit(program, inside, folder, unbroken, signum, status):
     process = program.start(*LONGER)
-    for line in process.stdout:
-        if line.startswith("Epoch 0001"):
-            time.sleep(0.1)  # into the next epoch
-            process.send_signal(signum)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
+    next(line for line in process.stdout if line.startswith("Epoch 0001"))
+    time.sleep(0.1)  # into the next epoch
+    process.send_signal(signum)
+    out, _ = program.finish(process, status, timeout=60)
     command = re.search(r"Go on with: .+image_classification.py\"? (--resume \S+)", out).group(1)
     stopped = state_of(only_run(folder))
     assert 52 <= stopped["step"] < 5 * 26
@@ -573,19 +531,12 @@ def test_killed_run_goes_on_bit_for_bit(program, inside, folder, unbroken, momen
 
 
 @pytest.fixture
-def stopped(inside, monkeypatch):
+def stopped(inside):
     """The program in this process, sent Ctrl-C in its step number `step`: a function that returns what it printed."""
 
     def run(step, *arguments):
-        advance, steps = ic.Trainer.advance, itertools.count(1)
-
-        def stopping(trainer, batch):
-            if next(steps) == step:
-                signal.raise_signal(signal.SIGINT)
-            return advance(trainer, batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(ic.Trainer, "advance", stopping)
+        steps = itertools.count(1)
+        with beforehand(ic.Trainer, "advance", lambda *_: next(steps) == step and signal.raise_signal(signal.SIGINT)):
             return inside(*arguments, status=130)[0]
 
     return run
@@ -625,19 +576,15 @@ def test_run_that_stopped_early_is_trained_on(inside, folder):
 
 
 def test_finished_run_whose_network_changed_keeps_its_report(inside, folder):
-    text = """
-import torch
-def network(classes=10, channels=3, image_size=32):
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, {0}),
-                               torch.nn.Linear({0}, classes))"""
-    (folder / "mine.py").write_text(text.format(8))
-    inside(*SMALL, "--model", "mine.py:network")
+    text = NETWORK.format(limit=1000)
+    (folder / "mine.py").write_text(text)
+    inside(*SMALL, "--model", "mine.py:small")
     report = (only_run(folder) / "report.json").read_bytes()
     (folder / "mine.py").write_text("raise SystemError('executed')")
     more = ["--resume", "last", "--epochs", "4"]
-    assert "name it again with --model mine.py:network" in inside.error(*more)  # and does not import it
-    (folder / "mine.py").write_text(text.format(9))
-    assert "holds another network" in inside.error(*more, "--model", "mine.py:network")
+    assert "name it again with --model mine.py:small" in inside.error(*more)  # and does not import it
+    (folder / "mine.py").write_text(text.replace("nn.ReLU()", "nn.Linear(32, 32)"))
+    assert "holds another network" in inside.error(*more, "--model", "mine.py:small")
     assert (only_run(folder) / "report.json").read_bytes() == report
 
 
@@ -668,8 +615,7 @@ def test_stopped_run_of_an_own_network_prints_what_it_needs(inside, folder, stop
     assert epochs_of(only_run(folder)) == [0, 1]
 
 
-def test_folder_of_images_is_found_again_from_elsewhere(inside, folder, monkeypatch):
-    write_images(folder / "photos", {"red": 20, "green": 20})
+def test_folder_of_images_is_found_again_from_elsewhere(inside, folder, photos, monkeypatch):
     inside("--dataset", "photos", "--epochs", "1", "--width", "0.25", "--image-size", "32")
     run = only_run(folder)
     (folder / "elsewhere").mkdir()
@@ -704,17 +650,17 @@ def test_trial_run_replaces_no_model_and_is_not_trained_on(inside, folder):
 
 def test_interrupted_repeat_goes_on(inside, folder, stopped):
     stopped(20, *QUICK, "--repeat", "3")  # of 16 a seed
-    (config,) = folder.glob("runs/digits/*/config.json")
-    assert "Mean test accuracy of 3 seeds" in inside("--resume", config.parent)[0]
-    assert [epochs_of(config.parent / f"seed-{seed}") for seed in range(3)] == [[0, 1]] * 3
+    run = only_run(folder)
+    assert "Mean test accuracy of 3 seeds" in inside("--resume", run)[0]
+    assert [epochs_of(run / f"seed-{seed}") for seed in range(3)] == [[0, 1]] * 3
 
 
 def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder, monkeypatch):
-    whole, log = [], ic.RunLog.epoch
+    whole = []
     monkeypatch.setattr(minutes.Pace, "fit", lambda self, per_step: setattr(self.trainer, "total_steps", 10))
     inside(*QUICK, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
-    monkeypatch.setattr(ic.RunLog, "epoch", lambda self, *rest: (whole.append(self.trainer.sums), log(self, *rest)))
-    inside("--resume", "last", "--epochs", "4")
+    with beforehand(ic.RunLog, "epoch", lambda log, *_: whole.append(log.trainer.sums)):
+        inside("--resume", "last", "--epochs", "4")
     assert epochs_of(only_run(folder)) == [0, 1, 2, 3] and len(whole) == 2
     assert all((sums[:, 0] != 0).all() for sums in whole)
 
@@ -723,16 +669,13 @@ def test_epoch_that_ended_early_and_goes_on_counts_all_its_steps(inside, folder,
 def test_second_ctrl_c_quits_at_once(program):
     slow = "import time; step = ic.Trainer.advance; ic.Trainer.advance = lambda *both: (time.sleep(90), step(*both))"
     process = program.start(*LONGER, patch=slow)
-    for line in process.stdout:
-        if line.startswith("digits: "):
-            break
+    next(line for line in process.stdout if line.startswith("digits: "))
     time.sleep(1)  # into its first step
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # it wants to finish its step
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
-    process.communicate()
+    program.finish(process, 130, timeout=5)
 
 
 def test_finished_run_is_made_longer_and_other_changes_are_refused(inside, folder):
@@ -773,20 +716,15 @@ def test_run_that_cannot_go_on_is_named(inside, folder):
 def test_run_that_failed_at_once_is_not_resumed(inside, folder):
     inside(*QUICK, "--epochs", "1")
     (only_run(folder) / "report.json").unlink()  # as if it had been killed
-    failing = NETWORK.format(limit=0).replace("self.training", "torch.is_grad_enabled()")
-    (folder / "mine.py").write_text(failing.replace('torch.OutOfMemoryError("CUDA out of memory', 'ValueError("boom'))
-    assert "boom" in inside.error(*SMALL, "--model", "mine.py:small")
+    with mock.patch.object(ic.Trainer, "compute", side_effect=ValueError("boom")):
+        assert "boom" in inside.error(*QUICK)
     out, _ = inside("--resume", "last")
     assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 
 
 @pytest.mark.parametrize(("owner", "name"), [(ic, "save_checkpoint"), (ic.RunLog, "epoch"), (ic, "keep_model")])
-def test_run_that_ran_out_of_space_goes_on(inside, folder, monkeypatch, owner, name):
-    def full(*_):
-        raise OSError(28, "No space left on device", "a file")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, full)
+def test_run_that_ran_out_of_space_goes_on(inside, folder, owner, name):
+    with mock.patch.object(owner, name, side_effect=OSError(28, "No space left on device", "a file")):
         assert "a file: No space left on device: is there space" in inside.error(*QUICK, "--epochs", "1")
     assert not (only_run(folder) / "report.json").exists()  # it says that the run is finished
     inside("--resume", "last")
@@ -794,16 +732,12 @@ def test_run_that_ran_out_of_space_goes_on(inside, folder, monkeypatch, owner, n
     assert (folder / "model_cnn_digits.pth").exists()
 
 
-def test_resumed_epoch_is_once_in_tensorboard(inside, folder, monkeypatch):
-    save = ic.Trainer.save
-
-    def broken(trainer, path):
+def test_resumed_epoch_is_once_in_tensorboard(inside, folder):
+    def full(trainer, path):
         if len(trainer.history) == 2:
             raise OSError(28, "No space left on device", str(path))
-        save(trainer, path)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(ic.Trainer, "save", broken)
+    with beforehand(ic.Trainer, "save", full):
         inside.error(*QUICK, "--epochs", "3")
     time.sleep(1.1)  # event files are named by the second
     inside("--resume", "last")
@@ -847,27 +781,24 @@ def test_divergence_names_step_and_rate_and_saves_nothing_broken(inside, folder)
     lambda trainer: trainer.model.classifier.weight.data,
     lambda trainer: next(iter(trainer.optimizers[-1].state.values()))["exp_avg_sq"],
 ], ids=["weights", "optimiser"])  # fmt: skip
-def test_state_that_is_not_finite_is_not_saved(inside, folder, monkeypatch, part):
-    advance = ic.Trainer.advance
-
-    def overflow(trainer, batch):
-        result = advance(trainer, batch)
+def test_state_that_is_not_finite_is_not_saved(inside, folder, part):
+    def overflow(trainer, *_):
         if trainer.step == trainer.total_steps:  # after the last loss
             part(trainer).fill_(float("inf"))
-        return result
 
-    monkeypatch.setattr(ic.Trainer, "advance", overflow)
-    assert "the loss is no longer finite" in inside.error(*QUICK, "--epochs", "1", "--val-fraction", "0")
+    with beforehand(ic.Trainer, "agree", overflow):
+        assert "the loss is no longer finite" in inside.error(*QUICK, "--epochs", "1", "--val-fraction", "0")
     assert not list(folder.rglob("*.pth"))
 
 
 def test_own_network_may_hold_a_mask_of_infinities(inside, folder):
-    masked = NETWORK.format(limit=1000).replace(
-        "def small", "class Masked(Hungry):\n    def __init__(self, *parts):\n        super().__init__(*parts)\n"
-        "        self.register_buffer('mask', torch.full((3,), -float('inf')))\n\ndef small"
-    ).replace("return Hungry(", "return Masked(")  # fmt: skip
-    (folder / "mine.py").write_text(masked)
-    inside(*SMALL, "--model", "mine.py:small")
+    masked = """
+def masked(**given):
+    network = small(**given)
+    network.register_buffer("mask", torch.full((3,), -float("inf")))
+    return network"""
+    (folder / "mine.py").write_text(NETWORK.format(limit=1000) + masked)
+    inside(*SMALL, "--model", "mine.py:masked")
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run(inside, folder, monkeypatch):
@@ -881,7 +812,6 @@ def test_own_network_and_out_of_memory(inside, folder):
     assert "too short for a single image: try --device cpu" in inside.error(*SMALL, "--model", "mine.py:small")
     alone = ic.in_words(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))  # without alternatives/
     assert alone == "CUDA out of memory: try a smaller --batch-size, or --device cpu"
-    shutil.rmtree(folder / "runs", ignore_errors=True)
     (folder / "mine.py").write_text(NETWORK.format(limit=30))
     out, _ = inside("--dataset", "digits", "--epochs", "4", "--model", "mine.py:small", "--batch-size", "100")
     assert "computed as 4 parts of 25 images" in out and "batch norm" in out
@@ -891,6 +821,18 @@ def test_own_network_and_out_of_memory(inside, folder):
     model, _ = ic.load_checkpoint(folder / "model_small_digits.pth", model=f"{folder / 'mine.py'}:small")
     test = ic.load_data(ic.Config(dataset="digits")).test
     assert ic.evaluate(model, *test).accuracy == pytest.approx(accuracy)
+
+
+def test_network_too_large_for_a_cpu_is_computed_in_parts(folder, monkeypatch):
+    layers = "nn.Conv2d(channels, 64, 1), *[nn.Sigmoid() for _ in range(10)]"  # each keeps 256 KiB an image of 32 × 32
+    (folder / "mine.py").write_text(NETWORK.format(limit=1000).replace("nn.AvgPool2d(4)", f"{layers}, nn.AvgPool2d(4)")
+                                    .replace("channels * image", "64 * image"))  # fmt: skip
+    config = ic.configure(dataset="digits", model="mine.py:small", batch_size=100, precision="fp32")
+    data = ic.load_data(config)
+    trainer = ic.Trainer(ic.settle(config, data), data, torch.device("cpu"))
+    monkeypatch.setattr(memory, "CPU_BYTES", 2**26)
+    trainer.settle_batch()
+    assert trainer.parts == 4  # 26 images of 2.5 MiB
 
 
 @pytest.mark.parametrize("balance", ["none", "weights"])
@@ -914,9 +856,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
     ("import torch\ndef small(**k): return torch.nn.Flatten()", "2 images give (2, 3072), not (2, 10)"),
     ("from torch import nn\ndef small(**k): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10), nn.Softmax(1))",
      "ends in a softmax, but the loss has one"),
-    ("small = 3", "no function or class small"),
+    ("small = 3", "no function or class small"), ("", "no function or class small"),
     ("import nothing_like_this", "fails with ModuleNotFoundError"),
-    ("", "no function or class small"),
     ("import sys\nsys.exit(0)", "mine.py fails with SystemExit(0)"),
 ])  # fmt: skip
 def test_broken_own_network(inside, folder, text, words):
@@ -941,8 +882,8 @@ def test_summary_changes_nothing_and_failing_gives_the_parameter_count(capsys):
 
 
 def test_console_that_knows_only_cp1252(program):
-    briefly = [*QUICK, "--subset", "100", "--epochs", "1"]
-    program(*briefly, "--out", "модель.pth", env={"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"})
+    env = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    program(*QUICK, "--subset", "100", "--epochs", "1", "--out", "модель.pth", env=env)
 
 
 def test_bar_is_drawn_on_a_terminal(program):
@@ -953,11 +894,9 @@ def test_bar_is_drawn_on_a_terminal(program):
     process = program.start(*QUICK, stdout=subprocess.DEVNULL, stderr=inside, env=every_step)
     os.close(inside)
     drawn = b""
-    try:
+    with contextlib.suppress(OSError):  # when the other end is closed
         while piece := os.read(terminal, 65536):
             drawn += piece
-    except OSError:  # the other end is closed
-        pass
     assert process.wait() == 0
     assert re.search(rb"Epoch 0000:.*loss \d\.\d{3}, run \d\d:\d\d left", drawn) and b"img/s" in drawn
 
@@ -965,12 +904,11 @@ def test_bar_is_drawn_on_a_terminal(program):
 def test_slow_imports_wait_until_they_are_needed(program, cifar10):
     patch = """
 advance = ic.Trainer.advance
-def first(trainer, batch):
+def only(trainer, batch):
     slow = {"sklearn", "matplotlib", "tensorboard", "scipy", "pandas", "kornia"} & set(sys.modules)
     assert not slow, slow
-    ic.Trainer.advance = advance
     return advance(trainer, batch)
-ic.Trainer.advance = first"""
+ic.Trainer.advance = only"""
     program("--data-dir", cifar10, "--fast-dev-run", patch=patch)
 
 
@@ -998,29 +936,27 @@ for run in range(200):
 """
 
 
-def two_runs(folder, times):
-    """What a repeated run prints, at these seconds of each; and the report that it leaves."""
-    (folder / "run").mkdir()
-    one = {"seconds": 2.0, "test_accuracy": 0.9}
-    (folder / "run" / "report.json").write_text(json.dumps({"repeats": [one, one]}))
-    return [(10.0 * number + since, words) for number in (1, 2) for words, since in times.items()]
-
-
-def test_records_are_run_in_turns_and_their_first_run_does_not_count(folder, monkeypatch, capsys):
+def test_records_are_run_in_turns_and_their_first_run_does_not_count(tool_inside, folder, monkeypatch):
     (folder / "record.py").write_text(RECORD)
     ours = "default --dataset digits --width 0.25 --epochs 1 --subset 100"
     options = ["--variant", ours, "--runs", "2", "--rounds", "2", "--name", "records_tried"]
-    monkeypatch.setattr(sys, "argv", ["records.py", str(folder / "record.py"), *options])
     monkeypatch.setattr(records, "RESULTS", folder)
-    records.main()
+    table, _ = tool_inside("records")(folder / "record.py", *options)
+    assert f"| `{folder / 'record.py'}` | 4 | 2.150 ± 0.092 |" in table and f"| `{ours}` | 4 |" in table
     results = json.loads((folder / "records_tried.json").read_text())
     assert [result["contender"] for result in results] == [str(folder / "record.py"), ours] * 2
     assert [(run["seconds"], run["accuracy"]) for run in results[0]["runs"]] == [(2.1, 0.9401), (2.2, 0.9402)]
     for run in results[1]["runs"] + results[3]["runs"]:
         assert 0 < run["seconds"] < run["with_test"] < 30 and run["since"] > 0 and 0 <= run["accuracy"] <= 1
     assert results[1]["runs"] != results[3]["runs"]  # other seeds
-    times = {"Start Training": 1, "Accuracy of the network": 4, "Accuracy with 6 views": 5, "Accuracy for class": 9}
-    monkeypatch.setattr(records, "output", lambda command, where: two_runs(where, times))
+
+    def two_runs(command, where):
+        """What a repeated run prints, at which second; and the report that it leaves."""
+        (where / "run").mkdir()
+        one = {"seconds": 2.0, "test_accuracy": 0.9}
+        (where / "run" / "report.json").write_text(json.dumps({"repeats": [one, one]}))
+        words = {"Start Training": 1, "Accuracy of the network": 4, "Accuracy with 6 views": 5, "Accuracy for class": 9}
+        return [(10.0 * number + since, line) for number in (1, 2) for line, since in words.items()]
+
+    monkeypatch.setattr(records, "output", two_runs)
     assert [run["with_test"] for run in records.ours("default", 1, 0, "data")] == [4.0]
-    table = capsys.readouterr().out
-    assert f"| `{folder / 'record.py'}` | 4 | 2.150 ± 0.092 |" in table and f"| `{ours}` | 4 |" in table
