@@ -68,17 +68,15 @@ def examples(model: Classifier, folder: str | None, data_dir: str | None, scratc
         if problems:
             raise InferenceError(problems[0])
         return [str(path.resolve()) for path in paths[:20]]
-    if not inference.at_hand(model, data_dir):
-        return []
-    try:
-        test = inference.load_its_data(model, data_dir).test
-    except (ic.UserError, InferenceError):
-        return []
-    firsts = np.unique(test.labels, return_index=True)[1][:10]  # of each class
-    paths = [scratch / f"{number}.png" for number in range(len(firsts))]
-    for path, image in zip(paths, test.images[firsts], strict=True):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return [str(path) for path in paths]
+    written: list[str] = []
+    if inference.at_hand(model, data_dir):
+        with contextlib.suppress(ic.UserError, InferenceError):
+            test = inference.load_its_data(model, data_dir).test
+            firsts = np.unique(test.labels, return_index=True)[1][:10]  # of each class
+            for number, image in enumerate(test.images[firsts]):
+                written.append(str(scratch / f"{number}.png"))
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(written[-1])
+    return written
 
 
 async def refuse(hostname: str) -> str:
@@ -129,8 +127,7 @@ def main() -> int:
         try:
             page.launch(
                 server_name=options.host, server_port=options.port, share=False, quiet=True, show_error=True,
-                prevent_thread_lock=True, max_file_size=LARGEST_FILE, footer_links=[], inbrowser=False, ssr_mode=False,
-                css=STYLE,
+                prevent_thread_lock=True, max_file_size=LARGEST_FILE, footer_links=[], ssr_mode=False, css=STYLE,
             )  # fmt: skip
         except OSError as error:
             raise InferenceError(f"port {options.port} cannot be had ({error}): --port N for another") from None

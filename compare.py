@@ -19,7 +19,6 @@ import statistics
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +35,7 @@ WITHOUT_EFFECT = {"data_dir", "mirror", "device", "run_dir", "out", "resume", "d
 Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """A finished run, of one seed or of several, as its files tell of it."""
 
     path: Path

@@ -41,7 +41,7 @@ FOLDS = 3  # networks that --label-issues trains, each without a third of the im
 
 
 def stages(network: torch.nn.Module, image: torch.Tensor) -> list[tuple[str, torch.nn.Module, torch.Tensor]]:
-    """Of each size of feature maps the last layer: its name, itself, what it gives of a normalised image (1, C, H, W).
+    """Of each size of feature maps the last layer: its name, itself, what it gives of an image, uint8 (1, C, H, W).
 
     From the largest maps to the smallest; empty for a network that has none.
     """
@@ -55,7 +55,7 @@ def stages(network: torch.nn.Module, image: torch.Tensor) -> list[tuple[str, tor
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, layer in list(network.named_modules())[1:]:  # the first one is the network itself
             hooks.enter_context(layer.register_forward_hook(functools.partial(note, name)))
-        network(image)
+        network(ic.normalise(image.to(next(network.parameters()).device), network))
     return list(found.values())
 
 
@@ -65,11 +65,9 @@ def grad_cam(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tens
     images: uint8 (N, C, H, W); targets: int64 (N,), the classes. Returns float32 (N, H, W) in [0, 1] on the CPU, 1
     where most speaks for it. Raises InferenceError for a network without feature maps.
     """
-    device = next(network.parameters()).device
-    found = stages(network, ic.normalise(images[:1].to(device), network))
-    if not found:
+    if not (found := stages(network, images[:1])):
         raise InferenceError("this network has no feature maps, and so no Grad-CAM")
-    method, heat = LayerGradCam(network, found[-1][1]), []
+    device, method, heat = next(network.parameters()).device, LayerGradCam(network, found[-1][1]), []
     for some, classes in zip(images.split(50), targets.split(50), strict=True):
         inputs = ic.normalise(some.to(device), network).requires_grad_()  # frozen layers alone would give no gradient
         maps = method.attribute(inputs, target=classes.to(device), relu_attributions=True)
@@ -156,8 +154,7 @@ def filters(network: torch.nn.Module, out: Path) -> None:
 
 def feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> None:
     """A picture of what each stage of the network makes of an image, uint8 (1, 3, H, W): its 8 strongest maps."""
-    device = next(model.network.parameters()).device
-    found = stages(model.network, ic.normalise(image.to(device), model.network))
+    found = stages(model.network, image)
     label, share = ranked(model, image.numpy(), 1)[0][0]
     figure = ic.draw(len(found) + 1, 9, 1.3, 1.5)
     for axes in figure.axes:
@@ -171,8 +168,7 @@ def feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> None:
     for row, (name, layer, output) in enumerate(found, 1):
         maps = output[0].float().cpu()
         strongest = maps.abs().mean((1, 2)).argsort(descending=True)[:8].tolist()
-        height, width = maps.shape[1:]
-        text = f"{name}\n{type(layer).__name__}\n{width} x {height}"
+        text = f"{name}\n{type(layer).__name__}\n{maps.shape[2]} x {maps.shape[1]}"
         figure.axes[9 * row].text(0, 0.5, text, fontsize=7, va="center")
         for axes, channel in zip(figure.axes[9 * row + 1 :], strongest, strict=False):
             axes.imshow(maps[channel].numpy(), cmap="viridis")
@@ -269,8 +265,7 @@ def main() -> int:
     folder = "folder for all of it (default: explained)"
     arguments.add_argument("--out", type=Path, default="explained", metavar="DIR", help=folder)
     options = arguments.parse_args()
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    (out := options.out).mkdir(parents=True, exist_ok=True)
     device = ic.choose_device(options.device)
     if options.animate:
         animate(Path(options.animate), options.model, device, options.data_dir, out)

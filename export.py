@@ -11,7 +11,6 @@ is inside. What else one has to know is in the file: classes, image size, how to
 import io
 import json
 import logging
-import statistics
 import sys
 import tempfile
 import time
@@ -65,11 +64,10 @@ def to_onnx(model: Classifier) -> bytes:
     example = torch.zeros(2, 3, model.image_size, model.image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             Deployable(model.network).eval(), (example,), input_names=["images"], output_names=["logits"],
             dynamic_shapes=BATCH, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
-    assert program is not None
     onnx.helper.set_model_props(proto := program.model_proto, described(model))
     return proto.SerializeToString()
 
@@ -136,7 +134,7 @@ def quantise(whole: Path, small: Path, data: ic.Data) -> None:
             times[name].append(1000 * (time.perf_counter() - begun))
     print(f"\n| | accuracy on {len(labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
     for name, path in paths.items():
-        size, milliseconds = path.stat().st_size / 1e6, statistics.median(times[name])
+        size, milliseconds = path.stat().st_size / 1e6, np.median(times[name])
         print(f"| {name} | {100 * accuracy[name]:.2f} % | {size:.2f} | {milliseconds:.2f} |")
     if (lost := accuracy["float32"] - accuracy["int8"]) > 0.01:
         raise InferenceError(f"8 bits cost this network {100 * lost:.1f} points of accuracy: {small} is not written")

@@ -276,8 +276,7 @@ def report(study: optuna.Study, folder: Path, given: dict[str, Any], data: ic.Da
         print(f"That is {gain:.1f} percentage points better than the defaults ({ic.percent(usual)})")
         again = f"--seed {config.seed + 1} --repeat 5"
         print(f"The best of many looks better than it is: to know, train with both on other seeds, {again}")
-    recipe = command({"recipe": folder / "best.json"})
-    print(f"Train with it: {recipe}\nThe same: {command(changed(config))}")
+    print(f"Train with it: {command({'recipe': folder / 'best.json'})}\nThe same: {command(changed(config))}")
     return True
 
 
@@ -296,8 +295,7 @@ def find_lr(config: ic.Config, data: ic.Data, device: torch.device, folder: Path
     trainer.total_steps = steps = min(100, max(30, 3 * len(trainer.places)))
     trainer.model.train(not config.freeze)
     usual_peaks, lowest = trainer.peaks, math.inf
-    rates: list[float] = []
-    losses: list[float] = []
+    rates, losses = list[float](), list[float]()
     for step in tqdm(range(steps), "Learning rates", unit="step", leave=False, disable=None):
         epoch, index = divmod(step, len(trainer.places))
         if not index:
@@ -311,12 +309,9 @@ def find_lr(config: ic.Config, data: ic.Data, device: torch.device, folder: Path
         lowest = min(lowest, recent)
         rates.append(rate)
         losses.append(loss)
-    reach = max(2, steps // 20)
-
-    def smooth(values: list[float]) -> list[float]:
-        return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-
-    smoothed = smooth(smooth(losses))
+    reach, smoothed = max(2, steps // 20), losses
+    for _ in range(2):
+        smoothed = [fmean(smoothed[max(0, i - reach) : i + reach + 1]) for i in range(len(smoothed))]
     bottom = smoothed.index(min(smoothed)) if smoothed else 0
     if not bottom:
         raise ic.UserError(f"the loss does not fall at any rate from {low:g} to {high:g}: try lower --learning-rates")

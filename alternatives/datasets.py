@@ -15,7 +15,6 @@ import mmap
 import os
 import re
 import stat
-import statistics
 import tempfile
 import warnings
 import zipfile
@@ -32,6 +31,19 @@ from tqdm import tqdm
 
 NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
 Pair = tuple[Any, Any]  # tensors: images, uint8 (N, 3, H, W), or a Mapped of them, and their labels, int64 (N,)
+
+
+def unknown(dataset: str, suggest: Callable[..., str]) -> str:
+    """What is wrong with a name that is none of NAMES and no folder; "" of one that is.
+
+    suggest(name, known, others) says what may have been meant.
+    """
+    if dataset in NAMES or dataset and Path(dataset).expanduser().is_dir():
+        return ""
+    if Path(dataset).name != dataset:
+        return f"there is no folder {dataset}"
+    known = ["auto", "cifar10", "digits", *NAMES]
+    return f"unknown data set {dataset}: {suggest(dataset, known, ', or name a folder of images')}"
 
 
 class Found(NamedTuple):
@@ -150,11 +162,10 @@ def extensions() -> set[str]:
 
 def size_of(path: Path) -> tuple[int, int] | None:
     """Width and height of what Pillow opens, whatever its name; None of anything else."""
-    try:
+    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
         with Image.open(path, formats=formats()) as file:
             return file.size
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
+    return None
 
 
 def is_image(path: Path) -> bool:
@@ -164,6 +175,14 @@ def is_image(path: Path) -> bool:
 # ==== The map: decoded images on disk =================================================================================
 
 RECORD = np.dtype([("key", "<u8"), ("digest", "<u8"), ("width", "<u4"), ("height", "<u4"), ("sketch", "u1", 32)])
+FILE = np.dtype([
+    ("path", object),  # str, from the data set's folder on
+    ("part", "U5"),  # train, valid, test or all
+    ("label", np.int64),
+    ("key", np.uint64),  # see files_in
+    ("row", np.int64),  # of the map, once look_up has found it there; else -1
+    ("record", RECORD),  # any where the row is -1
+])  # fmt: skip
 DECODED_AS = 1  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
 HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
 WRITTEN = 2**22  # bytes of decoded images that are written at once: so much is lost when decoding is stopped
@@ -182,8 +201,6 @@ class Map(NamedTuple):
 
     folder: Path  # that has the map's files in it
     pixels: np.ndarray  # uint8 (M, S, S, 3), in there: np.memmap, if there are any
-    rows: np.ndarray  # int64 (N,): of each file; -1 of one that cannot be read
-    records: np.ndarray  # RECORD (N,), of each file; any where the row is -1
     unreadable: dict[str, str]  # path: why
 
 
@@ -246,29 +263,28 @@ def places(data_dir: Path) -> Iterator[Path]:
             yield own
 
 
-def map_of(folder: Path, data_dir: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
-    """Decoded images of the files (paths from `folder` on), those of earlier runs and all that are missing.
+def map_of(folder: Path, data_dir: Path, size: int, files: np.ndarray) -> Map:
+    """Decoded images of the files in `folder`, those of earlier runs and all that are missing.
 
-    In .decoded in the first of `places` that can be written. Raises OSError where none can, or the disk is full, and
-    ValueError for a damaged map.
+    files: FILE (N,), whose rows and records are filled in. The map is in .decoded in the first of `places` that can be
+    written. Raises OSError where none can, or the disk is full, and ValueError for a damaged map.
     """
     known_as = os.fsencode(f"{folder.resolve()} {DECODED_AS}")
     title = f"{folder.resolve().name}-{size}-{hashed(known_as):016x}"
-    failed: OSError | None = None
+    failed: Any = None
     for place in places(data_dir):
         if failed:
             print(f"note: {failed.filename or failed} cannot be written: the decoded images are in {place}")
         try:
-            return fill_map(place / ".decoded" / title, folder, size, paths, keys)
+            return fill_map(place / ".decoded" / title, folder, size, files)
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
             failed = error
-    assert failed
     raise failed
 
 
-def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray) -> Map:
+def fill_map(own: Path, folder: Path, size: int, files: np.ndarray) -> Map:
     """The map in the folder `own`, after all that is missing in it was decoded; what is there stays.
 
     `images` has an image a row, in the order in which they were decoded, `index` a RECORD for each, and
@@ -276,14 +292,14 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
     """
     from filelock import FileLock, Timeout
 
-    def missing(rows: np.ndarray, broken: dict[str, str]) -> np.ndarray:
-        """Places of the files that are neither there nor known to be broken."""
+    def missing() -> np.ndarray:
+        """Those that are neither there nor known to be broken."""
         known = np.array([int(key) for key in broken], np.uint64)
-        return np.flatnonzero((rows < 0) & ~np.isin(keys, known))
+        return files[(files["row"] < 0) & ~np.isin(files["key"], known)]
 
-    found, broken = look_up(own, size, keys), known_broken(own)
-    if not len(missing(found[1], broken)):
-        return open_map(own, size, paths, keys, broken, found)
+    count, broken = look_up(own, size, files), known_broken(own)
+    if not len(missing()):
+        return open_map(own, size, count, files, broken)
     own.mkdir(parents=True, exist_ok=True)
     lock = FileLock(own / "lock")
     try:
@@ -292,19 +308,18 @@ def fill_map(own: Path, folder: Path, size: int, paths: np.ndarray, keys: np.nda
         print(f"Another process is decoding these images into {own}: waiting for it")
         locked = lock.acquire()
     with locked:
-        count, rows, _ = look_up(own, size, keys)  # there may be more by now
-        if count > 2 * len(keys):  # most of it is of files that are gone
+        count, broken = look_up(own, size, files), known_broken(own)  # there may be more by now
+        if count > 2 * len(files):  # most of it is of files that are gone
             with contextlib.suppress(PermissionError):  # on Windows, while another process reads it
                 (own / "images").unlink()
-                count, rows, _ = look_up(own, size, keys)
-        broken = known_broken(own)
-        if len(left := missing(rows, broken)):
-            lasting, passing = decode_missing(own, count, folder, size, paths[left], keys[left])
+                count = look_up(own, size, files)
+        if len(left := missing()):
+            lasting, passing = decode_missing(own, count, folder, size, left)
             if lasting:
                 content = {"pillow": PIL.__version__, "files": broken | lasting}
                 write_whole(own / "unreadable.json", json.dumps(content).encode())
             broken |= lasting | passing
-        return open_map(own, size, paths, keys, broken, look_up(own, size, keys))
+        return open_map(own, size, look_up(own, size, files), files, broken)
 
 
 def known_broken(own: Path) -> dict[str, str]:
@@ -316,68 +331,61 @@ def known_broken(own: Path) -> dict[str, str]:
     return {}
 
 
-def open_map(
-    own: Path, size: int, paths: np.ndarray, keys: np.ndarray, broken: dict[str, str],
-    found: tuple[int, np.ndarray, np.ndarray],
-) -> Map:  # fmt: skip
-    """The map as look_up `found` it; ValueError if some of its images are not those that were written."""
-    count, rows, records = found
+def open_map(own: Path, size: int, count: int, files: np.ndarray, broken: dict[str, str]) -> Map:
+    """The map of `count` images, where look_up found the files; ValueError if some are not those that were written."""
     pixels = np.empty((0, size, size, 3), np.uint8)
     if count:  # a writable mapping would be refused for more than memory can hold
         pixels = np.memmap(own / "images", np.uint8, "r", shape=(count, size, size, 3))
-    readable = np.flatnonzero(rows >= 0)
-    for which in readable[:: max(1, len(readable) // 100)]:  # a sample: two machines may have written at once, where
-        if hashed(pixels[rows[which]].tobytes()) != records["digest"][which]:  # the lock of one is unknown to the other
+    there = np.flatnonzero(files["row"] >= 0)
+    for file in files[there[:: max(1, len(there) // 100)]]:  # a sample: two machines may have written at once, where
+        if hashed(pixels[file["row"]].tobytes()) != file["record"]["digest"]:  # the lock of one is unknown to the other
             raise ValueError(f"the decoded images in {own} are damaged: delete that folder and run again")
-    unread = np.flatnonzero(rows < 0).tolist()
-    return Map(own, pixels, rows, records, {paths[i]: broken.get(str(keys[i]), "gone") for i in unread})
+    unread = files[files["row"] < 0]
+    return Map(own, pixels, {file["path"]: broken.get(str(file["key"]), "gone") for file in unread})
 
 
-def look_up(own: Path, size: int, keys: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many images the map has; of each key its row, int64 (N,), or -1; its record, RECORD (N,)."""
+def look_up(own: Path, size: int, files: np.ndarray) -> int:
+    """How many images the map has; fills in the rows and records of the files."""
     records = np.empty(0, RECORD)
     with contextlib.suppress(FileNotFoundError):
         held = (own / "images").stat().st_size // (3 * size**2)
         records = np.fromfile(own / "index", RECORD)[:held]
-    rows, of_keys = np.full(len(keys), -1), np.zeros(len(keys), RECORD)
-    _, there, asked = np.intersect1d(records["key"], keys, return_indices=True)
-    rows[asked], of_keys[asked] = there, records[there]
-    return len(records), rows, of_keys
+    _, there, asked = np.intersect1d(records["key"], files["key"], return_indices=True)
+    files["row"] = -1
+    files["row"][asked], files["record"][asked] = there, records[there]
+    return len(records)
 
 
-def decode_missing(
-    own: Path, count: int, folder: Path, size: int, paths: np.ndarray, keys: np.ndarray
-) -> tuple[dict[str, str], dict[str, str]]:
+def decode_missing(own: Path, count: int, folder: Path, size: int, files: np.ndarray) -> tuple[dict[str, str], ...]:
     """Decode these files, in threads, after the first `count` images of the map.
 
     Returns the keys of those that cannot be read, with the reasons: where it lasts, and where another time may do.
     """
-    lasting: dict[str, str] = {}
-    passing: dict[str, str] = {}
+    lasting, passing = dict[str, str](), dict[str, str]()
 
     def decode_some(some: np.ndarray) -> tuple[int, bytes, bytes]:
         """How many were looked at, and images and records of those that can be read."""
         pixels, records = [], []
-        for path, key in zip(paths[some], keys[some], strict=True):
+        for file in some:
             try:
-                pixels.append((each := decode(folder / path, size)).pixels)
-                records.append((key, each.digest, *each.size, each.sketch))
+                pixels.append((each := decode(folder / file["path"], size)).pixels)
+                records.append((file["key"], each.digest, *each.size, each.sketch))
             except Exception as error:  # whatever a damaged file makes Pillow raise
                 why = str(error) or type(error).__name__
                 passes = isinstance(error, MemoryError) or getattr(error, "errno", None) or "memory" in why
-                (passing if passes else lasting)[str(key)] = why
+                (passing if passes else lasting)[str(file["key"])] = why
         return len(some), np.array(pixels, np.uint8).tobytes(), np.array(records, RECORD).tobytes()
 
-    print(f"Decoding {many(len(paths), 'image')}, once, into {own}")
+    print(f"Decoding {many(len(files), 'image')}, once, into {own}")
     image = 3 * size**2  # bytes
     in_piece = max(1, min(16, PIECE // image))
-    pieces = np.array_split(np.arange(len(paths)), math.ceil(len(paths) / in_piece))
+    pieces = np.array_split(files, math.ceil(len(files) / in_piece))
     at_once = max(4 * THREADS, WRITTEN // (in_piece * image))
     try:
         with (
             (own / "images").open("ab") as images, (own / "index").open("ab") as index,
             warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool,
-            tqdm(desc="Decoding images", total=len(paths), unit="img", leave=False, disable=None) as bar,
+            tqdm(desc="Decoding images", total=len(files), unit="img", leave=False, disable=None) as bar,
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
             images.truncate(count * image)  # without what was only half written
@@ -414,19 +422,6 @@ HIDDEN = (".", "__MACOSX")
 UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
 
-class Images(NamedTuple):
-    """Images of a folder, an entry each in all of these; a twin is known by two places in them."""
-
-    path: np.ndarray  # object (N,): str, from the folder on
-    part: np.ndarray  # str (N,): train, valid, test or all
-    label: np.ndarray  # int64 (N,)
-    row: np.ndarray  # int64 (N,): of the map
-    record: np.ndarray  # RECORD (N,)
-
-    def only(self, which: np.ndarray) -> "Images":
-        return Images(*(column[which] for column in self))
-
-
 def folders_in(folder: Path) -> list[Path]:
     """Those that are not hidden. Files are left out before they are asked for one by one: there may be many."""
     found = [Path(entry.path) for entry in os.scandir(folder) if entry.is_symlink() or entry.is_dir()]
@@ -440,8 +435,7 @@ def class_folders(folder: Path) -> list[Path]:
     if loose := [path.name for path in files if is_image(path)]:
         raise ValueError(f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put it into a class folder")
     if len(folders) < 2:
-        found = f"{len(folders) or 'no'} class folder{'s' * (not folders)}"
-        raise ValueError(f"{folder} has {found}: at least two are needed")
+        raise ValueError(f"{folder} has {'1 class folder' if folders else 'no class folders'}: at least two are needed")
     if wrong := [path.name for path in folders if UNSAFE.search(path.name)]:
         raise ValueError(f"{wrong[0]!r} in {folder} is no name for a class: files will be named after it; rename it")
     return folders
@@ -460,10 +454,9 @@ def layout(folder: Path) -> dict[str, Path]:
             splits[kind] = path
     others = [path.name for path in folders if path not in splits.values()]
     if splits and others:
-        raise ValueError(
-            f"{folder} has {next(iter(splits.values())).name}/ and {others[0]}/ side by side: are these"
-            " classes, or parts of the data? Leave either class folders or train/, test/ and val/"
-        )
+        mend = "Leave either class folders or train/, test/ and val/"
+        both = f"{next(iter(splits.values())).name}/ and {others[0]}/ side by side"
+        raise ValueError(f"{folder} has {both}: are these classes, or parts of the data? {mend}")
     if splits and "train" not in splits:
         raise ValueError(f"{folder} has {', '.join(path.name for path in splits.values())}, but no train/")
     return {part: splits[part] for part in ("train", "valid", "test") if part in splits} or {"all": folder}
@@ -480,35 +473,35 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     parts = layout(folder)
     learning = next(iter(parts))  # the part to learn from: train, or all
     classes = [path.name for path in class_folders(parts[learning])]
-    paths, part_of, label_of, keys, other = list_images(folder, parts, classes)
+    files, other = list_images(folder, parts, classes)
     if other:
         kinds = Counter(Path(name).suffix.lower() or "without an extension" for name in other).most_common(5)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        files = f"{many(len(other), 'file')} ({listed}), such as {other[0]}"
-        print(f"note: left out, of no format that Pillow knows: {files}")
-    size = image_size or suitable_size(folder, paths)
+        such = f"{many(len(other), 'file')} ({listed}), such as {other[0]}"
+        print(f"note: left out, of no format that Pillow knows: {such}")
+    size = image_size or suitable_size(folder, files["path"])
     cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32" if size > 32 else ""
     how = "its middle square, resized; --image-size N for another size"
     print(f"Each image becomes {size} by {size} pixels{cost}: {how}")
-    store = map_of(folder, data_dir, size, paths, keys)
-    kept = Images(paths, part_of, label_of, store.rows, store.records).only(store.rows >= 0)
-    if lost := set(range(len(classes))) - set(kept.label[kept.part == learning].tolist()):
+    store = map_of(folder, data_dir, size, files)
+    kept = files[files["row"] >= 0]
+    if lost := set(range(len(classes))) - set(kept["label"][kept["part"] == learning].tolist()):
         why = "; ".join(store.unreadable.values())
         raise ValueError(f"no image of the class {classes[min(lost)]} can be read: {why}"[:500])
-    if len(store.unreadable) > UNREADABLE * len(paths):
+    if len(store.unreadable) > UNREADABLE * len(files):
         first_ones = "; ".join(f"{folder / path} ({why})" for path, why in list(store.unreadable.items())[:3])
         most = f"more than {100 * UNREADABLE:g} %: mend or delete them"
-        raise ValueError(f"{len(store.unreadable)} of {len(paths)} images cannot be read, {most}: {first_ones}")
+        raise ValueError(f"{len(store.unreadable)} of {len(files)} images cannot be read, {most}: {first_ones}")
     pairs = twins(kept, store)
-    chosen = np.arange(len(kept.label))
+    chosen = np.arange(len(kept))
     if "all" in parts:  # of identical ones of a class the first
-        alike = firsts(kept.record["digest"]) * len(classes) + kept.label
+        alike = firsts(kept["record"]["digest"]) * len(classes) + kept["label"]
         chosen = chosen[firsts(alike) == chosen]
     report = describe(folder, classes, size, kept, chosen, store.unreadable, pairs) | {"left_out": other}
 
-    learned, validated, tested = (chosen[kept.part[chosen] == part] for part in (learning, "valid", "test"))
+    learned, validated, tested = (chosen[kept["part"][chosen] == part] for part in (learning, "valid", "test"))
     if not len(tested):
-        testing = draw_test(kept.label, learned, pairs, split_off)
+        testing = draw_test(kept["label"], learned, pairs, split_off)
         learned, tested = learned[~testing], learned[testing]
         if not len(tested):
             raise ValueError("no class has enough images to test with: 3 that differ are needed, or a folder test/")
@@ -518,25 +511,18 @@ def from_folder(folder: Path, data_dir: Path, image_size: int | None, split_off:
     in_memory = len(chosen) * pixels[0].nbytes <= HELD
 
     def pair(which: np.ndarray) -> Pair:
-        rows, labels = torch.from_numpy(kept.row[which]), torch.from_numpy(kept.label[which])
+        rows, labels = torch.from_numpy(kept["row"][which]), torch.from_numpy(kept["label"][which])
         return pixels[rows] if in_memory else Mapped(pixels, rows, store.pixels.base), labels
 
     name = folder.resolve().name or "images"
     name += "-images" if name.lower() in ("cifar10", "digits", *NAMES) else ""
     valid = pair(validated) if len(validated) else None
-    return Found(name, classes, pair(learned), valid, pair(tested), True, report, kept.path[learned].tolist())
+    return Found(name, classes, pair(learned), valid, pair(tested), True, report, kept["path"][learned].tolist())
 
 
-def list_images(
-    folder: Path, parts: dict[str, Path], classes: list[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """All images: path from `folder` on (object), part (str), label (int64), key (uint64); other files.
-
-    Raises ValueError for what is no such data set.
-    """
-    known = extensions()
-    columns: list[tuple[np.ndarray, ...]] = []
-    other: list[str] = []
+def list_images(folder: Path, parts: dict[str, Path], classes: list[str]) -> tuple[np.ndarray, list[str]]:
+    """All images, FILE (N,), and other files; ValueError for what is no such data set."""
+    known, images, other = extensions(), list[np.ndarray](), list[str]()
     for part, place in parts.items():
         names = [path.name for path in class_folders(place)]
         if strange := set(names) - set(classes):
@@ -544,11 +530,9 @@ def list_images(
         inner = [{path.name for path in folders_in(place / name)} for name in names]
         if sum(bool({name.lower() for name in each} & SPLITS.keys()) for each in inner) > 1:
             raise ValueError(f"{place}: parts of the data inside the classes? It has to be the other way round")
-        if len(same := sorted(set.intersection(*inner))) > 1:
-            raise ValueError(
-                f"each folder in {place} has {' and '.join(same[:2])} in it: which are the classes? Put the images of "
-                "a class into its folder, without others between"
-            )
+        if len(same := sorted(set.intersection(*inner))[:2]) > 1:
+            mend = "Put the images of a class into its folder, without others between"
+            raise ValueError(f"each folder in {place} has {' and '.join(same)} in it: which are the classes? {mend}")
         for name in names:
             found = []
             for path, key in files_in(place / name, folder):
@@ -559,10 +543,10 @@ def list_images(
             if not found and part != "valid":
                 raise ValueError(f"the class folder {place / name} holds no image: put some into it, or delete it")
             found.sort(key=lambda each: os.path.normcase(each[0]).split(os.sep))  # as paths compare
-            paths, keys = np.array([path for path, _ in found], object), np.array([key for _, key in found], np.uint64)
-            columns.append((paths, np.full(len(found), part), np.full(len(found), classes.index(name), np.int64), keys))
-    paths, part_of, label_of, keys = map(np.concatenate, zip(*columns, strict=True))
-    return paths, part_of, label_of, keys, other
+            images.append(own := np.zeros(len(found), FILE))
+            own[["path", "key"]] = found
+            own["part"], own["label"] = part, classes.index(name)
+    return np.concatenate(images), other
 
 
 def draw_test(labels: np.ndarray, given: np.ndarray, pairs: np.ndarray, split_off: Callable[..., Any]) -> np.ndarray:
@@ -577,8 +561,7 @@ def draw_test(labels: np.ndarray, given: np.ndarray, pairs: np.ndarray, split_of
     own, testing = labels[given], np.zeros(len(given), dtype=bool)
     testing[split_off(torch.from_numpy(own), TEST_FRACTION)[1].numpy()] = True
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (len(labels), len(labels)))
-    group = connected_components(links, directed=False)[1][given]
-    testing = testing[firsts(group)]
+    testing = testing[firsts(connected_components(links, directed=False)[1][given])]
     for label in np.unique(own):  # unless a class were all test
         testing[own == label] &= not testing[own == label].all()
     return testing
@@ -613,25 +596,24 @@ def suitable_size(folder: Path, paths: np.ndarray) -> int:
     """The median of the shorter sides of some images, as 32, 48 or 64 pixels: whatever they have, up to LARGEST."""
     some = paths[:: max(1, len(paths) // 200)]
     sides = [min(size) for path in some if (size := size_of(folder / path))]
-    middle = statistics.median(sides) if sides else LARGEST
+    middle = np.median(sides) if sides else LARGEST
     return next((size for size in (32, 48) if middle <= size), LARGEST)
 
 
-def twins(kept: Images, store: Map) -> np.ndarray:
+def twins(kept: np.ndarray, store: Map) -> np.ndarray:
     """Pairs of images that are identical or nearly so: int64 (P, 3) of two places in `kept` and 1 or 0, ascending.
 
     Of several identical ones each is paired with the first.
     """
-    places = np.arange(len(kept.label))
-    first = firsts(kept.record["digest"])
+    places = np.arange(len(kept))
+    first = firsts(kept["record"]["digest"])
     copies = places[first != places]
     same = np.stack([first[copies], copies, np.ones_like(copies)], axis=1)
     near = near_identical(kept, places[first == places], store)
-    pairs = np.concatenate([same, np.pad(near, ((0, 0), (0, 1)))])
-    return pairs[np.lexsort(pairs.T[::-1])]
+    return np.unique(np.concatenate([same, np.pad(near, ((0, 0), (0, 1)))]), axis=0)
 
 
-def near_identical(kept: Images, places: np.ndarray, store: Map) -> np.ndarray:
+def near_identical(kept: np.ndarray, places: np.ndarray, store: Map) -> np.ndarray:
     """Pairs of the images in these places that are nearly identical, by sketch and then by pixels: int64 (P, 2).
 
     Looked for where there is something to see in an image, until there are MOST_TWINS, among at most MOST_COMPARED
@@ -639,11 +621,11 @@ def near_identical(kept: Images, places: np.ndarray, store: Map) -> np.ndarray:
     """
     if len(places) > MOST_COMPARED:
         return np.empty((0, 2), dtype=np.int64)
-    of, path = hashed(kept.record["digest"].tobytes()), store.folder / "near.npz"
+    of, path = hashed(kept["record"]["digest"].tobytes()), store.folder / "near.npz"
     with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as before:
         if before["of"] == of:
             return np.asarray(before["pairs"])
-    sketches = np.unpackbits(kept.record["sketch"][places], axis=1)
+    sketches = np.unpackbits(kept["record"]["sketch"][places], axis=1)
     clear = (sketches.sum(1) > 16) & (sketches.sum(1) < 240)
     places, bits = places[clear], sketches[clear].astype(np.float32) * 2 - 1
     near: list[tuple[int, int]] = []
@@ -651,7 +633,7 @@ def near_identical(kept: Images, places: np.ndarray, store: Map) -> np.ndarray:
         alike = np.triu(bits[start : start + 1000] @ bits[start:].T >= 256 - 2 * ALIKE, 1)
         for row, column in np.argwhere(alike)[:MOST_TWINS].tolist():
             pair = int(places[start + row]), int(places[start + column])
-            one, other = (store.pixels[kept.row[place]].astype(np.int16) for place in pair)
+            one, other = (store.pixels[kept["row"][place]].astype(np.int16) for place in pair)
             if np.abs(one - other).mean() < 255 * 0.03:
                 near.append(pair)
         if len(near) > MOST_TWINS:
@@ -674,27 +656,27 @@ def many(count: int, what: str) -> str:
 
 
 def describe(
-    folder: Path, classes: list[str], size: int, kept: Images, chosen: np.ndarray, unreadable: dict[str, str],
+    folder: Path, classes: list[str], size: int, kept: np.ndarray, chosen: np.ndarray, unreadable: dict[str, str],
     pairs: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     """The data report of the images `kept`, of which those `chosen` are used: data_report.json; "words": to print."""
-    parts = list(dict.fromkeys(kept.part.tolist()))
+    parts = list(dict.fromkeys(kept["part"].tolist()))
 
     def per_class(labels: np.ndarray) -> dict[str, int]:
         return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
-    table = {part: per_class(kept.label[kept.part == part]) for part in parts}
-    words = [f"Data report of {folder}: {len(kept.label)} images in {len(classes)} classes"]
-    for part in parts:
-        listed = ", ".join(f"{name} {count}" for name, count in table[part].items())
-        words.append(f"  {part}: {many(sum(table[part].values()), 'image')} ({listed})")
-    sides = np.sort(np.minimum(kept.record["width"], kept.record["height"]))
+    table = {part: per_class(kept["label"][kept["part"] == part]) for part in parts}
+    words = [f"Data report of {folder}: {len(kept)} images in {len(classes)} classes"]
+    for part, counts in table.items():
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        words.append(f"  {part}: {many(sum(counts.values()), 'image')} ({listed})")
+    sides = np.sort(np.minimum(kept["record"]["width"], kept["record"]["height"]))
     spread = f"from {sides[0]} to {sides[-1]} pixels, half of them up to {sides[len(sides) // 2]}"
     words.append(f"  shorter sides {spread if sides[0] < sides[-1] else f'of {sides[0]} pixels'}")
     if small := int((sides < size / 2).sum()):
         are = "is" if small == 1 else "are"
         words.append(f"  {many(small, 'image')} {are} less than half as large as {size} pixels")
-    learned = per_class(kept.label[chosen][kept.part[chosen] == parts[0]])
+    learned = per_class(kept["label"][chosen][kept["part"][chosen] == parts[0]])
     if few := {name: count for name, count in learned.items() if count < FEW}:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
         words += [
@@ -709,25 +691,24 @@ def describe(
         words.append(f"  left out, because it cannot be read: {many(len(unreadable), 'file')}: {listed}")
     same = int(pairs[:, 2].sum())
     once = "; identical ones of a class are used once" if "all" in table else ""
-    if (different := len(kept.label) - same) > MOST_COMPARED:
+    if (different := len(kept) - same) > MOST_COMPARED:
         more = f"{different} are too many to look for near-identical ones"
         words.append(f"  {many(same, 'pair')} of identical images{once}. {more}")
     elif len(pairs):
         words.append(f"  {many(same, 'pair')} of identical and {len(pairs) - same} of near-identical images{once}")
 
-    alike = [[*(str(folder / kept.path[place]) for place in pair), "identical" if same else "near-identical"]
+    alike = [[*(str(folder / kept["path"][place]) for place in pair), "identical" if same else "near-identical"]
              for *pair, same in pairs.tolist()]  # fmt: skip
-    sides_of = kept.part[pairs[:, :2]]
     for one, other in itertools.combinations(parts, 2):
-        if (across := (sides_of == [one, other]).all(1)).any():
+        if (across := (kept["part"][pairs[:, :2]] == [one, other]).all(1)).any():
             better = f"the {'test' if 'test' in (one, other) else 'validation'} accuracy will look better than it is"
             names = f"{one} and {other}, such as {' and '.join(alike[across.argmax()][:2])}"
             words.append(f"  WARNING: {many(across.sum(), 'pair')} across {names}: {better}")
-    labels = kept.label[pairs[:, :2]]
+    labels = kept["label"][pairs[:, :2]]
     if (crossed := labels[:, 0] != labels[:, 1]).any():
         such = f"such as {' and '.join(alike[crossed.argmax()][:2])}: both stay, one label is wrong"
         words.append(f"  {crossed.sum()} of these in two classes, {such}")
-    sizes = Counter(zip(kept.record["width"].tolist(), kept.record["height"].tolist(), strict=True))
+    sizes = Counter(kept["record"][["width", "height"]].tolist())
     return {
         "folder": str(folder), "image_size": size, "images_per_class": table, "words": words,
         "sizes": [[f"{width}x{height}", number] for (width, height), number in sizes.most_common(20)],

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def summary(reports: Sequence[Any], run: Path) -> Any:
+def summary(reports: list[Any], run: Path) -> Any:
     """A report with mean, standard deviation and 95 % interval (Student's t); keeps the model of the lowest loss."""
     from scipy.stats import t
 

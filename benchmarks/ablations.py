@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from time_to_accuracy import RESULTS, arguments, changed, grouped, in_turns, markdown, spread
 
 BASE = "as it is"
+LARGER = [("2 * channels * 2 * 2", "2 * channels * 3 * 3"), ("F.unfold(images, 2)", "F.unfold(images, 3)")]
+GATHER = "gather(self.images, chosen, flips, shifts)"
 # Name: (options, replacements in the script's text).
 VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     BASE: ([], []),
@@ -29,14 +31,8 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "maximum over what remains": ([], [(".mean((2, 3))", ".amax((2, 3))")]),
     "no whitening": ([], [("        set_whitening(", "        (")]),
     "first layer trained, too": ([], [("self.whiten.weight.requires_grad_(False)", "")]),
-    "first layer of 3×3 pixels": (
-        [], [("2 * channels * 2 * 2", "2 * channels * 3 * 3"), ("* 3 * 3, 2, bias", "* 3 * 3, 3, bias"),
-             ("F.unfold(images, 2)", "F.unfold(images, 3)")],
-    ),
-    "… and stride 2": (
-        [], [("2 * channels * 2 * 2", "2 * channels * 3 * 3"), ("* 3 * 3, 2, bias", "* 3 * 3, 3, 2, 1, bias"),
-             ("F.unfold(images, 2)", "F.unfold(images, 3)")],
-    ),
+    "first layer of 3×3 pixels": ([], [*LARGER, ("* 3 * 3, 2, bias", "* 3 * 3, 3, bias")]),
+    "… and stride 2": ([], [*LARGER, ("* 3 * 3, 2, bias", "* 3 * 3, 3, 2, 1, bias")]),
     "width 0.75": (["--width", "0.75"], []),
     "width 1.25": (["--width", "1.25"], []),
     "no identity initialisation": ([], [("nn.init.dirac_(", "(")]),
@@ -70,11 +66,9 @@ VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "validation after the last epoch only": (
         [], [("if validation:", "if validation and trainer.step == trainer.total_steps:")],
     ),
-    "images taken as they are, nothing gathered": (
-        [], [("gather(self.images, chosen, flips, shifts)", "self.images[chosen]")],
-    ),
+    "images taken as they are, nothing gathered": ([], [(GATHER, "self.images[chosen]")]),
     "images prepared one by one": (
-        [], [("gather(self.images, chosen, flips, shifts)", "torch.cat([gather(self.images, *each) for each in "
+        [], [(GATHER, "torch.cat([gather(self.images, *each) for each in "
               "zip(chosen.split(1), flips.split(1), shifts.split(1), strict=True)])")],
     ),
     "fp32": (["--precision", "fp32"], []),
@@ -114,8 +108,7 @@ def main() -> None:
         slower = 100 * (statistics.mean(seconds) / base["seconds"] - 1)
         better = 100 * (statistics.mean(accuracy) - base["valid_accuracy"])
         rows.append([name, spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", len(found)])
-    head = "change | training, s | against as it is | validation accuracy, % | against as it is | runs"
-    print(markdown(head, rows))
+    print(markdown("change | training, s | against as it is | validation accuracy, % | against as it is | runs", rows))
     figure = Figure(figsize=(9, 1 + 0.3 * len(own)), layout="constrained")
     for axes, key, unit in zip(figure.subplots(1, 2, sharey=True), base, (1, 100), strict=True):
         for row, found in enumerate(own.values()):

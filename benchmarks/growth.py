@@ -7,8 +7,6 @@ Whole runs of the default recipe, as a user starts them, on 10,000 to 50,000 tra
 Start-up is until the first step. The last column is stricter: what the line says of no images at all is taken off too.
 """
 
-import math
-
 import numpy as np
 from time_to_accuracy import arguments, grouped, in_turns, markdown, run
 
@@ -24,7 +22,7 @@ def main() -> None:
 
     def means(variants: list[str], key: str) -> np.ndarray:
         """Of each variant, over its runs."""
-        return np.mean([[result[key] or math.nan for result in own[variant]] for variant in variants], axis=1)
+        return np.mean([[result[key] or np.nan for result in own[variant]] for variant in variants], axis=1)
 
     whole, start_up = means(images, "whole_run"), means(images, "start_up")
     after = whole - start_up

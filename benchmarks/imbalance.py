@@ -39,8 +39,7 @@ def main() -> None:
         macro = spread([statistics.mean(result["f1"].values()) for result in own], 100)
         seconds = spread([result["epochs"][-1]["seconds"] for result in own], digits=0)
         rows.append([way, *recall, accuracy, macro, seconds, len(own)])
-    head = f"`--class-balance` | {' | '.join(classes)} | accuracy, % | macro-F1, % | training, s | runs"
-    print(markdown(head, rows))
+    print(markdown(f"`--class-balance` | {' | '.join(classes)} | accuracy, % | macro-F1, % | training, s | runs", rows))
 
 
 if __name__ == "__main__":

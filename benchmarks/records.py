@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from scipy.stats import sem, t
 from time_to_accuracy import RESULTS, SCRIPT, grouped
@@ -52,8 +51,7 @@ def output(command: list[str], folder: Path) -> Iterator[tuple[float, str]]:
 
 def theirs(script: Path, runs: int) -> list[dict[str, float]]:
     """Seconds and accuracy of each run of a record script but its first, and when after the start that one was over."""
-    head: list[str] = []
-    found: list[dict[str, float]] = []
+    head, found = list[str](), list[dict[str, float]]()
     for since, line in output([sys.executable, script.name], script.parent):  # it would go on to 200 runs
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if "tta_val_acc" in cells:
@@ -107,7 +105,7 @@ def main() -> None:
     path = RESULTS / f"{options.name}.json"
     if path.exists():
         parser.error(f"{path} is there already: another --name")
-    results: list[dict[str, Any]] = []
+    results: list[dict] = []
     data_dir = str(Path(options.data_dir).resolve())
     order = [(number, each) for number in range(options.rounds) for each in [*options.scripts, *options.variant]]
     for number, contender in tqdm(order, unit="start", disable=None):

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import random
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import time_to_accuracy
 import torch
@@ -85,10 +83,9 @@ def killed(seconds: float, save_every: float, expected: dict[str, torch.Tensor])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = start(folder, *OPTIONS, save_every=save_every)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
         epochs = [len(path.read_text().splitlines()) - 1 for path in folder.glob("runs/*/*/metrics.csv")]
         stage = "finished" if list(folder.glob("runs/*/*/report.json")) else f"{epochs[0]} epochs" if epochs else "none"
@@ -103,9 +100,7 @@ def full_disk(kilobytes: int, expected: dict[str, torch.Tensor]) -> tuple[str, l
             process = start(Path(name), *OPTIONS)
             out, _ = process.communicate()
             errors = [line for line in out.splitlines() if line.startswith("error: ")]
-            wrong = []
-            if process.returncode and len(errors) != 1:
-                wrong.append(f"{len(errors)} lines of error: {out[-300:]}")
+            wrong = [f"{len(errors)} lines of error: {out[-300:]}"] if process.returncode and len(errors) != 1 else []
             subprocess.run(["mount", "-o", "remount,size=200m", name], check=True)
             return (errors or ["it sufficed"])[0], wrong + compare(Path(name), expected)
         finally:
@@ -141,7 +136,7 @@ def altered(content: bytes, chance: random.Random) -> bytes:
     while isinstance(place[key], (dict, list)) and place[key] and chance.random() < 0.8:
         place = place[key]
         key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
-    strange: list[Any] = [None, -1, 0, 10**6, 10**12, 1e308, float("nan"), "", "../x", [], {}, [1], torch.zeros(3),
+    strange: list = [None, -1, 0, 10**6, 10**12, 1e308, float("nan"), "", "../x", [], {}, [1], torch.zeros(3),
                torch.zeros(1).expand(10**6, 10**6)]  # fmt: skip
     place[key] = chance.choice(strange)
     torch.save(whole, changed := io.BytesIO())
@@ -180,10 +175,9 @@ def fuzz(name: str, files: Iterator[tuple[bytes, str]], count: int, model: str) 
             except Exception as error:  # a crash of the process among them
                 result = f"{type(error).__name__}: {error}"[:200]
             done[result] += 1
-    wrong = sum(done.values()) - done["worked"] - done["refused"]
     words = ", ".join(f"{number} {result}" for result, number in done.most_common())
     print(f"| {name} | {words} | {slowest:.2f} | {peak - before:.0f} |", flush=True)
-    return bool(wrong or slowest > 5 or peak - before > 1000)
+    return bool(done.keys() - {"worked", "refused"} or slowest > 5 or peak - before > 1000)
 
 
 def pictures(count: int, chance: random.Random) -> Iterator[tuple[bytes, str]]:
@@ -219,8 +213,7 @@ def main() -> int:
         if options.checkpoints + options.images:
             print("| mutated | what became of them | slowest, s | memory, MiB |\n| --- | --- | --- | --- |")
         if options.checkpoints:
-            changes = [mutated, altered]
-            changed = ((changes[i % 2](content, chance), ".pth") for i in range(options.checkpoints))
+            changed = (((mutated, altered)[i % 2](content, chance), ".pth") for i in range(options.checkpoints))
             failed += fuzz(f"{options.checkpoints} checkpoints", changed, options.checkpoints, str(model))
         if options.images:
             failed += fuzz(f"{options.images} pictures", pictures(options.images, chance), options.images, str(model))

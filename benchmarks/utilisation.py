@@ -15,18 +15,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
-from time_to_accuracy import RESULTS
+from time_to_accuracy import RESULTS, SCRIPT
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(SCRIPT.parent))
 import image_classification as ic
 
 
-def timed(work: Callable[[], Any], device: torch.device, seconds: float = 2.0) -> float:
+def timed(work: Callable[[], object], device: torch.device, seconds: float = 2.0) -> float:
     """Median s that `work` takes, of as many times as fit into `seconds`, but three at least."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
@@ -62,7 +60,7 @@ def main() -> None:
     one, other = (torch.randn(size, size, device=device).to(trainer.dtype) for _ in range(2))
     print(f"{ic.describe(device)}, {str(trainer.dtype)[6:]}, {len(batch[0])} images a step\n")
     print("| images of | ms a step | images/s | TFLOP/s | matrices, TFLOP/s | share |\n" + "| --- " * 6 + "|")
-    rows: list[dict[str, Any]] = []
+    rows: list[dict] = []
     for scale in (1.0, 0.75, 0.5) if trainer.config.low_res else (1.0,):
         trainer.scale = lambda scale=scale: scale  # type: ignore[method-assign,misc]
         with FlopCounterMode(display=False) as counter:

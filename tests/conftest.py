@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "image_classification.py"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
+import image_classification as ic
+import inference
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
 SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
@@ -65,6 +68,10 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def without_time(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
 def epochs_of(run):
     return [int(row["epoch"]) for row in rows_of(run)]
 
@@ -78,8 +85,6 @@ def events_of(path):
 
 def trainer_of(**settings):
     """A trainer for the digits, on the CPU, with these settings."""
-    import image_classification as ic
-
     data = ic.load_data(ic.Config(dataset="digits"))
     return ic.Trainer(ic.settle(ic.Config(dataset="digits", **settings), data), data, torch.device("cpu"))
 
@@ -91,6 +96,12 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
+def beforehand(owner, name, do):
+    """In a block with this, `do` goes before every call of that function or method, with its arguments."""
+    original = getattr(owner, name)
+    return mock.patch.object(owner, name, lambda *given: (do(*given), original(*given))[1])
+
+
 class Program:
     """image_classification.py in a folder of its own, run in a process of its own."""
 
@@ -99,31 +110,31 @@ class Program:
 
     def start(self, *arguments, patch="", env=None, **options):
         """Start the program; `patch` is Python that changes constants of the module `ic` first."""
-        command = [sys.executable, *self.launcher, str(self.script), *map(str, arguments)]
-        if patch:
-            code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
-            command = [sys.executable, "-c", code, *map(str, arguments)]
+        code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
+        command = [sys.executable, *(["-c", code] if patch else [*self.launcher, self.script]), *arguments]
         paths = filter(None, [str(self.script.parent), os.environ.get("PYTHONPATH")])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (env or {})
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.folder} | options
-        return subprocess.Popen(command, env=environment, **options)
+        return subprocess.Popen(list(map(str, command)), env=environment, **options)
 
     def __call__(self, *arguments, status=0, timeout=200, **options):
-        """Run it to its end, check the exit status and return (standard output, standard error)."""
-        process = self.start(*arguments, **options)
+        """Run it to its end, as `finish` does."""
+        return self.finish(self.start(*arguments, **options), status, timeout)
+
+    def finish(self, process, status=0, timeout=200):
+        """Wait for its end, check the exit status and return (standard output, standard error)."""
         out, err = process.communicate(timeout=timeout)
         assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
         assert "Traceback" not in err, err
         return out, err
 
     def error(self, *arguments, status=1, **options):
-        """Run it, expecting it to fail with one line; returns that line."""
+        """Run it, expecting it to fail with one line, after how to use it if that is wrong; returns that line."""
         _, err = self(*arguments, status=status, **options)
-        lines = [line for line in err.splitlines() if "error: " in line]
-        assert len(lines) == 1, err
-        if status == 1:
-            assert err.strip() == lines[0], err
-        return lines[0]
+        *usage, line = err.strip().splitlines()
+        assert "error: " in line and bool(usage) == (status == 2), err
+        assert all(each.startswith("       " if i else "usage: ") for i, each in enumerate(usage)), err
+        return line
 
 
 class Inside:
@@ -141,15 +152,10 @@ class Inside:
         except SystemExit as exit:
             got = exit.code
         out, err = self.capsys.readouterr()
-        assert got == status, f"status {got}\n{out}\n{err}"
+        assert (got or 0) == status, f"status {got}\n{out}\n{err}"
         return out, err
 
-    def error(self, *arguments, status=1):
-        _, err = self(*arguments, status=status)
-        *usage, line = err.strip().splitlines()
-        assert "error: " in line and bool(usage) == (status == 2), err
-        assert all(each.startswith("       " if i else "usage: ") for i, each in enumerate(usage)), err
-        return line
+    error = Program.error
 
 
 @pytest.fixture
@@ -180,10 +186,8 @@ def program(folder):
 
 def find_cifar10():
     """The folder to give as --data-dir for real CIFAR-10, if there is one."""
-    for place in (os.environ.get("CIFAR10_DIR", ""), REPOSITORY / "data"):
-        if place and (Path(place) / "cifar-10-batches-py" / "test_batch").exists():
-            return Path(place)
-    return None
+    places = map(Path, filter(None, [os.environ.get("CIFAR10_DIR"), REPOSITORY / "data"]))
+    return next((place for place in places if (place / "cifar-10-batches-py" / "test_batch").exists()), None)
 
 
 @pytest.fixture(scope="session")
@@ -211,16 +215,12 @@ def trained(tmp_path_factory):
 def model(trained):
     """That model, as inference.py loads it."""
     (path,) = trained.glob("model_*.pth")
-    import inference
-
     return inference.load_model(path, "cpu")
 
 
 @pytest.fixture(scope="session")
 def data(model):
     """Its data set."""
-    import inference
-
     return inference.load_its_data(model)
 
 
@@ -253,15 +253,12 @@ def photos(folder):
 
 def load_photos(**settings):
     """The data set in the folder photos/ of the current one."""
-    import image_classification as ic
-
     return ic.load_data(ic.Config(dataset="photos", **settings))
 
 
 @pytest.fixture
-def small_disk(folder):
+def small_disk(folder, request):
     """A function that mounts a file system of so many KiB and returns its folder."""
-    mounted = []
 
     def mount(size):
         disk = folder / "disk"
@@ -269,32 +266,28 @@ def small_disk(folder):
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]
         if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("no right to mount a small file system")
-        mounted.append(disk)
+        request.addfinalizer(lambda: subprocess.run(["umount", disk], check=True))
         return disk
 
-    yield mount
-    for disk in mounted:
-        subprocess.run(["umount", disk], check=True)
+    return mount
 
 
 @pytest.fixture
-def unwritable(folder):
+def unwritable(folder, request):
     """A function that takes every right to write to a file or folder away, from root as well."""
-    changed = []
 
     def protect(path):
         if os.name != "posix":
             pytest.skip("Windows protects no folder this way")
-        if os.geteuid() == 0:
-            if not shutil.which("chattr") or subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
-                pytest.skip("root can write everywhere here, and chattr +i does not work")
-        else:
+        if os.geteuid():
             path.chmod(0o555)
-        changed.append(path)
+            request.addfinalizer(lambda: path.chmod(0o755))
+        elif shutil.which("chattr") and not subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
+            request.addfinalizer(lambda: subprocess.run(["chattr", "-i", path], capture_output=True))
+        else:
+            pytest.skip("root can write everywhere here, and chattr +i does not work")
 
-    yield protect
-    for path in changed:
-        path.chmod(0o755) if os.geteuid() else subprocess.run(["chattr", "-i", path], capture_output=True)
+    return protect
 
 
 @pytest.fixture
@@ -304,8 +297,7 @@ def imagenet(folder, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
     torch.manual_seed(1)
-    weights = squeezenet1_1().state_dict()
     path = folder / "hub" / "hub" / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name
     path.parent.mkdir(parents=True)
-    torch.save(weights, path)
+    torch.save(squeezenet1_1().state_dict(), path)
     return path

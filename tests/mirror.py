@@ -15,8 +15,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        mirror = self.server.mirror
-        path = self.path
+        mirror, path = self.server, self.path
         if path.startswith("http://"):  # asked as a proxy
             mirror.proxied.append(path)
             path = "/" + path.split("/", 3)[3]
@@ -44,7 +43,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content) - start))
         self.send_header("Connection", "close")
         self.end_headers()
-        self.close_connection = True
         with contextlib.suppress(OSError):
             if manner in STOPS:
                 self.wfile.write(content[start : start + STOPS[manner]])
@@ -62,17 +60,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(content[start:])
 
 
-class Mirror:
+class Mirror(http.server.ThreadingHTTPServer):
     """The running server: its `url`, and what was asked of it."""
 
     def __init__(self, content):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.requests, self.proxied = content, [], []
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.mirror = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import http.server
 import json
 import os
 import random
@@ -10,13 +9,13 @@ import re
 import shutil
 import socket
 import sys
-import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
-from conftest import REPOSITORY, Program, save
+from conftest import REPOSITORY, save, tool
+from mirror import Mirror
 from PIL import Image
 from playwright import sync_api as playwright
 
@@ -31,13 +30,9 @@ def served(folder, model, host, *options):
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
-    program = Program(folder, REPOSITORY / "app.py")
-    process = program.start("--checkpoint", model.path, "--port", port, *options)
+    process = tool("app", folder).start("--checkpoint", model.path, "--port", port, *options)
     try:
-        for line in process.stdout:
-            if line.startswith("Open "):
-                break
-        else:
+        if not any(line.startswith("Open ") for line in process.stdout):
             pytest.fail(process.stderr.read())
         yield f"http://{host}:{port}", process
     finally:
@@ -93,10 +88,9 @@ def upload(page, path):
 
 def test_picture_rubbish_and_picture_again(page, folder, model, data):
     answers = [classes[0][0] for classes in inference.predict(model, data.test.images[:30].numpy())]
-    first = 0
-    second = next(i for i, answer in enumerate(answers) if answer != answers[first])
-    upload(page, save(data.test.images[first], folder / "first.png"))
-    assert top(page, answers[first]) == answers[first]
+    second = next(i for i, answer in enumerate(answers) if answer != answers[0])
+    upload(page, save(data.test.images[0], folder / "first.png"))
+    assert top(page, answers[0]) == answers[0]
     playwright.expect(page.locator("#seen img").first).to_be_visible()
     (folder / "rubbish.jpg").write_text("no image at all")
     upload(page, folder / "rubbish.jpg")
@@ -141,8 +135,7 @@ def test_own_examples_and_another_address(folder, model, data):
         pytest.skip("macOS has no address 127.0.0.2 unless told")
     (folder / "mine").mkdir()
     pictures = {save(data.test.images[i], folder / "mine" / f"{i}.png").name for i in range(3)}
-    options = ["--host", "127.0.0.2", "--examples", folder / "mine"]
-    with served(folder, model, "127.0.0.2", *options) as (address, process):
+    with served(folder, model, "127.0.0.2", "--host", "127.0.0.2", "--examples", folder / "mine") as (address, process):
         assert "whoever reaches this machine" in process.stdout.readline()
         components = json.load(urllib.request.urlopen(f"{address}/config", timeout=20))["components"]
         (shown,) = (each["props"]["samples"] for each in components if each["type"] == "dataset")
@@ -172,19 +165,9 @@ def ask(address, picture):
 
 def test_page_fetches_nothing(address):
     """Asked to classify what lies at an address elsewhere, it does not go there."""
-    asked = []
-
-    class Elsewhere(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(404)
-            self.end_headers()
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        answer = answer_to(address, f"http://127.0.0.1:{server.server_port}/cat.png", seconds=20)
-        server.shutdown()
-    assert "this page fetches nothing, not from 127.0.0.1 either" in answer and not asked
+    with Mirror(b"") as elsewhere:
+        answer = answer_to(address, f"{elsewhere.url}/cat.png", seconds=20)
+    assert "this page fetches nothing, not from 127.0.0.1 either" in answer and not elsewhere.requests
 
 
 def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, folder):
@@ -201,10 +184,8 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
             assert "event: error" in answer and "no picture that can be read" in answer
 
 
-def test_help_and_what_cannot_be_had(address, model, tool_inside):
+def test_what_cannot_be_had_is_named(address, model, tool_inside):
     app = tool_inside("app")
-    text, _ = app("--help")
-    assert "python app.py" in text and "--checkpoint" in text
     assert "--port" in app.error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
     assert "there is no such" in app.error("--checkpoint", model.path, "--examples", "nowhere")
 

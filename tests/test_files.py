@@ -3,24 +3,19 @@
 import os
 import random
 import shutil
-import subprocess
-import sys
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import QUICK, REPOSITORY, trainer_of, weights
+from conftest import QUICK, beforehand, trainer_of, weights
 
 import image_classification as ic
 
 
 class Malicious:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return (open, (self.path, "w"))
+        return (open, ("owned", "w"))
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +30,12 @@ def model_file(tmp_path_factory):
 def test_bad_checkpoint_is_refused_with_one_line(model_file, folder):
     path, content = folder / "bad.pth", model_file.read_bytes()
     whole = torch.load(model_file, weights_only=True)
-    evil = {"model": Malicious(str(folder / "owned")), "config": {}, "classes": []}
-    for write in (
-        lambda: path.write_bytes(content[: len(content) // 2]),
-        lambda: path.write_text("hello"),
-        lambda: path.write_bytes(b""),
-        lambda: torch.save(evil, path),
-        lambda: torch.save(evil, path, _use_new_zipfile_serialization=False),
-        lambda: torch.save({"weights": torch.zeros(3)}, path),
-        lambda: torch.save([1, 2], path),
-        *(lambda name=name: torch.save({key: part for key, part in whole.items() if key != name}, path)
-          for name in ("classes", "metrics", "versions")),
-    ):  # fmt: skip
-        write()
+    lacking = [{key: whole[key] for key in whole.keys() - {name}} for name in ("classes", "metrics", "versions")]
+    evil = {"model": Malicious(), "config": {}, "classes": []}
+    torch.save(evil, path, _use_new_zipfile_serialization=False)
+    files = content[: len(content) // 2], b"hello", b"", path.read_bytes()
+    for bad in (*files, evil, {"weights": torch.zeros(3)}, [1, 2], *lacking):
+        path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
         with pytest.raises(ic.UserError, match="not a checkpoint of this program") as caught:
             ic.load_checkpoint(path)
         assert "\n" not in str(caught.value)
@@ -112,28 +100,22 @@ def test_locked_metrics_do_not_stop_a_run(inside, folder, unwritable):
 def test_writers_leave_old_or_new_but_never_half(folder):
     path, contents = folder / "file", [bytes([i]) * 300_000 for i in range(4)]
     path.write_bytes(contents[0])
-    threads = [threading.Thread(target=lambda c=c: [ic.write_atomically(path, c) for _ in range(10)]) for c in contents]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        assert path.read_bytes() in contents
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(ic.write_atomically, path, content) for content in 10 * contents]
+        while not all(writer.done() for writer in writers):
+            assert path.read_bytes() in contents
     assert list(folder.iterdir()) == [path]
 
 
 def test_run_folders_are_distinct(folder):
-    found, data = [], ic.load_data(config := ic.Config(dataset="digits"))
-    threads = [threading.Thread(target=lambda: found.append(ic.new_run_folder(config, data))) for _ in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(found)) == 100
+    data = ic.load_data(config := ic.Config(dataset="digits"))
+    with ThreadPoolExecutor(100) as pool:
+        assert len(set(pool.map(lambda _: ic.new_run_folder(config, data), range(100)))) == 100
 
 
-def test_run_folder_that_vanishes(inside, monkeypatch):
-    epoch = ic.RunLog.epoch
-    monkeypatch.setattr(ic.RunLog, "epoch", lambda log, *rest: (shutil.rmtree(log.run), epoch(log, *rest)))
-    error = inside.error(*QUICK)
+def test_run_folder_that_vanishes(inside):
+    with beforehand(ic.RunLog, "epoch", lambda log, *_: shutil.rmtree(log.run)):
+        error = inside.error(*QUICK)
     assert "runs" in error and "no such file or folder" in error
 
 
@@ -148,10 +130,8 @@ def test_links_to_nowhere(inside, folder):
 
 
 def test_two_runs_started_together_both_finish(program, folder):
-    processes = [program.start(*QUICK) for _ in range(2)]
-    for process in processes:
-        _, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err
+    for process in [program.start(*QUICK) for _ in range(2)]:
+        program.finish(process)
     assert len(list(folder.glob("runs/*/*/report.json"))) == 2 and weights(folder / "model_cnn_digits.pth")
 
 
@@ -181,33 +161,31 @@ def test_resume_that_fails_counts_as_a_lost_run(folder, monkeypatch, capsys):
     assert "--batch-size 5000 is larger" in first and second == "| killed | after 2 s | nothing |"
 
 
-def test_checkpoints_that_claim_to_be_huge_cost_nothing(model_file, folder):
-    def write(name, change):
-        content = torch.load(model_file, weights_only=True)
-        change(content)
-        torch.save(content, folder / f"{name}.pth")
-
-    write("width", lambda content: content["config"].update(width=300.0))
-    write("size", lambda content: content.update(image_size=30_000))
-    write("classes", lambda content: content.update(classes=[str(i) for i in range(500_000)]))
-    write("channels", lambda content: content.update(mean=[0.5] * 1000, std=[0.5] * 1000))
-    write("whole", lambda content: content["model"].update({"classifier.weight": torch.zeros(100_000_000)}))
+def test_checkpoints_that_claim_to_be_huge_cost_nothing(model_file, program, folder):
+    content = torch.load(model_file, weights_only=True)
+    for name, change in {
+        "width": {"config": content["config"] | {"width": 300.0}},
+        "size": {"image_size": 30_000},
+        "classes": {"classes": [str(i) for i in range(500_000)]},
+        "channels": {"mean": [0.5] * 1000, "std": [0.5] * 1000},
+        "whole": {"model": content["model"] | {"classifier.weight": torch.zeros(100_000_000)}},
+    }.items():
+        torch.save(content | change, folder / f"{name}.pth")
     with zipfile.ZipFile(folder / "whole.pth") as whole, zipfile.ZipFile(folder / "zip.pth", "w", 8) as compressed:
         for name in whole.namelist():
             compressed.writestr(name, whole.read(name))
     code = """
-import resource, sys, image_classification as ic
+import contextlib, resource
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in ("width", "size", "classes", "channels", "zip"):
-    try:
-        ic.load_checkpoint(f"{sys.argv[1]}/{name}.pth")
+    result = "refused"
+    with contextlib.suppress(ic.UserError):
+        ic.load_checkpoint(f"{name}.pth")
         result = "loaded"
-    except ic.UserError as error:
-        result = "refused"
     print(name, result, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+sys.exit()
 """
-    run = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = [line.split() for line in run.stdout.splitlines()]
+    out, _ = program(patch=code)
+    found = [line.split() for line in out.splitlines()]
     assert [name for name, result, _ in found if result == "loaded"] == ["size"]  # any size suits this network
-    assert len(found) == 5 and all(int(grown) < 300 for *_, grown in found), run.stdout
+    assert len(found) == 5 and all(int(grown) < 300 for *_, grown in found), out

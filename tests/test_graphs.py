@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, state_of, trainer_of
+from conftest import QUICK, SMALL, state_of, trainer_of, without_time
 
 import image_classification as ic
 from alternatives import graphs
@@ -67,11 +67,8 @@ def test_recorded_steps_train_as_others_do(train, capsys):
 
     recorded, run = train(capture, grad_clip=5.0, ema=True)
     assert "CUDA graph" not in capsys.readouterr().out
-    state = state_of(run)
-    assert len(calls) > 0.7 * state["step"]  # sizes of batches and scales, the first two steps of each as ever
-    for one, other in zip(plain, recorded, strict=True):
-        for name in ("train_loss", "valid_loss", "learning_rate"):
-            assert one[name] == other[name]
+    assert len(calls) > 0.7 * state_of(run)["step"]  # sizes of batches and scales, the first two steps of each as ever
+    assert without_time(recorded) == without_time(plain)
 
 
 @pytest.mark.parametrize("capture", [stuck, refused])
@@ -79,8 +76,7 @@ def test_recording_that_fails_is_not_used(train, capsys, capture):
     plain, _ = train()
     recorded, _ = train(capture)
     assert capsys.readouterr().out.count("note: no CUDA graph of the training step") == 1
-    for one, other in zip(plain, recorded, strict=True):
-        assert one["train_loss"] == other["train_loss"]
+    assert without_time(recorded) == without_time(plain)
 
 
 def test_recordings_go_with_their_trainer():
@@ -135,11 +131,10 @@ def tiny(classes=10, channels=3, image_size=32):
 """
 
 
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no compiler")
 def test_compiled(inside, folder):
     (folder / "mine.py").write_text(TINY)
     arguments = *SMALL, "--precision", "fp32", "--model", "mine.py:tiny"
-    if not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("no compiler")
     plain, _ = inside(*arguments)
     torch._dynamo.utils.counters.clear()
     compiled, _ = inside(*arguments, "--compile")

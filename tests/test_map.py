@@ -132,7 +132,6 @@ def test_unwritable_data_folder_falls_back_to_one_that_is_not(inside, folder, ph
     unwritable(folder / "data")
     out, _ = inside(*QUICKLY)
     assert re.search("^note: data.* cannot be written: the decoded images are in .*home", out, re.MULTILINE)
-    assert "Done in" in out
     assert list((folder / "home" / ".cache" / "image_classification" / ".decoded").glob("photos-*/images"))
     decoded.clear()
     load_photos()
@@ -163,16 +162,15 @@ def test_full_disk_while_decoding(inside, folder, photos, small_disk, decoded, m
     check_whole(folder, data)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["--val-fraction", "0"], ["--subset", "50", "--class-balance", "oversample"],
-     ["--make-imbalanced", "0.5", "--augment", "flip,crop=2,erase", "--test-views", "6"]],
-)  # fmt: skip
+@pytest.mark.parametrize("options", [
+    "--val-fraction 0", "--subset 50 --class-balance oversample",
+    "--make-imbalanced 0.5 --augment flip,crop=2,erase --test-views 6",
+])  # fmt: skip
 def test_training_from_the_map_is_the_same_as_from_memory(inside, photos, monkeypatch, options):
     outs = []
     for name, most in (("memory", datasets.HELD), ("map", 0)):
         monkeypatch.setattr(datasets, "HELD", most)
-        out, _ = inside(*QUICKLY, *options, "--run-dir", name)
+        out, _ = inside(*QUICKLY, *options.split(), "--run-dir", name)
         lines = [line for line in out.splitlines() if line.startswith(("Epoch", "Acc"))]
         outs.append([line.partition(", train acc")[0] for line in lines])
     assert outs[0] == outs[1] and len(outs[0]) >= 6
@@ -184,14 +182,13 @@ def test_training_from_the_map_is_the_same_as_from_memory(inside, photos, monkey
 def test_map_is_read_without_reading_ahead(folder, photos, monkeypatch):
     monkeypatch.setattr(datasets, "HELD", 0)
     data = load_photos()
-    config = ic.settle(ic.Config(dataset="photos"), data)
 
     def flags():
         mapping = Path("/proc/self/smaps").read_text().partition(str(the_map(folder) / "images"))[2]
         return mapping.partition("VmFlags: ")[2].partition("\n")[0].split()
 
     assert flags() and "rr" not in flags()
-    ic.Trainer(config, data, torch.device("cpu"))
+    ic.Trainer(ic.settle(ic.Config(dataset="photos"), data), data, torch.device("cpu"))
     assert "rr" in flags()
 
 

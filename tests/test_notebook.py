@@ -1,17 +1,14 @@
 """The notebook, executed from top to bottom."""
 
-import functools
-import http.server
-import json
-import os
+import io
 import subprocess
 import sys
-import threading
 import zipfile
 
 import nbclient
 import nbformat
 from conftest import REPOSITORY, find_cifar10
+from mirror import Mirror
 
 NOTEBOOK = REPOSITORY / "image_classification.ipynb"
 
@@ -27,39 +24,32 @@ def test_notebook_runs_from_top_to_bottom(folder):
     where = {"metadata": {"path": folder}}
     nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) >= 6
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
     printed = "".join(output.get("text", "") for output in outputs)
     assert "Test accuracy" in printed and "Epoch 0001" in printed and "Total params" in printed
 
 
-def test_first_cell_fetches_the_project_where_it_is_opened_alone(folder):
+def test_first_cell_fetches_the_project_where_it_is_opened_alone(folder, monkeypatch):
     """As in Colab: from a ZIP as GitHub serves it, with everything in one folder."""
     names = ["image_classification.py", "inference.py", "explain.py", "requirements.txt", "README.md"]
     names += [f"alternatives/{path.name}" for path in (REPOSITORY / "alternatives").glob("*.py")]
-    (folder / "server").mkdir()
-    with zipfile.ZipFile(folder / "server" / "main.zip", "w") as archive:
+    with zipfile.ZipFile(served := io.BytesIO(), "w") as archive:
         for name in names:
             archive.write(REPOSITORY / name, f"project-main/{name}")
         archive.writestr("project-main/../outside.py", "")
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    cell = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    code = next(cell.source for cell in cells if cell.cell_type == "code")
+    assert 'ADDRESS = ""' in code
     (folder / "alone").mkdir()
+    monkeypatch.delenv("PYTHONPATH", raising=False)
 
     def first_cell(address):
-        assert 'ADDRESS = ""' in cell
-        code = cell.replace('ADDRESS = ""', f"ADDRESS = {address!r}")
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        return subprocess.run(
-            [sys.executable, "-c", code], cwd=folder / "alone", env=environment, capture_output=True, text=True
-        )
+        here = code.replace('ADDRESS = ""', f"ADDRESS = {address!r}")
+        return subprocess.run([sys.executable, "-c", here], cwd=folder / "alone", capture_output=True, text=True)
 
     assert "open this notebook in the folder of" in first_cell("").stderr
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder / "server")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = first_cell(f"http://127.0.0.1:{server.server_port}/main.zip")
-        server.shutdown()
+    with Mirror(served.getvalue()) as server:
+        done = first_cell(f"{server.url}/good/main.zip")
     assert done.returncode == 0, done.stderr
     arrived = {path.relative_to(folder / "alone").as_posix() for path in (folder / "alone").rglob("*.*")}
     assert {name for name in names if name != "README.md"} == arrived
@@ -67,5 +57,5 @@ def test_first_cell_fetches_the_project_where_it_is_opened_alone(folder):
 
 
 def test_notebook_is_stored_without_outputs():
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         assert not cell.get("outputs") and not cell.get("execution_count")

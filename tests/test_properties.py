@@ -67,9 +67,8 @@ def test_every_image_comes_once_an_epoch_mirrored_and_shifted(count, epoch, heig
 def test_augmented_images_stay_images_and_each_has_its_own_draw(name, share, size, seed):
     torch.manual_seed(seed)
     labels = torch.arange(12) % 5
-    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8).repeat(12, 1, 1, 1)
     mixed = name in augmentations.MIXES
-    images = torch.randint(0, 256, images.shape, dtype=torch.uint8) if mixed else images
+    images = torch.randint(0, 256, (12 if mixed else 1, 3, size, size), dtype=torch.uint8).expand(12, -1, -1, -1)
     strength = max(0.3, share) * augmentations.STRENGTHS[name][1]
     got, targets = augmentations.build({name: str(strength)}, 5)(images, labels)
     assert got.shape == images.shape and got.dtype == torch.float32
