@@ -295,11 +295,10 @@ def main() -> int:
     ranked = sorted(runs, key=lambda each: -each.accuracy) if options.sort == "accuracy" else runs
     write(options.format, table(ranked))
     if len(runs) == 2:
-        lines = verdict(*runs)
         if options.format == "text":
-            print("", *lines, sep="\n")
+            print("", *verdict(*runs), sep="\n")
         else:
-            print(*lines, sep="\n", file=sys.stderr)  # what is piped on is to be the table only
+            print(*verdict(*runs), sep="\n", file=sys.stderr)  # what is piped on is to be the table only
     return int(bool(others) and len(runs) == 1)  # then the question has no answer
 
 

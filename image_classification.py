@@ -46,7 +46,6 @@ import json
 import math
 import os
 import platform
-import queue
 import shutil
 import signal
 import ssl
@@ -384,8 +383,7 @@ def chunks(url: str, start: int) -> Iterator[tuple[int, bytes]]:
 
 def probe(urls: list[str], start: int) -> dict[str, float | str]:
     """Ask all sources at once for a piece: the bytes/s of each, or what is wrong with it."""
-    answers: queue.Queue[tuple[str, float | str]] = queue.Queue()
-    found: dict[str, float | str] = dict.fromkeys(urls, "no answer")
+    found: dict[str, float | str] = {}
 
     def ask(url: str) -> None:
         began, received = time.perf_counter(), 0
@@ -394,20 +392,18 @@ def probe(urls: list[str], start: int) -> dict[str, float | str]:
                 received += len(chunk)
                 if received >= 2**19 or time.perf_counter() - began > 3:
                     break
-            answers.put((url, received / (time.perf_counter() - began)))
+            found[url] = received / (time.perf_counter() - began)
         except NETWORK_ERRORS as error:
-            answers.put((url, explain(error)))
+            found[url] = explain(error)
 
     for url in urls:  # in daemons, because nothing can interrupt a name look-up, which may hang for minutes
         threading.Thread(target=ask, args=(url,), daemon=True).start()
     deadline = time.perf_counter() + PROBE_SECONDS
-    with contextlib.suppress(queue.Empty):
-        for _ in urls:
-            url, answer = answers.get(timeout=max(0.0, deadline - time.perf_counter()))
-            found[url] = answer
-            if isinstance(answer, float):
-                deadline = min(deadline, time.perf_counter() + 3)  # the others had time to show as much
-    return found
+    while len(found) < len(set(urls)) and time.perf_counter() < deadline:
+        time.sleep(0.01)
+        if any(isinstance(answer, float) for answer in list(found.values())):
+            deadline = min(deadline, time.perf_counter() + 3)  # the others had time to show as much
+    return dict.fromkeys(urls, "no answer") | found
 
 
 def explain(error: Exception) -> str:
@@ -653,8 +649,11 @@ def load_digits(config: Config, substitution: str = "") -> Data:
 def load_other(config: Config) -> Data:
     """A data set of alternatives/datasets.py by its name, or a folder of images. Raises UsageError, UserError."""
     datasets, wanted = alternative("datasets", f"--dataset {config.dataset}"), config.dataset
-    if wrong := datasets.unknown(wanted, suggest):
-        raise UsageError(wrong)
+    if wanted not in datasets.NAMES and not (wanted and Path(wanted).expanduser().is_dir()):
+        if Path(wanted).name != wanted:
+            raise UsageError(f"there is no folder {wanted}")
+        known = ["auto", "cifar10", "digits", *datasets.NAMES]
+        raise UsageError(f"unknown data set {wanted}: {suggest(wanted, known, ', or name a folder of images')}")
     try:
         size = config.image_size
         if config.pretrained and not size:
@@ -1029,7 +1028,8 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; auto: the accelerator that there is, else the CPU."""
+    """The device that --device names; auto: the accelerator that there is, else the CPU. With TF32 off."""
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     if TORCHRUN:
         try:
             name = alternative("torchrun", "torchrun").device(name)
@@ -1174,6 +1174,10 @@ class Trainer:
 
     def __init__(self, config: Config, data: Data, device: torch.device, deadline: float = 0.0, model: Any = None):
         self.config, self.data, self.device = config, data, device
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if config.deterministic != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has none
         self.dtype = choose_precision(config.precision, device)
         # what has to be the same for a resumed run to repeat an unbroken one bit for bit
         self.environment = {"torch": str(torch.__version__), "hardware": describe(device), "precision": str(self.dtype)}
@@ -1547,11 +1551,6 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     Stopped after Ctrl-C or SIGTERM.
     """
     begun, device = begun or time.perf_counter(), choose_device(config.device)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if config.deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has no such algorithm
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     batch_augmentation(config.augment, 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
     if config.minutes and not config.fast_dev_run:

@@ -98,7 +98,6 @@ def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Class
         network.to(ic.choose_device(str(device)))
     except ic.UserError as error:
         raise InferenceError(str(error)) from None
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
 
     def logits(images: np.ndarray) -> np.ndarray:
         labels = torch.zeros(len(images), dtype=torch.int64)  # not known, and not used

@@ -372,10 +372,6 @@ def main() -> int:
         raise ic.UsageError("tuning looks at validation images: leave --val-fraction above 0")
     ic.batch_augmentation(config.augment, 2)  # if this or the network is wrong, then rather before a download
     ic.network_settings(config.model)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.allow_tf32 = False  # as in training
     with contextlib.redirect_stdout(io.StringIO() if options.worker else sys.stdout):
         device = ic.choose_device(config.device)
         data = ic.load_data(config)

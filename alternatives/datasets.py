@@ -33,19 +33,6 @@ NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
 Pair = tuple[Any, Any]  # tensors: images, uint8 (N, 3, H, W), or a Mapped of them, and their labels, int64 (N,)
 
 
-def unknown(dataset: str, suggest: Callable[..., str]) -> str:
-    """What is wrong with a name that is none of NAMES and no folder; "" of one that is.
-
-    suggest(name, known, others) says what may have been meant.
-    """
-    if dataset in NAMES or dataset and Path(dataset).expanduser().is_dir():
-        return ""
-    if Path(dataset).name != dataset:
-        return f"there is no folder {dataset}"
-    known = ["auto", "cifar10", "digits", *NAMES]
-    return f"unknown data set {dataset}: {suggest(dataset, known, ', or name a folder of images')}"
-
-
 class Found(NamedTuple):
     """A data set as it was found."""
 

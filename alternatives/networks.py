@@ -38,10 +38,7 @@ TORCHVISION: dict[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "batch_size": 6
 
 
 def settings(name: str, suggest: Callable[..., str]) -> dict[str, Any]:
-    """The default settings of one of SETTINGS, torchvision:NAME or FILE.py:FACTORY.
-
-    Raises ValueError for an unknown name; suggest(name, known, others) says what may have been meant.
-    """
+    """The default settings of a network; ValueError for an unknown one: suggest(name, known, others) says its text."""
     if ":" not in name and name not in SETTINGS:
         raise ValueError(suggest(name, ["cnn", *SETTINGS], ", torchvision:NAME or FILE.py:FACTORY"))
     usual = MUON

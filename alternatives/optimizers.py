@@ -1,7 +1,4 @@
-"""What `--optimizer` takes besides the script's own `muon`: torch's, with customary settings.
-
-And `--ema`, the moving average of the weights, and `--grad-clip`.
-"""
+"""What `--optimizer` takes besides `muon`: torch's, with customary settings. And `--ema` and `--grad-clip`."""
 
 import math
 from typing import Any

@@ -46,7 +46,6 @@ def main() -> None:
     options = parser.parse_args()
 
     device = ic.choose_device(options.device)
-    torch.backends.cudnn.allow_tf32 = False  # as in training
     config = ic.configure(recipe=options.recipe, dataset=options.dataset, data_dir=options.data_dir)
     data = ic.load_data(config)
     trainer = ic.Trainer(ic.settle(config, data), data, device)

@@ -162,8 +162,7 @@ def test_torchvision_networks(name):
 
 def test_model_that_no_meta_device_can_build_is_loaded(inside, folder):
     inside("--dataset", "digits", "--model", "torchvision:regnet_x_400mf", "--fast-dev-run")
-    path = only_run(folder) / "model_torchvision-regnet_x_400mf_digits.pth"
-    network, content = ic.load_checkpoint(path)
+    network, content = ic.load_checkpoint(only_run(folder) / "model_torchvision-regnet_x_400mf_digits.pth")
     assert same(network.state_dict(), content["model"])
 
 

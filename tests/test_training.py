@@ -823,16 +823,11 @@ def test_own_network_and_out_of_memory(inside, folder):
     assert ic.evaluate(model, *test).accuracy == pytest.approx(accuracy)
 
 
-def test_network_too_large_for_a_cpu_is_computed_in_parts(folder, monkeypatch):
-    layers = "nn.Conv2d(channels, 64, 1), *[nn.Sigmoid() for _ in range(10)]"  # each keeps 256 KiB an image of 32 × 32
-    (folder / "mine.py").write_text(NETWORK.format(limit=1000).replace("nn.AvgPool2d(4)", f"{layers}, nn.AvgPool2d(4)")
-                                    .replace("channels * image", "64 * image"))  # fmt: skip
-    config = ic.configure(dataset="digits", model="mine.py:small", batch_size=100, precision="fp32")
-    data = ic.load_data(config)
-    trainer = ic.Trainer(ic.settle(config, data), data, torch.device("cpu"))
-    monkeypatch.setattr(memory, "CPU_BYTES", 2**26)
+def test_network_too_large_for_a_cpu_is_computed_in_parts(monkeypatch):
+    monkeypatch.setattr(memory, "CPU_BYTES", 2**27)
+    trainer = trainer_of(model="fftnet", batch_size=100, precision="fp32")
     trainer.settle_batch()
-    assert trainer.parts == 4  # 26 images of 2.5 MiB
+    assert trainer.parts == 5  # 100 images keep 623 MiB
 
 
 @pytest.mark.parametrize("balance", ["none", "weights"])
