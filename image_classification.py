@@ -818,7 +818,7 @@ def build_network(
         half = f", which become {size // 2} in the first --low-res of a run" if config.low_res else ""
         why = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
         why += networks.place(error, config.model) if is_own(config.model) else ""
-        raise UserError(f"--model {config.model} gives no network for images of {size} pixels{half}: {why}") from error
+        raise UserError(f"--model {config.model} does not work on images of {size} pixels{half}: {why}") from error
     if config.pretrained:
         mean, std = cast(Any, network).normalisation
     network.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
@@ -919,7 +919,10 @@ def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[
     claimed: nn.Module | None = None
     if tried := not is_own(config.model):  # nothing is allocated before it is known to be needed
         with torch.device("meta"), contextlib.suppress(UserError):  # torchvision's RegNets cannot be made there
-            claimed = build_network(*claims, tried=True)
+            try:
+                claimed = build_network(*claims)
+            except UserError:  # meta tensors do not know every operation
+                claimed, tried = build_network(*claims, tried=True), False
     if claimed:
         check_weights(claimed, content["model"], path)
     network = build_network(*claims, tried=tried)
@@ -1273,6 +1276,8 @@ class Trainer:
 
     def settle_batch(self) -> None:
         """Compute the batch in as many parts as memory asks for, if alternatives/ is there."""
+        if self.device.type == "cpu" and self.config.model == "cnn":
+            return  # it fits any machine that torch fits
         if importlib.util.find_spec("alternatives") and not alternative("memory", "--batch-size").settle_batch(self):
             raise UserError("memory is too short for a single image: try --device cpu")
 

@@ -24,12 +24,23 @@ def kept_bytes(trainer: Any, count: int) -> int:
     return sum(sizes.values())
 
 
+def split(trainer: Any, parts: int, why: str) -> None:
+    """Compute a trainer's batches in so many parts from now on, and say so."""
+    trainer.parts = parts
+    words = f"{parts} parts of {math.ceil(trainer.share / parts)} images whose gradients add up"
+    print(f"note: {why}: a batch is now computed as {words}; batch norm sees the smaller batch")
+
+
 def fit_cpu(trainer: Any) -> None:
-    """Split batches into as many parts as CPU_BYTES ask for: too much is no error there, but swaps or is killed."""
-    parts, trainer.parts, image = trainer.parts, 1, 0.0
+    """Split batches by CPU_BYTES, to 16 images at least: too much memory is no error there, but swaps or is killed."""
+    if trainer.share < 32:
+        return
+    usual, trainer.parts, image = trainer.parts, 1, 0.0
     with contextlib.suppress(RuntimeError):  # the trial step will meet it as well
         image = (kept_bytes(trainer, 8) - kept_bytes(trainer, 4)) / 4  # the weights are in both
-    trainer.parts = max(parts, min(math.ceil(trainer.share * image / CPU_BYTES), trainer.share // 8))
+    trainer.parts = usual
+    if (parts := min(math.ceil(trainer.share * image / CPU_BYTES), trainer.share // 16)) > usual:
+        split(trainer, parts, f"an image takes {image / 2**20:.0f} MiB")
 
 
 def settle_batch(trainer: Any) -> bool:
@@ -38,8 +49,6 @@ def settle_batch(trainer: Any) -> bool:
     Also notes whether the network has weights that get no gradient. False if not even a single image fits.
     """
     if trainer.device.type == "cpu":
-        if trainer.config.model == "cnn":
-            return True  # it fits any machine that torch fits
         fit_cpu(trainer)
     first = [drawn[trainer.places[0]] for drawn in trainer.plan(0)]
     while True:
@@ -53,6 +62,4 @@ def settle_batch(trainer: Any) -> bool:
                 raise
         if trainer.parts >= trainer.share:
             return False
-        trainer.parts = min(2 * trainer.parts, trainer.share)
-        parts = f"{trainer.parts} parts of {math.ceil(trainer.share / trainer.parts)} images whose gradients add up"
-        print(f"note: out of memory: a batch is now computed as {parts}; batch norm sees the smaller batch")
+        split(trainer, min(2 * trainer.parts, trainer.share), "out of memory")

@@ -364,7 +364,7 @@ def judge(logits: Any, classes: int) -> None:
 
 def place(error: Exception, name: str) -> str:
     """The line of FILE.py at which its network failed, in brackets; "" if it did not fail there."""
-    file = Path(name.rpartition(":")[0]).name
+    file = Path(name.rpartition(":")[0]).resolve()
     places = traceback.extract_tb((error.__cause__ or error).__traceback__)
-    lines = [each.lineno for each in places if Path(each.filename).name == file]
-    return f" ({file}, line {lines[-1]})" if lines else ""
+    lines = [each.lineno for each in places if Path(each.filename).resolve() == file]
+    return f" ({file.name}, line {lines[-1]})" if lines else ""

@@ -166,6 +166,7 @@ def test_checkpoints_that_claim_to_be_huge_cost_nothing(model_file, program, fol
     for name, change in {
         "width": {"config": content["config"] | {"width": 300.0}},
         "size": {"image_size": 30_000},
+        "small": {"image_size": 1},
         "classes": {"classes": [str(i) for i in range(500_000)]},
         "channels": {"mean": [0.5] * 1000, "std": [0.5] * 1000},
         "whole": {"model": content["model"] | {"classifier.weight": torch.zeros(100_000_000)}},
@@ -177,7 +178,7 @@ def test_checkpoints_that_claim_to_be_huge_cost_nothing(model_file, program, fol
     code = """
 import contextlib, resource
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for name in ("width", "size", "classes", "channels", "zip"):
+for name in ("width", "size", "small", "classes", "channels", "zip"):
     result = "refused"
     with contextlib.suppress(ic.UserError):
         ic.load_checkpoint(f"{name}.pth")
@@ -188,4 +189,4 @@ sys.exit()
     out, _ = program(patch=code)
     found = [line.split() for line in out.splitlines()]
     assert [name for name, result, _ in found if result == "loaded"] == ["size"]  # any size suits this network
-    assert len(found) == 5 and all(int(grown) < 300 for *_, grown in found), out
+    assert len(found) == 6 and all(int(grown) < 300 for *_, grown in found), out

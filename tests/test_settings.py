@@ -162,7 +162,7 @@ def test_batches_of_one_image(inside, cifar10):
     inside("--data-dir", cifar10, "--fast-dev-run", "--batch-size", "1", "--epochs", "1", "--width", "0.25")
 
 
-@pytest.mark.parametrize("option", ["--recipe beginner", "--minutes 1", "--repeat 2"])
+@pytest.mark.parametrize("option", ["--recipe beginner", "--minutes 1", "--repeat 2", "--ema", "--grad-clip 1"])
 def test_script_alone_says_what_an_alternative_needs(folder, option):
     alone = Program(folder, shutil.copy(SCRIPT, folder / SCRIPT.name))
     error = alone.error("--dataset", "digits", *option.split())
