@@ -93,7 +93,6 @@ def check(expected: np.ndarray, found: np.ndarray) -> str:
 def quantised(path: Path, images: np.ndarray) -> bytes:
     """The ONNX file with weights and activations of 8 bits, their ranges taken from uint8 images (N, 3, S, S)."""
     logging.disable(logging.WARNING)  # that it quantises no batch norm
-
     parts = np.array_split(images, max(1, len(images) // 100))
     batches = ({"images": part.astype(np.float32) / 255} for part in parts)
 
@@ -165,7 +164,6 @@ def main() -> int:
         print("note: compared on random images, because its data set is not here: --data-dir DIR names its folder")
         shape = (CHECKED, 3, model.image_size, model.image_size)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
     print(f"Exporting {model.path} to {out}")
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder, f"new.{options.format}")

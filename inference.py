@@ -342,8 +342,7 @@ def main() -> int:
     arguments.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to name (default: 3)")
     arguments.add_argument("--threshold", type=float, default=0.0, metavar="F", help="below it say unsure, [0, 1]")
     arguments.add_argument("--format", default="table", choices=["table", "csv", "json"], help="(default: table)")
-    pictured = f"a picture of the first {SHOWN} images and their classes"
-    arguments.add_argument("--save", metavar="FILE.png", help=pictured)
+    arguments.add_argument("--save", metavar="FILE.png", help=f"draw the first {SHOWN} images and their classes")
     options = arguments.parse_args()
     if options.top_k < 1:
         arguments.error(f"--top-k {options.top_k}: must be at least 1")

@@ -33,8 +33,6 @@ def split(trainer: Any, parts: int, why: str) -> None:
 
 def fit_cpu(trainer: Any) -> None:
     """Split batches by CPU_BYTES, to 16 images at least: too much memory is no error there, but swaps or is killed."""
-    if trainer.share < 32:
-        return
     usual, trainer.parts, image = trainer.parts, 1, 0.0
     with contextlib.suppress(RuntimeError):  # the trial step will meet it as well
         image = (kept_bytes(trainer, 8) - kept_bytes(trainer, 4)) / 4  # the weights are in both
@@ -48,7 +46,7 @@ def settle_batch(trainer: Any) -> bool:
 
     Also notes whether the network has weights that get no gradient. False if not even a single image fits.
     """
-    if trainer.device.type == "cpu":
+    if trainer.device.type == "cpu" and trainer.share >= 32:
         fit_cpu(trainer)
     first = [drawn[trainer.places[0]] for drawn in trainer.plan(0)]
     while True:

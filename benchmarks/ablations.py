@@ -97,7 +97,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
     parser.add_argument("--name", default="ablations", help="of the result files (default: ablations)")
     options = parser.parse_args()
-
     names = list(dict.fromkeys([BASE, *options.only]))
     results = in_turns(options.name, run, names, options.runs, options.data_dir, options.epochs)
     own = grouped(results, "variant")

@@ -29,7 +29,6 @@ def main() -> None:
     parser = arguments(__doc__, runs=2)
     parser.add_argument("--share", type=float, default=0.05, help="that the last class keeps of its training images")
     options = parser.parse_args()
-
     results = in_turns("imbalance", run, WAYS, options.runs, options.data_dir, options.share)
     classes = list(results[0]["recall"])
     rows = []

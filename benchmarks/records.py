@@ -101,7 +101,6 @@ def main() -> None:
     options = parser.parse_args()
     if missing := [script for script in options.scripts if not script.is_file()]:
         parser.error(f"{missing[0]}: there is no such file")
-
     path = RESULTS / f"{options.name}.json"
     if path.exists():
         parser.error(f"{path} is there already: another --name")

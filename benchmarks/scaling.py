@@ -22,7 +22,6 @@ def main() -> None:
     parser = arguments(__doc__, runs=2)
     parser.add_argument("--subset", type=int, default=0, help="train on N images only; 0: all (default)")
     options = parser.parse_args()
-
     variants = {"1": ("", 1), "2": ("", 2), "2, silent": (changed("2, silent", SILENT), 2)}
 
     def train(name: str, seed: int) -> dict:

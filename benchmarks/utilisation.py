@@ -44,7 +44,6 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="as the program's")
     parser.add_argument("--name", default="utilisation", help="of the result file")
     options = parser.parse_args()
-
     device = ic.choose_device(options.device)
     config = ic.configure(recipe=options.recipe, dataset=options.dataset, data_dir=options.data_dir)
     data = ic.load_data(config)
