@@ -111,7 +111,7 @@ def build(model: Classifier, pictures: list[str]) -> gr.Blocks:
 def main() -> int:
     """Run as from the command line; serves until it is stopped."""
     arguments = inference.parser(__doc__)
-    arguments.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine only)")
+    arguments.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine only)")
     arguments.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     arguments.add_argument("--examples", metavar="FOLDER", help="pictures to click on (default: test images)")
     arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is, for these (default: as trained)")

@@ -1180,7 +1180,7 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if config.deterministic != torch.are_deterministic_algorithms_enabled():
-            torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has none
+            torch.use_deterministic_algorithms(config.deterministic, warn_only=True)  # it names what has no such one
         self.dtype = choose_precision(config.precision, device)
         # what has to be the same for a resumed run to repeat an unbroken one bit for bit
         self.environment = {"torch": str(torch.__version__), "hardware": describe(device), "precision": str(self.dtype)}

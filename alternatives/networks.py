@@ -38,7 +38,7 @@ TORCHVISION: dict[str, Any] = {"optimizer": "adamw", "lr": 5e-4, "batch_size": 6
 
 
 def settings(name: str, suggest: Callable[..., str]) -> dict[str, Any]:
-    """The default settings of a network; ValueError for an unknown one: suggest(name, known, others) says its text."""
+    """The default settings of a network; ValueError for an unknown one, with what suggest(name, known, others) says."""
     if ":" not in name and name not in SETTINGS:
         raise ValueError(suggest(name, ["cnn", *SETTINGS], ", torchvision:NAME or FILE.py:FACTORY"))
     usual = MUON
