@@ -262,7 +262,8 @@ def main() -> int:
     arguments.add_argument("--animate", metavar="RUN", help="a run folder, whose epochs become animations")
     arguments.add_argument("--label-issues", action="store_true", help=f"train {FOLDS} networks to find wrong labels")
     arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is (default: where it was trained)")
-    arguments.add_argument("--out", type=Path, default="explained", metavar="DIR", help="for it all (default: explained)")
+    folder = "folder for all of it (default: explained)"
+    arguments.add_argument("--out", type=Path, default="explained", metavar="DIR", help=folder)
     options = arguments.parse_args()
     (out := options.out).mkdir(parents=True, exist_ok=True)
     device = ic.choose_device(options.device)
