@@ -109,8 +109,9 @@ def test_writers_leave_old_or_new_but_never_half(folder):
 
 def test_run_folders_are_distinct(folder):
     data = ic.load_data(config := ic.Config(dataset="digits"))
-    with ThreadPoolExecutor(100) as pool:
-        assert len(set(pool.map(lambda _: ic.new_run_folder(config, data), range(100)))) == 100
+    for data.name in "abcdef":  # one round misses a race about half the time
+        with ThreadPoolExecutor(100) as pool:
+            assert len(set(pool.map(lambda _: ic.new_run_folder(config, data), range(100)))) == 100
 
 
 def test_run_folder_that_vanishes(inside):
