@@ -210,7 +210,10 @@ def suggest(name: str, known: Iterable[str], others: str = "") -> str:
 
 def augmentation(text: str | None) -> tuple[bool, int, dict[str, str]]:
     """What --augment names: whether to mirror, by how many pixels to shift at most, and what is not done here."""
-    steps = {name: value for name, _, value in (step.strip().partition("=") for step in (text or "none").split(","))}
+    given = [step.strip().partition("=") for step in (text or "none").split(",")]
+    steps = {name: value for name, _, value in given}
+    if len(steps) < len(given) or "none" in steps and (steps["none"] or len(given) > 1):
+        raise UsageError(f"--augment {text}: each step once, or none alone")
     steps.pop("none", None)
     mirror, shift = steps.pop("flip", None), steps.pop("crop", "0")
     if mirror or not (shift or "4").isdecimal():
@@ -292,12 +295,10 @@ def settle(config: Config, data: "Data") -> Config:
     # the network's own rate is for the network's own optimiser
     values = suitable | (suits | own if name == own["optimizer"] else own | suits)
     values["batch_size"] = min(values["batch_size"], suitable["batch_size"])
-    if (config.batch_size or 0) > count:
-        raise UsageError(f"--batch-size {config.batch_size} is larger than the training set of {count} images")
-    if not config.batch_size and values["batch_size"] > count:
-        print(f"note: the batch size is {count}, the number of training images")
-        values["batch_size"] = count
-    if size < 28 or (config.batch_size or values["batch_size"]) < 4:
+    if (batch := config.batch_size or values["batch_size"]) > count:
+        print(f"note: the batch size is {count}, the number of training images, not {batch}")
+        config = replace(config, batch_size=(batch := count))
+    if size < 28 or batch < 4:
         values["low_res"] = 0.0  # batch norm needs several values; of the smallest images one is left
     if config.test_views > 1 and not data.mirrored:
         print(f"note: tested on one view of each image: mirroring changes what {data.name} show")
@@ -599,7 +600,8 @@ def make_data(config: Config, given: Split, valid: Split | None = None, **rest: 
         kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(SPLIT_SEED))[: config.subset]]
     valid = valid or given.only(held_out)
     if not len(kept) or config.val_fraction and not len(valid.labels):
-        raise UsageError(f"--val-fraction {config.val_fraction} leaves no image to train or validate on (0: none)")
+        few = f"--val-fraction {config.val_fraction} of {len(given.labels)} images, class by class"
+        raise UsageError(f"{few}, leaves none to train or validate on: with 0, all are trained on")
     size = config.image_size or given.images.shape[-1]
     train, valid = resized(given.only(kept), size), resized(valid, size)
     counts = torch.zeros(train.images.shape[1], 256, dtype=torch.float64)
@@ -802,7 +804,8 @@ def build_network(
     try:
         factory: Callable[..., Any] = networks.factory(config.model) if networks else CNN
         if unknown := given.keys() - inspect.signature(factory).parameters.keys():
-            raise UsageError(f"{option(min(unknown))} is no option of the network {config.model}")
+            whose = ", but of torchvision:NAME" if "pretrained" in unknown else ""
+            raise UsageError(f"{option(max(unknown))} is no option of the network {config.model}{whose}")
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
         if not isinstance(network, nn.Module):
             raise ValueError(f"it is a {type(network).__name__}, not a torch.nn.Module")
@@ -812,12 +815,13 @@ def build_network(
                 logits = network.eval()(torch.zeros(2, len(mean), seen, seen))
             if is_own(config.model):
                 networks.judge(logits, classes)
+                networks.try_training(network, torch.zeros(2, len(mean), seen, seen))
     except UserError:
         raise
-    except Exception as error:  # anything, in a user's own file
+    except (Exception, SystemExit) as error:  # anything, in a user's own file
         half = f", which become {size // 2} in the first --low-res of a run" if config.low_res else ""
         why = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        why += networks.place(error, config.model) if is_own(config.model) else ""
+        why += networks.hint(error, config.model, size) if networks else ""
         raise UserError(f"--model {config.model} does not work on images of {size} pixels{half}: {why}") from error
     if config.pretrained:
         mean, std = cast(Any, network).normalisation
@@ -846,7 +850,13 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
         if content["classes"] != data.classes:
             print(f"note: {config.init_from} is for other classes: the last layer starts anew")
             content["model"] |= alternative("networks", "--init-from").head_weights(model)
-        load_weights(model, content["model"], config.init_from)
+        try:
+            load_weights(model, content["model"], config.init_from)
+        except UserError as error:
+            given = [(name, content["config"].get(name)) for name in ("model", "width", "depth", "pretrained")]
+            other = [f"{option(name)} {value}" for name, value in given if value not in (None, getattr(config, name))]
+            made = f"; it was made with {' '.join(other).removesuffix(' True')}" if other else ""
+            raise UserError(f"{error}{made}") from None
     elif isinstance(layer := getattr(model, "whiten", None), nn.Conv2d) and not layer.weight.requires_grad:
         set_whitening(layer, normalise(images[torch.arange(0, len(images), max(1, len(images) // 500))], model))
     return model
@@ -1558,6 +1568,8 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     begun, device = begun or time.perf_counter(), choose_device(config.device)
     batch_augmentation(config.augment, 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
+    if config.init_from and not config.resume:
+        os.stat(config.init_from)
     if config.minutes and not config.fast_dev_run:
         alternative("minutes", "--minutes")
     if config.repeat > 1 and not config.fast_dev_run:
@@ -1664,7 +1676,9 @@ def save_figure(figure: Any, path: Path) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    (canvas := FigureCanvasAgg(figure)).draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of class names in Chinese: boxes stand for them
+        (canvas := FigureCanvasAgg(figure)).draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG", dpi=(figure.dpi, figure.dpi))
     write_atomically(path, buffer.getvalue())
@@ -1816,6 +1830,8 @@ def draw_report(
         test.labels, guess, labels=range(len(classes)), display_labels=classes, ax=figure.axes[0], cmap="Blues",
         colorbar=False, include_values=not many, xticks_rotation="vertical" if many else 45,
     )  # fmt: skip
+    for label in figure.axes[0].get_xticklabels() + figure.axes[0].get_yticklabels():
+        label.set_parse_math(False)  # a class may be called under_$10
     pictures = {"confusion matrix": save_figure(figure, run / "confusion_matrix.png")}
     mistaken = guess != test.labels
     wrong = (sure * mistaken).argsort(descending=True)[: min(20, int(mistaken.sum()))].tolist()

@@ -69,14 +69,14 @@ def build(steps: dict[str, str], classes: int) -> Callable[[torch.Tensor, torch.
     mixing: list[tuple[Callable[..., Any], float]] = []
     for name, text in steps.items():
         if name not in STRENGTHS:
-            raise ValueError(f"{name} is none of flip, crop, {', '.join(STRENGTHS)}")
+            raise ValueError(f"{name!r} is none of flip, crop, {', '.join(STRENGTHS)}")
         usual, most = STRENGTHS[name]
         try:
             strength = float(text or usual)
         except ValueError:
             strength = math.nan
         if not 0 < strength <= most:
-            raise ValueError(f"{name}={text} must be above 0 and at most {most:g}")
+            raise ValueError(f"{name}={text} must be a number above 0 and at most {most:g}")
         if name in MIXES:
             mixing.append((MIXES[name], strength))
         else:

@@ -29,7 +29,13 @@ import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-NAMES = ["cifar100", "mnist", "fashion-mnist", "svhn", "stl10"]
+IDX = ", ".join(f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3",
+                                                "t10k-labels-idx1"))  # fmt: skip
+ARCHIVES = {
+    "cifar100": "cifar-100-python.tar.gz", "mnist": IDX, "fashion-mnist": IDX,
+    "svhn": "train_32x32.mat, test_32x32.mat", "stl10": "stl10_binary.tar.gz",
+}  # fmt: skip
+NAMES = list(ARCHIVES)
 Pair = tuple[Any, Any]  # tensors: images, uint8 (N, 3, H, W), or a Mapped of them, and their labels, int64 (N,)
 
 
@@ -87,7 +93,15 @@ def by_name(name: str, data_dir: Path) -> Found:
     labels = "targets"
     if name in ("svhn", "stl10"):
         parts, labels = [{"split": "train"}, {"split": "test"}], "labels"
-    train, test = (kinds[name](str(data_dir), **part, download=True) for part in parts)
+    kind = kinds[name]
+    place = data_dir / kind.__name__ / "raw" if ARCHIVES[name] == IDX else data_dir
+    try:
+        train, test = (kind(str(data_dir), **part, download=True) for part in parts)
+    except (OSError, RuntimeError) as error:
+        why = f"it is not in {data_dir}, nor to be had ({' '.join(str(error).split())})"
+        raise ValueError(f"{why}: put {ARCHIVES[name]} into {place}") from error
+    except Exception as error:  # whatever files that are cut off make torchvision raise
+        raise ValueError(f"its files in {place} are damaged: delete them and run again") from error
 
     def pair(found: Any) -> Pair:
         images = torch.as_tensor(found.data)
@@ -122,9 +136,10 @@ def decode(path: Path, size: int) -> Decoded:
         file.draft(None, (2 * size, 2 * size))  # a JPEG is read at a fraction of its size: several times as fast
         image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # 16 bits a pixel, or numbers of some other range
-            values = np.asarray(image, dtype=np.float32)
+            values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0)
             ranges = (65535,) if image.mode.startswith("I;") else (1, 255, 65535)
             most = next((top for top in ranges if values.max() <= top), values.max())
+            values[values == image.info.get("transparency")] = most
             image = Image.fromarray((values * (255 / most)).clip(0, 255).round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -170,7 +185,7 @@ FILE = np.dtype([
     ("row", np.int64),  # of the map, once look_up has found it there; else -1
     ("record", RECORD),  # any where the row is -1
 ])  # fmt: skip
-DECODED_AS = 1  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
+DECODED_AS = 2  # to be raised when `decode`, RECORD or what is near-identical changes: older maps are not used then
 HELD = 2**30  # bytes of images: more are not held in memory but read from the map, batch by batch
 WRITTEN = 2**22  # bytes of decoded images that are written at once: so much is lost when decoding is stopped
 PIECE = 2**16  # bytes, of at most 16 images, that a thread decodes in one go; one by one, small ones took twice as long
@@ -405,8 +420,8 @@ TEST_FRACTION = 0.2  # of each class, where there is no test/
 ALIKE = 20  # of 256 bits in which two images may differ and be near-identical
 MOST_TWINS = 10_000  # pairs: more say no more
 MOST_COMPARED = 100_000  # images
-HIDDEN = (".", "__MACOSX")
-UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+HIDDEN = (".", "__MACOSX", "@eaDir")
+UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -440,6 +455,10 @@ def layout(folder: Path) -> dict[str, Path]:
                 raise ValueError(f"{folder} has both {splits[kind].name} and {path.name}: keep one of them")
             splits[kind] = path
     others = [path.name for path in folders if path not in splits.values()]
+    named = {part: name for name in others for word in re.split(r"[\W_]+", name) if (part := SPLITS.get(word.lower()))}
+    if len(named) > 1:  # seg_train/ and seg_test/
+        both = " and ".join(named.values())
+        raise ValueError(f"{folder} has {both}: parts of the data? Name the folders of their classes train and test")
     if splits and others:
         mend = "Leave either class folders or train/, test/ and val/"
         both = f"{next(iter(splits.values())).name}/ and {others[0]}/ side by side"
@@ -564,10 +583,15 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(place, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+    walked = set[str]()
+    for parent, folders, names in os.walk(place, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(parent)) in walked:  # a link may lead in a circle
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:], shown = ([name for name in each if not name.startswith(HIDDEN)] for each in (folders, names))
         inside = os.path.relpath(parent, folder)
-        for name in names:
+        for name in shown:
             path = os.path.join(inside, name)
             try:
                 about = os.stat(os.path.join(parent, name))
@@ -575,7 +599,7 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
                 if not os.path.islink(os.path.join(parent, name)):  # a link to nowhere is no image
                     yield path, 0
                 continue
-            if stat.S_ISREG(about.st_mode) and not name.startswith(HIDDEN):
+            if stat.S_ISREG(about.st_mode):
                 yield path, hashed(os.fsencode(f"{path}\0{about.st_size}\0{about.st_mtime_ns}"))
 
 

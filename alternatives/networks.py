@@ -45,6 +45,8 @@ def settings(name: str, suggest: Callable[..., str]) -> dict[str, Any]:
     if name.startswith("torchvision:"):
         known(name.partition(":")[2])
         usual = TORCHVISION
+    elif ":" in name:
+        python_file(name)
     return {"low_res": 0.0} | SETTINGS.get(name, usual)  # not every network takes images of other sizes
 
 
@@ -91,15 +93,17 @@ def at_least(size: int, image_size: int) -> None:
 
 def beginner_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.5) -> nn.Module:
     """Reference 002's network: two blocks of 32 and 64 channels, one hidden layer of 128; 545,290 parameters."""
+    body = blocks([channels, 32, 64], image_size)
     head = [nn.Linear(64 * (image_size // 4) ** 2, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, classes)]
-    return nn.Sequential(*blocks([channels, 32, 64], image_size), nn.Flatten(), *head)
+    return nn.Sequential(*body, nn.Flatten(), *head)
 
 
 def coursework_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.5) -> nn.Module:
     """Reference 000's network, rebuilt from the sizes in its table's footer: 685,962 parameters."""
+    body = blocks([channels, 32, 64, 128, 256], image_size)
     head: list[nn.Module] = [nn.Linear(256 * (image_size // 16) ** 2, 256), nn.ReLU(), nn.Dropout(dropout)]
     head += [nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, classes)]
-    return nn.Sequential(*blocks([channels, 32, 64, 128, 256], image_size), nn.Flatten(), *head)
+    return nn.Sequential(*body, nn.Flatten(), *head)
 
 
 def notebook_cnn(classes: int = 10, channels: int = 3, image_size: int = 32, dropout: float = 0.25) -> nn.Module:
@@ -285,7 +289,11 @@ def torchvision_model(name: str, classes: int, image_size: int, transform_input:
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):  # these would give two or three answers in training
         options = {"aux_logits": False, "init_weights": True, "transform_input": transform_input}
-    return get_model(known(name), num_classes=classes, **options)
+    network = get_model(known(name), num_classes=classes, **options)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # 0.0003 to 0.01 in some: short runs would end before it has averaged
+            layer.momentum = max(layer.momentum or 0.0, 0.1)
+    return network
 
 
 def from_torchvision(
@@ -324,20 +332,27 @@ def load_pretrained(network: FromImageNet, classes: list[str], path: str = "") -
     found = {name: value for name, value in found.items() if name in state}
     if not own or content["classes"] != classes:
         found |= head_weights(network)
+        if own:
+            print(f"note: {source} is for other classes: the last layer starts anew")
     if wrong := [name for name in state if name not in found or found[name].shape != state[name].shape]:
         raise ValueError(f"{source} holds another network: {wrong[0]} is missing or of another shape")
     network.load_state_dict(found)
 
 
-def from_file(name: str) -> Callable[..., nn.Module]:
-    """The factory that FILE.py:FACTORY names: `factory(classes=10, channels=3, image_size=32) -> nn.Module`.
-
-    Raises ValueError if there is no such file, if it fails, or has no such callable. The name is split at its last
-    colon: C:\\nets.py:small works.
-    """
+def python_file(name: str) -> tuple[str, str]:
+    """FILE.py and FACTORY, split at the last colon: C:\\nets.py:small works. ValueError if there is no such file."""
     file, _, factory = name.rpartition(":")
     if not Path(file).is_file() or Path(file).suffix != ".py":
         raise ValueError(f"there is no Python file {file}")
+    return file, factory
+
+
+def from_file(name: str) -> Callable[..., nn.Module]:
+    """The factory that FILE.py:FACTORY names: `factory(classes=10, channels=3, image_size=32) -> nn.Module`.
+
+    Raises ValueError if there is no such file, if it fails, or has no such callable.
+    """
+    file, factory = python_file(name)
     spec: Any = importlib.util.spec_from_file_location(f"network_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in it look themselves up there
@@ -362,8 +377,23 @@ def judge(logits: Any, classes: int) -> None:
         raise ValueError("it ends in a softmax, but the loss has one: leave it out")
 
 
-def place(error: Exception, name: str) -> str:
-    """The line of FILE.py at which its network failed, in brackets; "" if it did not fail there."""
+def try_training(network: nn.Module, images: torch.Tensor) -> None:
+    """ValueError unless a user's own network learns from these images, and what autograd raises where that fails."""
+    before = {name: value.clone() for name, value in network.state_dict().items()}  # batch norm will have moved
+    logits = network.train()(images)
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"in training it gives a {type(logits).__name__}, not a tensor")
+    if not logits.requires_grad:
+        raise ValueError("nothing in it can learn: it has no weights, all are frozen, or it computes without gradients")
+    learning = [weight for weight in network.parameters() if weight.requires_grad]
+    torch.autograd.grad(logits.sum(), learning, allow_unused=True)
+    network.load_state_dict(before)
+
+
+def hint(error: BaseException, name: str, image_size: int) -> str:
+    """What else there is to say when a network failed: the line of FILE.py, or the size that torchvision:NAME needs."""
+    if name.startswith("torchvision:") and (size := imagenet_size(name) or 0) > image_size:
+        return f" (it is made for images of {size} pixels: try a larger --image-size)"
     file = Path(name.rpartition(":")[0]).resolve()
     places = traceback.extract_tb((error.__cause__ or error).__traceback__)
     lines = [each.lineno for each in places if Path(each.filename).resolve() == file]

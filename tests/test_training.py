@@ -843,6 +843,12 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+LEARNER = """from torch import nn
+class small(nn.Sequential):
+    def __init__(self, **k): super().__init__(nn.Flatten(), nn.LazyBatchNorm1d(), nn.LazyLinear(10))
+    def forward(self, x):"""
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("def small(**k): raise KeyError('boom')", "KeyError('boom') (mine.py, line 1)"),
     ("import torch\nclass small(torch.nn.Flatten):\n    def __init__(self, **k): super().__init__()\n"
@@ -851,6 +857,10 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
     ("import torch\ndef small(**k): return torch.nn.Flatten()", "2 images give (2, 3072), not (2, 10)"),
     ("from torch import nn\ndef small(**k): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10), nn.Softmax(1))",
      "ends in a softmax, but the loss has one"),
+    ("import sys\ndef small(**k): sys.exit(0)", "SystemExit(0) (mine.py, line 2)"),
+    (f"{LEARNER} y = super().forward(x); return (y, 1) if self.training else y", "in training it gives a tuple"),
+    (f"{LEARNER} return super().forward(x).detach()", "nothing in it can learn"),
+    (f"{LEARNER} y = super().forward(x).exp(); return y.add_(1)", "inplace operation"),
     ("small = 3", "no function or class small"), ("", "no function or class small"),
     ("import nothing_like_this", "fails with ModuleNotFoundError"),
     ("import sys\nsys.exit(0)", "mine.py fails with SystemExit(0)"),
