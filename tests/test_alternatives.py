@@ -200,6 +200,49 @@ def test_strength_of_an_augmentation_counts():
     assert spread[1] > 2 * spread[0] > 0
 
 
+def test_steps_of_colour_change_what_their_names_say():
+    torch.manual_seed(0)
+    grey, red = (torch.tensor(each).view(1, 3, 1, 1).expand(50, 3, 8, 8).byte() for each in ([120] * 3, [200, 99, 99]))
+    both = grey.clone()
+    both[..., :4] = 60
+
+    def after(name, images):
+        return augmentations.build({name: "0.4"}, 2)(images, torch.zeros(50))[0]
+
+    def spread(values):
+        return values.std(0).max()
+
+    assert spread(after("brightness", grey)) > 15
+    assert spread(after("contrast", grey)) < 1 and spread(after("contrast", both).diff(dim=3)[..., 3]) > 5
+    assert spread(after("saturation", grey)) < 1 and spread(after("hue", grey)) < 1
+    less = after("saturation", red)
+    assert spread(less.amin(1)) > 5 and torch.allclose(less[:, 1], less[:, 2], atol=1)  # still red
+    turned = after("hue", red)
+    assert spread(turned.amin(1)) < 1 and spread(turned.median(1).values) > 15 and spread(turned.amax(1)) < 1
+
+
+@pytest.mark.parametrize("most", [20, 60])
+def test_images_are_turned_by_up_to_so_many_degrees(most):
+    torch.manual_seed(0)
+    images = torch.zeros(200, 3, 33, 33, dtype=torch.uint8)
+    images[:, :, 14:19, 24:29] = 255  # right of the middle
+    turned = augmentations.build({"rotate": str(most)}, 2)(images, torch.zeros(200))[0].mean(1)
+    shares, places = turned / turned.sum((1, 2), keepdim=True), torch.arange(33.0) - 16
+    angles = torch.atan2((shares.sum(2) * places).sum(1), (shares.sum(1) * places).sum(1)).rad2deg()
+    assert -most - 1 < angles.min() < -0.9 * most and 0.9 * most < angles.max() < most + 1
+
+
+def test_pieces_are_greyed_as_often_and_as_widely_as_asked():
+    torch.manual_seed(0)
+    white = torch.full((300, 3, 32, 32), 255, dtype=torch.uint8)
+    grey = [augmentations.build(step, 2)(white, torch.zeros(300))[0][:, 0] < 200 for step in (
+        {"erase": "0.3"}, {"cutout": "0.5"}, {"cutout": "0.25"})]  # fmt: skip
+    assert grey[0].any((1, 2)).float().mean() == pytest.approx(0.3, abs=0.1)
+    areas = [each.float().mean((1, 2)) for each in grey]
+    assert 0.01 < areas[0][areas[0] > 0].min() < 0.1 < 0.2 < areas[0].max() < 0.36
+    assert areas[1].max() == pytest.approx(0.25, abs=0.02) and areas[2].max() == pytest.approx(0.0625, abs=0.01)
+
+
 def test_sharpness_varies_both_ways():
     torch.manual_seed(0)
     images = F.interpolate(torch.rand(1, 3, 6, 6), 32, mode="bicubic").clamp(0.2, 0.8).expand(64, -1, -1, -1) * 255
