@@ -690,10 +690,12 @@ def describe(
     learned = per_class(kept["label"][chosen][kept["part"][chosen] == parts[0]])
     if few := {name: count for name, count in learned.items() if count < FEW}:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-        words += [
-            f"  fewer than {FEW} images: {listed}. Without test/ and val/, classes of 1 or 2 are trained on only;",
-            "    those of 3 to 6 are tested, too, and only larger ones also validated. So small a test says little",
-        ]
+        words.append(f"  fewer than {FEW} images: {listed}")
+        if "all" in table:
+            words += [
+                "    Classes of 1 or 2 are trained on only, those of 3 to 6 are tested, too, and only larger ones also",
+                "    validated. So small a test says little",
+            ]
     if max(learned.values()) > 5 * min(learned.values()):
         advice = "look at each class's accuracy, and try --class-balance weights"
         words.append(f"  the classes differ much in size: {advice}")
