@@ -212,12 +212,11 @@ def augmentation(text: str | None) -> tuple[bool, int, dict[str, str]]:
     """What --augment names: whether to mirror, by how many pixels to shift at most, and what is not done here."""
     given = [step.strip().partition("=") for step in (text or "none").split(",")]
     steps = {name: value for name, _, value in given}
-    if len(steps) < len(given) or "none" in steps and (steps["none"] or len(given) > 1):
+    if len(steps) < len(given) or "none" in steps and len(given) > 1:
         raise UsageError(f"--augment {text}: each step once, or none alone")
-    steps.pop("none", None)
-    mirror, shift = steps.pop("flip", None), steps.pop("crop", "0")
-    if mirror or not (shift or "4").isdecimal():
-        raise UsageError(f"--augment {text}: flip takes no number, crop=PIXELS a whole one")
+    mirror, shift, none = steps.pop("flip", None), steps.pop("crop", "0"), steps.pop("none", "")
+    if mirror or none or not (shift or "4").isdecimal():
+        raise UsageError(f"--augment {text}: flip and none take no number, crop=PIXELS a whole one")
     return mirror is not None, int(shift or 4), steps
 
 
@@ -804,8 +803,8 @@ def build_network(
     try:
         factory: Callable[..., Any] = networks.factory(config.model) if networks else CNN
         if unknown := given.keys() - inspect.signature(factory).parameters.keys():
-            whose = ", but of torchvision:NAME" if "pretrained" in unknown else ""
-            raise UsageError(f"{option(max(unknown))} is no option of the network {config.model}{whose}")
+            whose = ", but of torchvision:NAME" if min(unknown) == "pretrained" else ""
+            raise UsageError(f"{option(min(unknown))} is no option of the network {config.model}{whose}")
         network = factory(classes=classes, channels=len(mean), image_size=size, **given)
         if not isinstance(network, nn.Module):
             raise ValueError(f"it is a {type(network).__name__}, not a torch.nn.Module")
@@ -815,7 +814,6 @@ def build_network(
                 logits = network.eval()(torch.zeros(2, len(mean), seen, seen))
             if is_own(config.model):
                 networks.judge(logits, classes)
-                networks.try_training(network, torch.zeros(2, len(mean), seen, seen))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # anything, in a user's own file
@@ -834,6 +832,12 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     """A network for `data`, on the CPU, with the weights to begin with; not `fresh`: others will be loaded anyway."""
     images = data.train.images
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
+    if is_own(config.model) and fresh:
+        try:
+            shape = tuple(images.shape[1:])
+            alternative("networks", "--model").try_training(model, config.model, shape, config.batch_size or 2)
+        except ValueError as error:
+            raise UserError(f"--model {config.model} cannot be trained: {error}") from error
     if config.freeze:
         if not (config.init_from or config.pretrained):
             raise UsageError("--freeze trains the last layer alone, and so needs --init-from FILE or --pretrained")

@@ -98,9 +98,11 @@ def by_name(name: str, data_dir: Path) -> Found:
     try:
         train, test = (kind(str(data_dir), **part, download=True) for part in parts)
     except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) in READ_ONLY | {errno.ENOSPC}:
+            raise
         why = f"it is not in {data_dir}, nor to be had ({' '.join(str(error).split())})"
         raise ValueError(f"{why}: put {ARCHIVES[name]} into {place}") from error
-    except Exception as error:  # whatever files that are cut off make torchvision raise
+    except (AssertionError, EOFError, LookupError, TypeError, ValueError) as error:  # what files that are cut off give
         raise ValueError(f"its files in {place} are damaged: delete them and run again") from error
 
     def pair(found: Any) -> Pair:
@@ -456,7 +458,8 @@ def layout(folder: Path) -> dict[str, Path]:
             splits[kind] = path
     others = [path.name for path in folders if path not in splits.values()]
     named = {part: name for name in others for word in re.split(r"[\W_]+", name) if (part := SPLITS.get(word.lower()))}
-    if len(named) > 1:  # seg_train/ and seg_test/
+    inside = [folders_in(folder / name) for name in others]
+    if not splits and 1 < len(named) == len(others) and all(inside):  # seg_train/ and seg_test/, not bullet_train/
         both = " and ".join(named.values())
         raise ValueError(f"{folder} has {both}: parts of the data? Name the folders of their classes train and test")
     if splits and others:
@@ -583,13 +586,14 @@ def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
     def fail(error: OSError) -> None:
         raise error
 
-    walked = set[str]()
+    root, walked = folder.resolve(), set[Path]()
     for parent, folders, names in os.walk(place, onerror=fail, followlinks=True):
-        if (real := os.path.realpath(parent)) in walked:  # a link may lead in a circle
-            folders.clear()
+        real, linked = Path(parent).resolve(), parent != str(place) and os.path.islink(parent)
+        if real in walked or linked and (real.is_relative_to(root) or root.is_relative_to(real)):
+            folders.clear()  # a circle, or another class
             continue
         walked.add(real)
-        folders[:], shown = ([name for name in each if not name.startswith(HIDDEN)] for each in (folders, names))
+        folders[:], shown = (sorted(n for n in each if not n.startswith(HIDDEN)) for each in (folders, names))
         inside = os.path.relpath(parent, folder)
         for name in shown:
             path = os.path.join(inside, name)
@@ -691,10 +695,10 @@ def describe(
     if few := {name: count for name, count in learned.items() if count < FEW}:
         listed = ", ".join(f"{name} ({count})" for name, count in few.items())
         words.append(f"  fewer than {FEW} images: {listed}")
-        if "all" in table:
+        if "test" not in table:
             words += [
-                "    Classes of 1 or 2 are trained on only, those of 3 to 6 are tested, too, and only larger ones also",
-                "    validated. So small a test says little",
+                "    Without test/ and val/, classes of 1 or 2 are trained on only, those of 3 to 6 are tested, too,",
+                "    and only larger ones also validated. So small a test says little",
             ]
     if max(learned.values()) > 5 * min(learned.values()):
         advice = "look at each class's accuracy, and try --class-balance weights"

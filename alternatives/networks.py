@@ -3,6 +3,7 @@
 A factory may take `width`, `depth` and `dropout` as well: the options of these names.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib.util
@@ -332,11 +333,11 @@ def load_pretrained(network: FromImageNet, classes: list[str], path: str = "") -
     found = {name: value for name, value in found.items() if name in state}
     if not own or content["classes"] != classes:
         found |= head_weights(network)
-        if own:
-            print(f"note: {source} is for other classes: the last layer starts anew")
     if wrong := [name for name in state if name not in found or found[name].shape != state[name].shape]:
         raise ValueError(f"{source} holds another network: {wrong[0]} is missing or of another shape")
     network.load_state_dict(found)
+    if own and content["classes"] != classes:
+        print(f"note: {source} is for other classes: the last layer starts anew")
 
 
 def python_file(name: str) -> tuple[str, str]:
@@ -377,23 +378,35 @@ def judge(logits: Any, classes: int) -> None:
         raise ValueError("it ends in a softmax, but the loss has one: leave it out")
 
 
-def try_training(network: nn.Module, images: torch.Tensor) -> None:
-    """ValueError unless a user's own network learns from these images, and what autograd raises where that fails."""
-    before = {name: value.clone() for name, value in network.state_dict().items()}  # batch norm will have moved
-    logits = network.train()(images)
-    if not isinstance(logits, torch.Tensor):
-        raise ValueError(f"in training it gives a {type(logits).__name__}, not a tensor")
-    if not logits.requires_grad:
-        raise ValueError("nothing in it can learn: it has no weights, all are frozen, or it computes without gradients")
-    learning = [weight for weight in network.parameters() if weight.requires_grad]
-    torch.autograd.grad(logits.sum(), learning, allow_unused=True)
-    network.load_state_dict(before)
+def try_training(network: nn.Module, name: str, shape: tuple[int, ...], batch: int) -> None:
+    """ValueError unless a user's own network, `name`, can be trained on images of that shape, (C, H, W)."""
+
+    def learn(count: int) -> None:
+        logits = network.train()(torch.zeros(count, *shape))
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(f"it gives a {type(logits).__name__}, not a tensor")
+        if not logits.requires_grad:
+            raise ValueError("it has no weights, all are frozen, or it computes without gradients")
+        logits.sum().backward()
+
+    before = {key: value.clone() for key, value in network.state_dict().items()}  # batch norm will have moved
+    try:
+        with contextlib.suppress(Exception):
+            return learn(2)
+        learn(batch)  # ghost batch norm, say, takes only certain numbers of images
+    except Exception as error:
+        why = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        raise ValueError(f"{why}{hint(error, name, shape[-1])}") from error
+    finally:
+        network.zero_grad(set_to_none=True)
+        network.load_state_dict(before)
 
 
 def hint(error: BaseException, name: str, image_size: int) -> str:
     """What else there is to say when a network failed: the line of FILE.py, or the size that torchvision:NAME needs."""
-    if name.startswith("torchvision:") and (size := imagenet_size(name) or 0) > image_size:
-        return f" (it is made for images of {size} pixels: try a larger --image-size)"
+    if name.startswith("torchvision:") and not isinstance(error, ValueError):  # that says what it needs
+        size = imagenet_size(name) or 0
+        return f" (it is made for images of {size} pixels: try a larger --image-size)" if size > image_size else ""
     file = Path(name.rpartition(":")[0]).resolve()
     places = traceback.extract_tb((error.__cause__ or error).__traceback__)
     lines = [each.lineno for each in places if Path(each.filename).resolve() == file]

@@ -8,8 +8,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK, only_run, report_of, same, state_of, trainer_of, weights
+from conftest import QUICK, SMALL, only_run, report_of, same, state_of, trainer_of, weights
 from PIL import Image
+from torch import nn
 
 import image_classification as ic
 from alternatives import augmentations, networks, recipes, sampling
@@ -158,6 +159,17 @@ def test_torchvision_networks(name):
     size = 224 if name == "googlenet" else 32
     network = networks.factory(f"torchvision:{name}")(classes=7, image_size=size)
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_short_runs_are_enough_for_torchvisions_batch_norm():
+    for name in ("mobilenet_v3_small", "mnasnet0_5"):  # 0.01 and 0.0003 there
+        norms = [each for each in networks.torchvision_model(name, 7, 32).modules() if isinstance(each, nn.BatchNorm2d)]
+        assert norms and all(each.momentum == 0.1 for each in norms)
+
+
+def test_size_that_a_torchvision_network_needs_is_named(inside):
+    error = inside.error("--dataset", "digits", "--model", "torchvision:squeezenet1_1", "--image-size", "8")
+    assert error.endswith("(it is made for images of 224 pixels: try a larger --image-size)")
 
 
 def test_model_that_no_meta_device_can_build_is_loaded(inside, folder):
@@ -396,6 +408,16 @@ def network(classes=10, channels=3, image_size=32):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, WIDTH), torch.nn.Linear(WIDTH, classes))""")
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert networks.factory(f"{folder / 'mine.py'}:network")()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_own_network_may_take_only_whole_batches(inside, folder):
+    (folder / "mine.py").write_text("""from torch import nn
+class network(nn.Sequential):
+    def __init__(self, **given): super().__init__(nn.Flatten(), nn.Linear(3072, 10))
+    def forward(self, x):
+        return super().forward(x.view(-1, 5, 3, 32, 32).flatten(0, 1) if self.training else x)
+""")
+    inside(*SMALL, "--model", "mine.py:network", "--batch-size", "25")
 
 
 def test_network_of_one_image_size_and_low_res(inside, folder):

@@ -310,6 +310,11 @@ def test_unseen_class_is_not_called_the_worst(inside, folder):
     assert "Accuracy for class red      is: " in out  # as wide as the longest
 
 
+def test_classes_may_be_called_like_parts(folder):
+    write_images(folder / "photos", {"bullet_train": 10, "test_tube": 10})
+    assert load_photos().classes == ["bullet_train", "test_tube"]
+
+
 def test_class_names_are_shown_as_they_are(inside, folder, recwarn):
     write_images(folder / "photos", {"under_$10": 10, "$10_$20": 10, "\u718a": 10})
     assert "Accuracy for class under_$10 is: " in inside("--dataset", "photos", *QUICKLY)[0]
@@ -321,7 +326,9 @@ def test_linked_folders_are_walked_once(folder):
     write_images(folder / "elsewhere", {"a": 12}, seed=1)
     write_images(folder / "photos", {"red": 10, "green": 10, "red/@eaDir": 1})
     (folder / "photos" / "red" / "linked").symlink_to(folder / "elsewhere")
-    (folder / "elsewhere" / "a" / "back").symlink_to(folder / "photos" / "red")  # a circle
+    (folder / "elsewhere" / "a" / "back").symlink_to(folder / "elsewhere")  # a circle
+    for name, target in (("up", folder / "photos"), ("upper", folder), ("aside", folder / "photos" / "green")):
+        (folder / "photos" / "red" / name).symlink_to(target)
     assert load_photos().report["images_per_class"]["all"] == {"green": 10, "red": 22}
 
 

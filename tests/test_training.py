@@ -543,8 +543,10 @@ def stopped(inside):
 
 
 def test_stop_at_the_end_of_an_epoch_loses_none(inside, folder, stopped):
-    out = stopped(4, *QUICK, "--subset", "40", "--epochs", "6")  # one step an epoch
-    assert "note: the batch size is 40" in out and epochs_of(run := only_run(folder)) == [0, 1, 2, 3]
+    out = stopped(4, *QUICK, "--subset", "40", "--batch-size", "60", "--epochs", "6")  # one step an epoch
+    assert "note: the batch size is 40, the number of training images, not 60" in out and epochs_of(
+        run := only_run(folder)
+    ) == [0, 1, 2, 3]
     inside("--resume", "last")
     assert epochs_of(run) == list(range(6))
 
@@ -858,8 +860,8 @@ class small(nn.Sequential):
     ("from torch import nn\ndef small(**k): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10), nn.Softmax(1))",
      "ends in a softmax, but the loss has one"),
     ("import sys\ndef small(**k): sys.exit(0)", "SystemExit(0) (mine.py, line 2)"),
-    (f"{LEARNER} y = super().forward(x); return (y, 1) if self.training else y", "in training it gives a tuple"),
-    (f"{LEARNER} return super().forward(x).detach()", "nothing in it can learn"),
+    (f"{LEARNER} y = super().forward(x); return (y, 1) if self.training else y", "cannot be trained: it gives a tuple"),
+    (f"{LEARNER} return super().forward(x).detach()", "cannot be trained: it has no weights, all are frozen"),
     (f"{LEARNER} y = super().forward(x).exp(); return y.add_(1)", "inplace operation"),
     ("small = 3", "no function or class small"), ("", "no function or class small"),
     ("import nothing_like_this", "fails with ModuleNotFoundError"),
