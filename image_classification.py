@@ -268,12 +268,12 @@ def is_own(model: str) -> bool:
     return ":" in model and not model.startswith("torchvision:")
 
 
-def network_settings(model: str) -> dict[str, Any]:
+def network_settings(model: str, pretrained: bool = False) -> dict[str, Any]:
     """The default settings that a network has of its own; UsageError for an unknown one."""
     if model == "cnn":
         return FOR_NETWORK
     try:
-        return alternative("networks", f"--model {model}").settings(model, suggest)
+        return alternative("networks", f"--model {model}").settings(model, suggest, pretrained)
     except ValueError as error:
         raise UsageError(f"unknown model {model}: {error}") from None
 
@@ -284,7 +284,7 @@ def settle(config: Config, data: "Data") -> Config:
     Raises UsageError for what does not go with this data set, UserError for an --out that cannot be written.
     """
     count, size = len(data.train.labels), data.train.images.shape[-1]
-    own = network_settings(config.model)
+    own = network_settings(config.model, config.pretrained)
     name = config.optimizer or own["optimizer"]
     suits = FOR_OPTIMIZER.get(name) or alternative("optimizers", f"--optimizer {name}").DEFAULTS[name]
     suitable = FOR_DATASET.get(data.name)

@@ -42,7 +42,10 @@ def test_recipe_with_another_network_leaves_out_what_was_for_its_own():
     assert ic.configure(recipe="beginner", model="fcn", dropout=0.2).dropout == 0.2
 
 
-@pytest.mark.parametrize("name", ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "convnet", "fftnet"])
+SMALL_ONES = ["beginner-cnn", "coursework-cnn", "notebook-cnn", "fcn", "convnet", "fftnet"]
+
+
+@pytest.mark.parametrize("name", [*SMALL_ONES, "torchvision:resnet18"])
 def test_network_learns_with_its_own_settings(name, folder):
     report = ic.train(ic.Config(dataset="digits", model=name, epochs=3, batch_size=50, image_size=16))
     assert report.results["test_accuracy"] > 0.8
