@@ -1718,6 +1718,8 @@ def draw_curves(history: list[Row]) -> Any:
             axes.plot([math.nan if value is None else scale * value for value in values], marker=".", label=name)
         axes.set(title=kind.capitalize(), xlabel="epoch", ylabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.dataLim.ymax > 100:  # a deep network's first validation losses may be in the millions
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

@@ -845,6 +845,13 @@ def test_parts_of_a_batch_add_up_to_its_gradient(folder, balance):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize(("first", "scale"), [(3.0, "linear"), (1e6, "log")])
+def test_losses_can_be_read_whatever_the_first_one_was(first, scale):
+    row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": 0.5}
+    rows = [row | {"valid_loss": loss} for loss in (first, 1)]
+    assert [axes.get_yscale() for axes in ic.draw_curves(rows).axes] == [scale, "linear"]
+
+
 LEARNER = """from torch import nn
 class small(nn.Sequential):
     def __init__(self, **k): super().__init__(nn.Flatten(), nn.LazyBatchNorm1d(), nn.LazyLinear(10))
