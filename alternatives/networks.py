@@ -396,6 +396,8 @@ def try_training(network: nn.Module, name: str, shape: tuple[int, ...], batch: i
             return learn(2)
         learn(batch)  # ghost batch norm, say, takes only certain numbers of images
     except Exception as error:
+        if "out of memory" in str(error):  # the training finds out how much it can do at once
+            return
         why = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
         raise ValueError(f"{why}{hint(error, name, shape[-1])}") from error
     finally:
