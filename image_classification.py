@@ -834,8 +834,8 @@ def build_model(config: Config, data: Data, fresh: bool = True) -> nn.Module:
     model = build_network(config, len(data.classes), data.mean, data.std, images.shape[-1])
     if is_own(config.model) and fresh:
         try:
-            shape = tuple(images.shape[1:])
-            alternative("networks", "--model").try_training(model, config.model, shape, config.batch_size or 2)
+            networks: Any = alternative("networks", "--model")
+            networks.try_training(model, config.model, images.shape[1:], config.batch_size or 2)
         except ValueError as error:
             raise UserError(f"--model {config.model} cannot be trained: {error}") from error
     if config.freeze:
@@ -1573,7 +1573,7 @@ def train(config: Config, data: Data | None = None, begun: float | None = None) 
     batch_augmentation(config.augment, 2)  # if one of these is wrong, then rather before a download
     network_settings(config.model)
     if config.init_from and not config.resume:
-        os.stat(config.init_from)
+        os.stat(config.init_from)  # if it is missing, then rather now
     if config.minutes and not config.fast_dev_run:
         alternative("minutes", "--minutes")
     if config.repeat > 1 and not config.fast_dev_run:

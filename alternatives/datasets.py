@@ -29,6 +29,7 @@ import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+# What somebody fetches by hand where the download fails, as torchvision names it.
 IDX = ", ".join(f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3",
                                                 "t10k-labels-idx1"))  # fmt: skip
 ARCHIVES = {
@@ -81,7 +82,10 @@ def settings(count: int, size: int, mirrored: bool, pretrained: bool) -> dict[st
 
 
 def by_name(name: str, data_dir: Path) -> Found:
-    """One of NAMES by torchvision, which downloads it where it is missing."""
+    """One of NAMES by torchvision, which downloads it where it is missing.
+
+    Raises ValueError where that fails or its files are damaged, OSError where nothing can be written.
+    """
     import torch
     from torchvision import datasets
 
@@ -458,8 +462,7 @@ def layout(folder: Path) -> dict[str, Path]:
             splits[kind] = path
     others = [path.name for path in folders if path not in splits.values()]
     named = {part: name for name in others for word in re.split(r"[\W_]+", name) if (part := SPLITS.get(word.lower()))}
-    inside = [folders_in(folder / name) for name in others]
-    if not splits and 1 < len(named) == len(others) and all(inside):  # seg_train/ and seg_test/, not bullet_train/
+    if not splits and 1 < len(named) == len(others) and all(folders_in(folder / name) for name in others):
         both = " and ".join(named.values())
         raise ValueError(f"{folder} has {both}: parts of the data? Name the folders of their classes train and test")
     if splits and others:
@@ -579,6 +582,7 @@ def draw_test(labels: np.ndarray, given: np.ndarray, pairs: np.ndarray, split_of
 def files_in(place: Path, folder: Path) -> Iterator[tuple[str, int]]:
     """The files below `place` that are not hidden: each one's path from `folder` on, and its key in a map.
 
+    Links to folders are followed out of the data set's folder, not within it: there they would mix its classes.
     The key is a hash of this path, the size and the modification time, or 0 where these are not to be had. OSError for
     a folder that cannot be read.
     """

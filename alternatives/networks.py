@@ -40,7 +40,10 @@ TORCHVISION: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 6
 
 
 def settings(name: str, suggest: Callable[..., str], pretrained: bool = False) -> dict[str, Any]:
-    """The default settings of a network; ValueError for an unknown one, with what suggest(name, known, others) says."""
+    """The default settings of a network; ValueError for an unknown one, with what suggest(name, known, others) says.
+
+    pretrained: gentler ones, for torchvision:NAME with its ImageNet weights.
+    """
     if ":" not in name and name not in SETTINGS:
         raise ValueError(suggest(name, ["cnn", *SETTINGS], ", torchvision:NAME or FILE.py:FACTORY"))
     usual = MUON

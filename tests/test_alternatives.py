@@ -133,14 +133,19 @@ def test_damaged_file_of_weights_is_named(inside, folder):
     assert "other.pth holds another network" in inside.error("--dataset", "digits", *options, "other.pth")
 
 
-def test_tuned_network_goes_on_with_its_head(folder, imagenet):
+def test_tuned_network_goes_on_with_its_head(folder, imagenet, capsys):
     data = ic.load_data(ic.Config(dataset="digits", subset=20))
     config = ic.Config(dataset="digits", model="torchvision:squeezenet1_1", pretrained=True)
     model = ic.build_model(config, data)
     content = {"config": {}, "mean": [], "std": [], "image_size": 32, "classes": data.classes}
     ic.save_checkpoint("own.pth", content | {"model": model.state_dict()})
     again = ic.build_model(ic.replace(config, init_from="own.pth", seed=1), data)
-    assert same(again.state_dict(), model.state_dict())
+    assert same(again.state_dict(), model.state_dict()) and "starts anew" not in capsys.readouterr().out
+    ic.save_checkpoint("own.pth", content | {"classes": [*"abcdefghij"], "model": model.state_dict()})
+    other = ic.build_model(ic.replace(config, init_from="own.pth", seed=1), data).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(other[name], value)}
+    assert changed == {"body.classifier.1.weight"}  # its bias begins at 0 in both
+    assert "own.pth is for other classes: the last layer starts anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipes.RECIPES if name != "finetune"])

@@ -73,7 +73,8 @@ def test_wrong_usage_is_status_2_and_one_line(arguments, words, inside, folder):
 
 
 def test_missing_files_are_named(inside):
-    assert "nothere.pth: there is no such file" in inside.error(*QUICK, "--init-from", "nothere.pth")
+    for first in (QUICK, ["--dataset", "nowhere"]):  # before the data are looked for
+        assert "nothere.pth: there is no such file" in inside.error(*first, "--init-from", "nothere.pth")
     with pytest.raises(FileNotFoundError):
         inside(*QUICK, "--init-from", "nothere.pth", "--debug")
     error = inside.error(*QUICK, "--init-from", ".")

@@ -544,9 +544,8 @@ def stopped(inside):
 
 def test_stop_at_the_end_of_an_epoch_loses_none(inside, folder, stopped):
     out = stopped(4, *QUICK, "--subset", "40", "--batch-size", "60", "--epochs", "6")  # one step an epoch
-    assert "note: the batch size is 40, the number of training images, not 60" in out and epochs_of(
-        run := only_run(folder)
-    ) == [0, 1, 2, 3]
+    assert "note: the batch size is 40, the number of training images, not 60" in out
+    assert epochs_of(run := only_run(folder)) == [0, 1, 2, 3]
     inside("--resume", "last")
     assert epochs_of(run) == list(range(6))
 
