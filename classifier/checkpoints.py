@@ -1,0 +1,177 @@
+"""Model files and saved states: written whole, read without executing anything in them."""
+
+import contextlib
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from classifier import legacy
+from classifier.config import FIELD_TYPES, Config, is_custom_model
+from classifier.errors import UserError
+from classifier.files import write_atomically
+
+# build(config, num_classes, mean, std, image_size, skip_check=...) -> the network on the CPU
+Build = Callable[..., nn.Module]
+
+REQUIRED = {  # what every checkpoint holds; last.pth holds more
+    "model": dict,
+    "config": dict,
+    "classes": list,
+    "mean": list,
+    "std": list,
+    "image_size": int,
+    "metrics": dict,
+    "versions": dict,
+}
+
+
+def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
+    """Write a checkpoint that `torch.load(path, weights_only=True)` reads, atomically.
+
+    content: tensors, str, int, float, bool, None, and lists and dicts of them.
+    """
+    buffer = io.BytesIO()  # in memory first: if the disk is full, the old file stays as it was
+    torch.save(content, buffer)
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[str, Any]:
+    """Read a checkpoint, executing nothing in it; one of version 0.9 comes in today's names.
+
+    classes: if given, those that the checkpoint has to be for.
+
+    Raises UserError if the file is damaged, not one of our checkpoints, or for other classes, and
+    OSError if it cannot be opened.
+    """
+    damaged = UserError(
+        f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)"
+    )
+    content = _load(path)
+    if not _is_checkpoint(content):
+        raise damaged
+    if classes and classes != content["classes"]:
+        raise UserError(f"{path} is for other classes: {', '.join(content['classes'])}")
+    if not legacy.is_legacy(content["versions"]):
+        return content
+    try:
+        return legacy.translate_checkpoint(content)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        raise damaged from None
+
+
+def _load(path: Path | str) -> Any:
+    """What torch.save wrote, or None if it cannot be read safely."""
+    with open(path, "rb") as file, contextlib.suppress(Exception):
+        entries = zipfile.ZipFile(file).infolist()
+        uncompressed_size = sum(entry.file_size for entry in entries)
+        file_size = file.seek(0, os.SEEK_END)
+        # torch.save does not compress; a compressed file could grow to any size in memory
+        if uncompressed_size <= file_size:
+            file.seek(0)
+            return torch.load(file, weights_only=True, map_location="cpu")
+    return None
+
+
+def _is_checkpoint(content: Any) -> bool:
+    """True if everything that a checkpoint has to hold is there and of the right type."""
+    if not isinstance(content, dict):
+        return False
+    for name, expected_type in REQUIRED.items():
+        if not isinstance(content.get(name), expected_type):
+            return False
+    weights = content["model"]
+    return (
+        all(isinstance(name, str) for name in content["classes"])
+        and all(isinstance(number, float) for number in content["mean"] + content["std"])
+        and all(isinstance(name, str) for name in weights)
+        and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
+    )
+
+
+def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raise UserError unless names and shapes of the weights are those of the model.
+
+    path: the file that the weights are from, for the message.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    different = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if different:
+        first = different[0]
+        raise UserError(
+            f"{path} holds another network: {len(different)} tensors differ, "
+            f"{first} is {found.get(first, 'missing')} there, {expected.get(first, 'missing')} here"
+        )
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Load weights whose names and shapes all fit; otherwise UserError and an unchanged model."""
+    check_weights(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def load_model(path: Path | str, build: Build, model: str = "") -> tuple[nn.Module, dict[str, Any]]:
+    """Load a finished model, in eval mode on the CPU, and return it with the checkpoint's content.
+
+    Args:
+        build: builds the network that a Config names. Unless skip_check=True it also sends two
+            empty images through it. Raises UserError for a network that does not work.
+        model: FILE.py:FACTORY of a user's network. A checkpoint never makes this program import
+            the file that it names, so the user names it again.
+    """
+    content = read_checkpoint(path)
+    settings = {name: value for name, value in content["config"].items() if name in FIELD_TYPES}
+    config = Config(**settings)
+    if is_custom_model(config.model) and not model:
+        raise UserError(f"{path} holds a network of your own: add --model {config.model}")
+    config = replace(config, model=model or config.model)
+
+    def build_described(skip_check: bool) -> nn.Module:
+        num_classes, image_size = len(content["classes"]), content["image_size"]
+        return build(
+            config, num_classes, content["mean"], content["std"], image_size, skip_check=skip_check
+        )
+
+    skip_check = False
+    if not is_custom_model(config.model):
+        skip_check = _compare_on_meta(build_described, content["model"], path)
+    network = build_described(skip_check)
+    load_weights(network, content["model"], path)
+    return network.eval(), content
+
+
+def _compare_on_meta(
+    build: Callable[[bool], nn.Module], weights: dict[str, torch.Tensor], path: Path | str
+) -> bool:
+    """Compare a file's weights with the network it describes, before that takes any memory.
+
+    Meta tensors have shapes but no values: a damaged or hostile file may describe a network of any
+    size, and only one with weights of these shapes is allocated afterwards.
+
+    Returns True if the real network need not be checked again. Raises UserError if names or shapes
+    of the weights differ.
+    """
+    network = _build_on_meta(build, skip_check=False)
+    is_checked = network is not None
+    if network is None:  # meta tensors do not know every operation, or the images do not fit
+        network = _build_on_meta(build, skip_check=True)
+    if network is None:  # torchvision's RegNets, for example, cannot be built on the meta device
+        return True
+    check_weights(network, weights, path)
+    return is_checked
+
+
+def _build_on_meta(build: Callable[[bool], nn.Module], skip_check: bool) -> nn.Module | None:
+    """The network on the meta device, or None where it cannot be built there."""
+    with torch.device("meta"):
+        try:
+            return build(skip_check)
+        except UserError:
+            return None

@@ -1,0 +1,65 @@
+"""What a run prints: its start, one line an epoch, its end."""
+
+import torch
+from tqdm import tqdm
+
+from classifier.config import Config
+from classifier.devices import hardware_name
+from classifier.distributed import Group
+from classifier.progress import Progress, Row
+from classifier.text import percent
+
+
+def print_start(
+    config: Config,
+    progress: Progress,
+    dataset: str,
+    num_train: int,
+    num_valid: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group,
+) -> None:
+    """Print the device, the size of the data set and where a resumed run goes on.
+
+    dtype: what the network computes in.
+    """
+    precision = str(dtype).removeprefix("torch.")
+    print(f"Start Training  {device} ({hardware_name(device)}, {precision})")
+    line = f"{dataset}: {num_train} training and {num_valid} validation images"
+    line += f", {progress.steps_per_epoch} steps an epoch"
+    if config.progressive_resizing:
+        share = 100 * config.progressive_resizing
+        line += f"; the first {share:.0f} % of the run on smaller images"
+    if group.world_size > 1:
+        line += f"; {group.world_size} processes share each batch"
+    print(line)
+    if progress.step:
+        print(f"Resuming after step {progress.step} of {progress.total_steps}")
+
+
+def print_epoch(progress: Progress, row: Row, is_best: bool, eta: str) -> None:
+    """Print an epoch's losses and accuracies.
+
+    eta: the time that is left. is_best: whether this epoch's weights are the best so far.
+    """
+    valid_loss, valid_accuracy = "-", ""
+    if row["valid_loss"] is not None:
+        valid_loss = f"{row['valid_loss']:.4f}"
+        valid_accuracy = f", valid acc {percent(row['valid_accuracy'])}"
+    seconds = f"{row['seconds']:.1f} s"
+    if progress.step_in_epoch:  # --minutes ended the run within an epoch
+        seconds += f" for {progress.step_in_epoch} of {progress.steps_per_epoch} steps"
+    saved = ", saved" if is_best else ""
+    print(
+        f"Epoch {row['epoch']:04d}: train loss {row['train_loss']:.4f}, valid loss {valid_loss}, "
+        f"train acc {percent(row['train_accuracy'])}{valid_accuracy}, {seconds}, {eta}{saved}"
+    )
+
+
+def print_end(seconds: float, minutes: float) -> None:
+    """Print how long a run took, and whether that was longer than --minutes (0: no budget)."""
+    late = ""
+    if minutes and seconds > 1.1 * 60 * minutes:
+        late = f", later than --minutes {minutes:g}"
+    print(f"Done in {tqdm.format_interval(seconds)}{late}")

@@ -1,0 +1,1 @@
+"""Data sets: finding, downloading, verifying, decoding and splitting them."""

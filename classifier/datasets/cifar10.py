@@ -1,0 +1,148 @@
+"""CIFAR-10 (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).
+
+60,000 color photographs of 32 × 32 pixels in ten classes, 10,000 of them for testing.
+"""
+
+import hashlib
+import tarfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from classifier.config import Config
+from classifier.datasets import download
+from classifier.datasets.dataset import Dataset, Split, build_dataset
+from classifier.errors import UserError
+from classifier.files import write_atomically
+
+# In the order of the labels, with the names of the reference output.
+CLASSES = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+BATCHES = "cifar-10-batches-py"  # the folder in the archive
+REQUIRED = [
+    "data_batch_1",
+    "data_batch_2",
+    "data_batch_3",
+    "data_batch_4",
+    "data_batch_5",
+    "test_batch",
+    "batches.meta",
+]
+MEMBERS = [*REQUIRED, "readme.html"]  # what is unpacked from the archive
+
+
+def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
+    """Return the folder with the batch files; download and unpack them into `data_dir` if needed.
+
+    They may lie in `data_dir` itself, in its folder BATCHES, or in the archive that somebody put
+    there. Of several processes one downloads and the others wait.
+
+    Raises DatasetUnavailable if no source can be reached, UserError for a damaged archive.
+    """
+    batches = data_dir / BATCHES
+    for folder in (data_dir, batches):
+        if _is_complete(folder):
+            return folder
+    if data_dir.is_file():
+        raise UserError(f"--data-dir {data_dir} is a file: name the folder that it is in")
+    if not data_dir.exists() and data_dir != Path(Config.data_dir):
+        print(f"note: --data-dir {data_dir} does not exist and is created")
+    data_dir.mkdir(parents=True, exist_ok=True)
+
+    lock = FileLock(data_dir / ".cifar-10.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is downloading CIFAR-10 into {data_dir}: waiting for it")
+        held = lock.acquire()
+    with held:
+        if not _is_complete(batches):  # the other process may have unpacked it meanwhile
+            _unpack_or_download(data_dir, mirror)
+    return batches
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in REQUIRED)
+
+
+def _unpack_or_download(data_dir: Path, mirror: str) -> None:
+    """Unpack the archive in `data_dir`, which is downloaded first if it is not there."""
+    archive = data_dir / download.ARCHIVE
+    if archive.exists():
+        # It stays: a teacher may serve it to a class.
+        _verify(archive)
+        _unpack(archive, data_dir / BATCHES)
+    else:
+        download.download_archive(data_dir, mirror)
+        _unpack(archive, data_dir / BATCHES)
+        archive.unlink()
+
+
+def _verify(archive: Path) -> None:
+    """Raises UserError for an archive with another SHA-256."""
+    if hashlib.sha256(archive.read_bytes()).hexdigest() == download.ARCHIVE_SHA256:
+        return
+    raise UserError(
+        f"{archive} ({archive.stat().st_size} bytes) is damaged or not the CIFAR-10 archive "
+        f"({download.ARCHIVE_BYTES} bytes, SHA-256 {download.ARCHIVE_SHA256}): delete it and run "
+        "again to download it"
+    )
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Write the files in MEMBERS to `folder`, and nothing else that the archive holds."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.removeprefix(f"{BATCHES}/")
+            if name not in MEMBERS or not member.isfile():
+                continue
+            content = tar.extractfile(member)
+            if content is not None:
+                write_atomically(folder / name, content.read())
+
+
+def load_cifar10(folder: Path, config: Config) -> Dataset:
+    """CIFAR-10 from its batch files in `folder`. Raises UserError for a damaged or missing file."""
+    return build_dataset(
+        config,
+        _read_split(folder, train=True),
+        name="CIFAR10",
+        classes=CLASSES,
+        load_test=lambda: _read_split(folder, train=False),
+        num_test_images=10_000,
+        flip_keeps_label=True,
+    )
+
+
+def _read_split(folder: Path, train: bool) -> Split:
+    """The training or the test images: uint8 (N, 3, 32, 32)."""
+    from torchvision.datasets import CIFAR10
+
+    class Batches(CIFAR10):
+        base_folder = ""  # the batch files lie in `folder` itself, whatever its name
+
+    try:
+        batches = Batches(str(folder), train=train)  # compares MD5 sums before it unpickles
+    except RuntimeError:
+        damaged = _first_damaged_file(folder)
+        if damaged.exists():
+            problem = "is damaged: delete it and run again"
+        else:
+            problem = "is no longer there: put it back and run again"
+        raise UserError(f"{damaged} {problem}") from None
+    images = torch.from_numpy(batches.data).permute(0, 3, 1, 2)
+    return Split(images, torch.tensor(batches.targets))
+
+
+def _first_damaged_file(folder: Path) -> Path:
+    """The first batch file that is missing or has another MD5 sum, or `folder` if there is none."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
+    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+        if not check_integrity(folder / name, md5):
+            return folder / name
+    return folder

@@ -1,0 +1,204 @@
+"""The report on a folder of images: data_report.json, and the lines of it that are printed."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from classifier.datasets import duplicates
+from classifier.text import pluralize
+
+FEW_IMAGES = 10  # a class with fewer training images is named
+LARGE_RATIO = 5  # of the largest to the smallest class: the report then advises to balance them
+
+
+def build_report(
+    folder: Path,
+    classes: list[str],
+    size: int,
+    images: np.ndarray,
+    used: np.ndarray,
+    pairs: np.ndarray,
+    unreadable: dict[str, str],
+    left_out: list[str],
+) -> dict[str, Any]:
+    """Describe the images of a folder and point out what is wrong with them.
+
+    Args:
+        folder: the folder of the data set.
+        classes: names of the classes.
+        size: height and width of the decoded images, in pixels.
+        images: FILE (N,), all that could be decoded.
+        used: int64 (M,), the indices of those that are used.
+        pairs: int64 (P, 3), see `duplicates.near_duplicates`.
+        unreadable: path and reason of the images that could not be decoded.
+        left_out: the files that are no images.
+
+    Returns the content of data_report.json. Its "words" are the lines to print.
+    """
+    splits = list(dict.fromkeys(images["split"].tolist()))  # in order: the first is trained on
+    counts = {}
+    for split in splits:
+        counts[split] = _count_per_class(images[images["split"] == split], classes)
+    used_images = images[used]
+    training = _count_per_class(used_images[used_images["split"] == splits[0]], classes)
+    small_classes = {name: count for name, count in training.items() if count < FEW_IMAGES}
+    paired_files = _name_pairs(folder, images, pairs)
+    words = [
+        f"Data report of {folder}: {len(images)} images in {len(classes)} classes",
+        *_describe_counts(counts),
+        *_describe_sizes(images, size),
+        *_describe_small_classes(small_classes, has_test="test" in counts),
+        *_describe_imbalance(training),
+        *_describe_unreadable(folder, unreadable),
+        *_describe_duplicates(images, pairs, used_once="all" in counts),
+        *_warn_of_leaks(splits, images, pairs, paired_files),
+        *_describe_two_labels(images, pairs, paired_files),
+    ]
+    return {
+        "folder": str(folder),
+        "image_size": size,
+        "images_per_class": counts,
+        "words": words,
+        "sizes": _most_common_sizes(images),
+        "unreadable": {str(folder / path): reason for path, reason in unreadable.items()},
+        "classes_with_few_images": small_classes,
+        "twins": paired_files,
+        "left_out": left_out,
+    }
+
+
+def _count_per_class(images: np.ndarray, classes: list[str]) -> dict[str, int]:
+    counts = np.bincount(images["label"], minlength=len(classes))
+    return dict(zip(classes, counts.tolist(), strict=True))
+
+
+def _name_pairs(folder: Path, images: np.ndarray, pairs: np.ndarray) -> list[list[str]]:
+    """For each pair its two files and "identical" or "near-identical"."""
+    named = []
+    for first, second, is_identical in pairs.tolist():
+        first_path = str(folder / images["path"][first])
+        second_path = str(folder / images["path"][second])
+        kind = "identical" if is_identical else "near-identical"
+        named.append([first_path, second_path, kind])
+    return named
+
+
+def _most_common_sizes(images: np.ndarray) -> list[list[Any]]:
+    """The 20 most common sizes, as "640x480", and how many images have them."""
+    sizes = images["record"][["width", "height"]].tolist()
+    rows = []
+    for (width, height), count in Counter(sizes).most_common(20):
+        rows.append([f"{width}x{height}", count])
+    return rows
+
+
+# ---- the lines ----
+
+
+def _describe_counts(counts: dict[str, dict[str, int]]) -> list[str]:
+    words = []
+    for split, per_class in counts.items():
+        total = pluralize(sum(per_class.values()), "image")
+        listed = ", ".join(f"{name} {count}" for name, count in per_class.items())
+        words.append(f"  {split}: {total} ({listed})")
+    return words
+
+
+def _describe_sizes(images: np.ndarray, size: int) -> list[str]:
+    widths = images["record"]["width"]
+    heights = images["record"]["height"]
+    sides = np.sort(np.minimum(widths, heights))
+    shortest = sides[0]
+    median = sides[len(sides) // 2]
+    longest = sides[-1]
+    if shortest < longest:
+        spread = f"from {shortest} to {longest} pixels, half of them up to {median}"
+    else:
+        spread = f"of {shortest} pixels"
+    words = [f"  shorter sides {spread}"]
+    num_small = int((sides < size / 2).sum())
+    if num_small:
+        verb = "is" if num_small == 1 else "are"
+        smaller = f"less than half as large as {size} pixels"
+        words.append(f"  {pluralize(num_small, 'image')} {verb} {smaller}")
+    return words
+
+
+def _describe_small_classes(small_classes: dict[str, int], has_test: bool) -> list[str]:
+    if not small_classes:
+        return []
+    listed = ", ".join(f"{name} ({count})" for name, count in small_classes.items())
+    words = [f"  fewer than {FEW_IMAGES} images: {listed}"]
+    if not has_test:
+        words += [
+            "    Without test/ and val/, classes of 1 or 2 are trained on only, those of 3 to 6 are"
+            " tested, too,",
+            "    and only larger ones also validated. So small a test says little",
+        ]
+    return words
+
+
+def _describe_imbalance(training: dict[str, int]) -> list[str]:
+    """training: number of training images of each class."""
+    if max(training.values()) <= LARGE_RATIO * min(training.values()):
+        return []
+    advice = "look at each class's accuracy, and try --class-balance weights"
+    return [f"  the classes differ much in size: {advice}"]
+
+
+def _describe_unreadable(folder: Path, unreadable: dict[str, str]) -> list[str]:
+    if not unreadable:
+        return []
+    examples = [f"{folder / path} ({reason})" for path, reason in unreadable.items()][:5]
+    files = pluralize(len(unreadable), "file")
+    return [f"  left out, because it cannot be read: {files}: {'; '.join(examples)}"]
+
+
+def _describe_duplicates(images: np.ndarray, pairs: np.ndarray, used_once: bool) -> list[str]:
+    num_identical = int(pairs[:, 2].sum())
+    num_near_identical = len(pairs) - num_identical
+    num_different = len(images) - num_identical
+    identical = pluralize(num_identical, "pair")
+    once = "; identical ones of a class are used once" if used_once else ""
+    if num_different > duplicates.MAX_COMPARED:
+        more = f"{num_different} are too many to look for near-identical ones"
+        return [f"  {identical} of identical images{once}. {more}"]
+    if not len(pairs):
+        return []
+    return [f"  {identical} of identical and {num_near_identical} of near-identical images{once}"]
+
+
+def _warn_of_leaks(
+    splits: list[str], images: np.ndarray, pairs: np.ndarray, paired_files: list[list[str]]
+) -> list[str]:
+    """A warning for any two splits that share images."""
+    words = []
+    pair_splits = images["split"][pairs[:, :2]]  # (P, 2)
+    for first, second in itertools.combinations(splits, 2):
+        is_across = (pair_splits == [first, second]).all(axis=1)
+        if not is_across.any():
+            continue
+        first_file, second_file, _ = paired_files[is_across.argmax()]
+        measured = "test" if "test" in (first, second) else "validation"
+        words.append(
+            f"  WARNING: {pluralize(int(is_across.sum()), 'pair')} across {first} and {second}, "
+            f"such as {first_file} and {second_file}: "
+            f"the {measured} accuracy will look better than it is"
+        )
+    return words
+
+
+def _describe_two_labels(
+    images: np.ndarray, pairs: np.ndarray, paired_files: list[list[str]]
+) -> list[str]:
+    """The pairs of which one image must have a wrong label."""
+    labels = images["label"][pairs[:, :2]]  # (P, 2)
+    differ = labels[:, 0] != labels[:, 1]
+    if not differ.any():
+        return []
+    first_file, second_file, _ = paired_files[differ.argmax()]
+    example = f"such as {first_file} and {second_file}: both stay, one label is wrong"
+    return [f"  {differ.sum()} of these in two classes, {example}"]

@@ -1,0 +1,421 @@
+"""A folder's images, decoded, on disk: each file is decoded once, whatever happens.
+
+A cache is a folder `.decoded/<name>-<size>-<hash>` that holds
+
+    images           one decoded image a row, uint8 (size, size, 3), in the order of decoding
+    index            a RECORD for each of them
+    unreadable.json  the files that this version of Pillow cannot read, and why
+    near.npz         pairs of near-identical images, written by `duplicates`
+    lock             held by the process that decodes
+
+Files are known by a key, so that those of earlier runs are found again, and only new or changed
+ones are decoded. `images` and `index` grow at their ends: decoding that was stopped is continued.
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from classifier.datasets import decode
+from classifier.errors import UserError
+from classifier.files import NOT_WRITABLE, write_atomically
+from classifier.text import pluralize
+
+# What `index` holds of an image, in the order of `images`. Its bytes are the format on disk.
+RECORD = np.dtype(
+    [
+        ("key", "<u8"),  # of the file: see `file_key`
+        ("digest", "<u8"),  # hash of the decoded pixels: equal for identical images
+        ("width", "<u4"),  # in the file, in pixels
+        ("height", "<u4"),
+        ("dhash", "u1", 32),  # difference hash: similar for near-identical images
+    ]
+)
+# An image file of a data set. An array of them is sorted by split, class and path.
+FILE = np.dtype(
+    [
+        ("path", object),  # str, relative to the data set's folder
+        ("split", "U5"),  # train, valid, test, or all: still to be split
+        ("label", np.int64),
+        ("key", np.uint64),  # see `file_key`
+        ("row", np.int64),  # of the cache's images, or -1: not in there, or not looked up yet
+        ("record", RECORD),  # its RECORD in the cache; meaningless where the row is -1
+    ]
+)
+# Part of a cache's name. Raise it when `decode`, RECORD or the search for near-identical images
+# changes, so that caches of older versions are not used.
+DECODED_AS = 2
+WRITE_BYTES = (
+    2**22
+)  # decoded images written at once: at most so much is lost when decoding is stopped
+PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
+MAX_PIECE = 16  # images; one at a time, small ones took twice as long
+BAR: dict[str, Any] = {"unit": "img", "leave": False, "disable": None}  # none without a terminal
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+THREADS = min(32, usable_cores())  # each holds a whole photograph
+
+
+def file_key(path: str, status: os.stat_result) -> int:
+    """Key of a file in a cache: a hash of its path in the data set, size and modification time."""
+    return decode.hash64(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}"))
+
+
+class MemmapImages:
+    """Images of a cache that stay on disk; used like a tensor, uint8 (N, 3, S, S).
+
+    A slice, and `select`, give another such view; any other index gives a tensor.
+
+    Attributes:
+        store: all images of the cache, uint8 (M, 3, S, S), mapped from its file.
+        rows: which of them these are, int64 (N,).
+        mapping: the memory map under `store`.
+    """
+
+    def __init__(self, store: Tensor, rows: Tensor, mapping: mmap.mmap):
+        self.store = store
+        self.rows = rows
+        self.mapping = mapping
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.store.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Tensor | slice) -> "MemmapImages":
+        """A view of the images at these indices."""
+        return MemmapImages(self.store, self.rows[indices], self.mapping)
+
+    def __getitem__(self, index: Tensor | slice | int) -> "Tensor | MemmapImages":
+        if isinstance(index, slice):
+            return self.select(index)
+        return self.store[self.rows[index]]
+
+    def split(self, count: int) -> Iterator[Tensor]:
+        """Tensors of `count` images each; the last one may hold fewer."""
+        for rows in self.rows.split(count):
+            yield self.store[rows]
+
+    def to(self, device: torch.device | str) -> "MemmapImages":
+        """The images stay where they are: only batches are moved to the device.
+
+        From now on they are read in random order, so the system is told not to read ahead. Where
+        memory was short, reading ahead made that fifteen times slower.
+        """
+        if hasattr(mmap, "MADV_RANDOM"):
+            self.mapping.madvise(mmap.MADV_RANDOM)
+        return self
+
+
+class Piece(NamedTuple):
+    """A few files, decoded by one thread.
+
+    Attributes:
+        num_files: how many files they were, readable or not.
+        pixels: of the readable ones, as `images` holds them.
+        records: of the readable ones, as `index` holds them.
+        broken: key and reason of files that this version of Pillow cannot read.
+        failed: key and reason of files that may be readable another time: no memory, a disk error.
+    """
+
+    num_files: int
+    pixels: bytes
+    records: bytes
+    broken: dict[str, str]
+    failed: dict[str, str]
+
+
+class DecodedCache:
+    """Decoded images of one folder, at one size.
+
+    Attributes:
+        path: folder of the cache.
+        source: folder of the image files.
+        size: height and width of the decoded images, in pixels.
+        image_bytes: bytes of a decoded image.
+        num_images: how many images the cache holds, of these files and of others.
+        pixels: the images, uint8 (num_images, size, size, 3), as a memory map if there are any.
+        unreadable: path and reason of the files that could not be decoded.
+    """
+
+    def __init__(self, path: Path, source: Path, size: int):
+        self.path = path
+        self.source = source
+        self.size = size
+        self.image_bytes = 3 * size**2
+        self.num_images = 0
+        self.pixels = np.empty((0, size, size, 3), np.uint8)
+        self.unreadable: dict[str, str] = {}
+
+    def fill(self, files: np.ndarray) -> None:
+        """Decode the files that are not in the cache, then open it.
+
+        files: FILE (N,); their rows and records are filled in. A cache that lacks nothing is only
+        read. Raises OSError if the cache cannot be written, and UserError if it is damaged.
+        """
+        self._look_up(files)
+        broken = self._read_broken()
+        if not len(_missing(files, broken)):
+            self._open(files, broken)
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            self._look_up(files)  # another process may have decoded some meanwhile
+            broken = self._read_broken()
+            if self.num_images > 2 * len(files):  # most images are of files that are gone
+                self._delete_images()
+                self._look_up(files)
+            missing = _missing(files, broken)
+            if len(missing):
+                broken |= self._decode(missing, broken)
+                self._look_up(files)
+            self._open(files, broken)
+
+    def images(self, rows: Tensor, in_memory: bool) -> Tensor | MemmapImages:
+        """Images in these rows (int64 (N,)): uint8 (N, 3, S, S), copied or left on disk."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of an array that is not writable
+            store = torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
+        if in_memory:
+            return store[rows]
+        mapping = cast(mmap.mmap, self.pixels.base)
+        return MemmapImages(store, rows, mapping)
+
+    # ---- reading ----
+
+    def _look_up(self, files: np.ndarray) -> None:
+        """Fill in rows and records of the files that are in the cache, and count its images."""
+        records = self._read_index()
+        self.num_images = len(records)
+        files["row"] = -1
+        _, rows, found = np.intersect1d(records["key"], files["key"], return_indices=True)
+        files["row"][found] = rows
+        files["record"][found] = records[rows]
+
+    def _read_index(self) -> np.ndarray:
+        """The RECORD of each image that was written whole."""
+        try:
+            num_whole = (self.path / "images").stat().st_size // self.image_bytes
+            return np.fromfile(self.path / "index", RECORD)[:num_whole]
+        except FileNotFoundError:
+            return np.empty(0, RECORD)
+
+    def _read_broken(self) -> dict[str, str]:
+        """Key and reason of the files that this version of Pillow is known not to read."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            content = json.loads((self.path / "unreadable.json").read_text())
+            if content["pillow"] == PIL.__version__:
+                return dict(content["files"])
+        return {}
+
+    def _open(self, files: np.ndarray, reasons: dict[str, str]) -> None:
+        """Map the images into memory, check some, and note why files are not among them.
+
+        reasons: key and reason of the files that could not be decoded.
+        """
+        if self.num_images:
+            # Read-only: a writable mapping would be refused where it is larger than the memory.
+            shape = (self.num_images, self.size, self.size, 3)
+            self.pixels = np.memmap(self.path / "images", np.uint8, "r", shape=shape)
+        self._check_sample(files[files["row"] >= 0])
+        for file in files[files["row"] < 0]:
+            self.unreadable[file["path"]] = reasons.get(str(file["key"]), "gone")
+
+    def _check_sample(self, found: np.ndarray) -> None:
+        """Raise UserError if one of about 100 images is not the one that was written.
+
+        Two machines may have written at once where the lock of one is unknown to the other.
+        """
+        every = max(1, len(found) // 100)
+        for file in found[::every]:
+            pixels = self.pixels[file["row"]]
+            if decode.hash64(pixels.tobytes()) != file["record"]["digest"]:
+                problem = f"the decoded images in {self.path} are damaged"
+                raise UserError(f"{problem}: delete that folder and run again")
+
+    # ---- writing ----
+
+    def _lock(self) -> AbstractContextManager:
+        """Hold the cache alone; waits for another process that is decoding."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / "lock")
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another process is decoding these images into {self.path}: waiting for it")
+            return lock.acquire()
+
+    def _delete_images(self) -> None:
+        """Start anew. The index need not be deleted: it counts only as far as there are images."""
+        with contextlib.suppress(PermissionError):  # on Windows, while another process reads them
+            (self.path / "images").unlink()
+
+    def _write_broken(self, broken: dict[str, str]) -> None:
+        content = {"pillow": PIL.__version__, "files": broken}
+        with contextlib.suppress(OSError):  # these files are then tried again in the next run
+            write_atomically(self.path / "unreadable.json", json.dumps(content).encode())
+
+    def _decode(self, files: np.ndarray, known_broken: dict[str, str]) -> dict[str, str]:
+        """Decode these files, in threads, and append them to the cache.
+
+        Returns key and reason of those that could not be decoded. Those that are broken for good
+        are remembered on disk, with the ones known before. Raises OSError, which names the cache.
+        """
+        print(f"Decoding {pluralize(len(files), 'image')}, once, into {self.path}")
+        piece_size = max(1, min(MAX_PIECE, PIECE_BYTES // self.image_bytes))
+        pieces = np.array_split(files, math.ceil(len(files) / piece_size))
+        pieces_at_once = max(4 * THREADS, WRITE_BYTES // (piece_size * self.image_bytes))
+        broken: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        try:
+            with (
+                (self.path / "images").open("ab") as images,
+                (self.path / "index").open("ab") as index,
+                warnings.catch_warnings(),
+                ThreadPoolExecutor(THREADS) as pool,
+                tqdm(desc="Decoding images", total=len(files), **BAR) as bar,
+            ):
+                warnings.simplefilter("ignore")  # Pillow warns of files that it reads nevertheless
+                # Cut off what a run that was stopped has written only half.
+                images.truncate(self.num_images * self.image_bytes)
+                index.truncate(self.num_images * RECORD.itemsize)
+                for start in range(0, len(pieces), pieces_at_once):
+                    decoded: list[Piece] = []
+                    some = pieces[start : start + pieces_at_once]
+                    for piece in pool.map(self._decode_piece, some):
+                        decoded.append(piece)
+                        broken |= piece.broken
+                        failed |= piece.failed
+                        bar.update(piece.num_files)
+                    # The images first: there is never a record without its image.
+                    _append(images, [piece.pixels for piece in decoded])
+                    _append(index, [piece.records for piece in decoded])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        if broken:
+            self._write_broken(known_broken | broken)
+        return broken | failed
+
+    def _decode_piece(self, files: np.ndarray) -> Piece:
+        """Decode a few files; runs in a thread."""
+        pixels: list[np.ndarray] = []
+        records: list[tuple] = []
+        broken: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        for file in files:
+            try:
+                image = decode.decode(self.source / file["path"], self.size)
+            except Exception as error:  # a damaged file makes Pillow raise almost anything
+                reason = str(error) or type(error).__name__
+                reasons = failed if _may_pass(error) else broken
+                reasons[str(file["key"])] = reason
+                continue
+            width, height = image.size
+            pixels.append(image.pixels)
+            records.append((file["key"], image.digest, width, height, image.dhash))
+        return Piece(
+            num_files=len(files),
+            pixels=np.array(pixels, np.uint8).tobytes(),
+            records=np.array(records, RECORD).tobytes(),
+            broken=broken,
+            failed=failed,
+        )
+
+
+def _missing(files: np.ndarray, broken: dict[str, str]) -> np.ndarray:
+    """The files that are neither in the cache nor known to be broken."""
+    broken_keys = np.array([int(key) for key in broken], np.uint64)
+    is_broken = np.isin(files["key"], broken_keys)
+    return files[(files["row"] < 0) & ~is_broken]
+
+
+def _may_pass(error: Exception) -> bool:
+    """True if the same file may be readable another time: short of memory, an error of the disk."""
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return True
+    return bool(getattr(error, "errno", None))
+
+
+def _append(file: BinaryIO, contents: list[bytes]) -> None:
+    """Write to the end of a file, and on to the disk."""
+    file.write(b"".join(contents))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> DecodedCache:
+    """The cache of a folder's images, after everything that it lacks was decoded.
+
+    source: the folder; files: FILE (N,), whose rows and records are filled in. The cache is in the
+    first of `cache_folders` that can be written. Raises OSError if none can or the disk is full,
+    and UserError if the cache is damaged.
+    """
+    real = source.resolve()
+    identity = decode.hash64(os.fsencode(f"{real} {DECODED_AS}"))
+    title = f"{real.name}-{size}-{identity:016x}"
+    failure: OSError | None = None
+    for folder in cache_folders(data_dir):
+        if failure is not None:
+            unwritable = failure.filename or failure
+            print(f"note: {unwritable} cannot be written: the decoded images are in {folder}")
+        cache = DecodedCache(folder / ".decoded" / title, source, size)
+        try:
+            cache.fill(files)
+            return cache
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            failure = error
+    assert failure is not None  # there is at least one folder
+    raise failure
+
+
+def cache_folders(data_dir: Path) -> Iterator[Path]:
+    """Where a cache may be: data_dir, the user's folder for caches, a temporary folder."""
+    yield data_dir
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        yield Path(home) / ".cache" / "image_classification"
+    temporary = _temporary_folder()
+    if temporary is not None:
+        yield temporary
+
+
+def _temporary_folder() -> Path | None:
+    """A folder for temporary files that only this user can write to; None if there is none."""
+    user_id = os.getuid() if hasattr(os, "getuid") else None  # None on Windows
+    user = "me" if user_id is None else str(user_id)
+    folder = Path(tempfile.gettempdir()) / f"image_classification-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = folder.stat().st_uid
+    except OSError:
+        return None
+    if user_id is not None and owner != user_id:  # another user may have prepared it
+        return None
+    return folder

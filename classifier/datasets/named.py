@@ -1,0 +1,150 @@
+"""Five more data sets by their names, which torchvision reads and downloads."""
+
+import errno
+import http.client
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from classifier.config import Config
+from classifier.datasets.dataset import Dataset, Split, build_dataset
+from classifier.errors import DatasetUnavailable, UserError
+from classifier.files import NOT_WRITABLE
+
+
+class NamedDataset(NamedTuple):
+    """What has to be known of a data set in torchvision.
+
+    Attributes:
+        class_name: name of its class in torchvision.datasets, and of the Dataset.
+        archives: the files to download by hand if torchvision cannot.
+        folder: where they have to be, below --data-dir.
+        on_disk: a path below --data-dir that exists once it was downloaded.
+        flip_keeps_label: see Dataset.
+    """
+
+    class_name: str
+    archives: str
+    folder: str
+    on_disk: str
+    flip_keeps_label: bool
+
+
+MNIST_ARCHIVES = (
+    "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
+    "t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
+)
+# By the names that --dataset takes.
+DATASETS = {
+    "cifar100": NamedDataset(
+        class_name="CIFAR100",
+        archives="cifar-100-python.tar.gz",
+        folder="",
+        on_disk="cifar-100-python",
+        flip_keeps_label=True,
+    ),
+    "mnist": NamedDataset(
+        class_name="MNIST",
+        archives=MNIST_ARCHIVES,
+        folder="MNIST/raw",
+        on_disk="MNIST",
+        flip_keeps_label=False,
+    ),
+    "fashion-mnist": NamedDataset(
+        class_name="FashionMNIST",
+        archives=MNIST_ARCHIVES,
+        folder="FashionMNIST/raw",
+        on_disk="FashionMNIST",
+        flip_keeps_label=True,
+    ),
+    "svhn": NamedDataset(
+        class_name="SVHN",
+        archives="train_32x32.mat, test_32x32.mat",
+        folder="",
+        on_disk="test_32x32.mat",
+        flip_keeps_label=False,
+    ),
+    "stl10": NamedDataset(
+        class_name="STL10",
+        archives="stl10_binary.tar.gz",
+        folder="",
+        on_disk="stl10_binary",
+        flip_keeps_label=True,
+    ),
+}
+NAMES = list(DATASETS)
+
+DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
+# What torchvision raises when it reads files that were cut off.
+DAMAGED_FILE_ERRORS = (AssertionError, EOFError, LookupError, TypeError, ValueError)
+
+
+def load_named(name: str, config: Config) -> Dataset:
+    """One of NAMES, downloaded into --data-dir if it is not there.
+
+    Raises DatasetUnavailable if that fails, and UserError if its files are damaged or cannot be
+    written.
+    """
+    data_dir = Path(config.data_dir).expanduser()
+    try:
+        train, test = _open(name, data_dir)
+    except (*DOWNLOAD_ERRORS, *DAMAGED_FILE_ERRORS) as error:
+        raise _to_user_error(error, name, data_dir) from error
+
+    test_split = _to_split(test)
+    return build_dataset(
+        config,
+        _to_split(train),
+        name=DATASETS[name].class_name,
+        classes=[str(each) for each in getattr(train, "classes", range(10))],
+        load_test=lambda: test_split,
+        num_test_images=len(test_split.labels),
+        flip_keeps_label=DATASETS[name].flip_keeps_label,
+    )
+
+
+def _open(name: str, data_dir: Path) -> tuple[Any, Any]:
+    """The training and the test images as objects of torchvision."""
+    from torchvision import datasets
+
+    dataset_class = getattr(datasets, DATASETS[name].class_name)
+    root = str(data_dir)
+    if name in ("svhn", "stl10"):
+        train = dataset_class(root, split="train", download=True)
+        test = dataset_class(root, split="test", download=True)
+    else:
+        train = dataset_class(root, train=True, download=True)
+        test = dataset_class(root, train=False, download=True)
+    return train, test
+
+
+def _to_user_error(error: Exception, name: str, data_dir: Path) -> UserError:
+    """The error that says what to do about one that torchvision raised."""
+    folder = data_dir / DATASETS[name].folder
+    is_write_error = getattr(error, "errno", None) in {*NOT_WRITABLE, errno.ENOSPC}
+    if is_write_error:
+        return UserError(f"--dataset {name}: {error}")
+    reason = " ".join(str(error).split())
+    # PyTorch's own RuntimeError, for one of MNIST's files that was cut off
+    is_wrong_size = "invalid for input of size" in reason
+    if is_wrong_size or not isinstance(error, DOWNLOAD_ERRORS):
+        return UserError(
+            f"--dataset {name}: its files in {folder} are damaged: delete them and run again"
+        )
+    return DatasetUnavailable(
+        f"--dataset {name}: it is not in {data_dir} and could not be downloaded ({reason}): "
+        f"put {DATASETS[name].archives} into {folder}"
+    )
+
+
+def _to_split(dataset: Any) -> Split:
+    """The images and labels of an object of torchvision, which come in several layouts."""
+    images = torch.as_tensor(dataset.data)
+    is_gray = images.ndim == 3
+    if is_gray:
+        images = images[:, None].expand(-1, 3, -1, -1)
+    elif images.shape[-1] == 3:  # (N, H, W, C)
+        images = images.permute(0, 3, 1, 2)
+    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
+    return Split(images, torch.as_tensor(labels).long())

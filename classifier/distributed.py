@@ -1,0 +1,347 @@
+"""Several processes that train one network together, started by torchrun on one or more machines.
+
+Every function, and every method of a `Group` of one process, also works without torchrun: it then
+does what a single process needs, which is mostly nothing. No other module asks torch.distributed.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from classifier.config import is_custom_model
+from classifier.errors import UserError
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # did torchrun start this process?
+TIMEOUT = timedelta(minutes=30)  # for which processes wait for each other
+LOAD_TIMEOUT = timedelta(days=2)  # for which they wait for one of them to load the data
+
+# Keys in torchrun's store.
+RUN_KEY = "image_classification/run"
+PREFIX_KEY = "image_classification/part"
+LOADED_KEY = "image_classification/loaded by {}"  # by the machine of that number
+
+# Settings that a run still takes from the command line when torchrun restarts it.
+RESTART_OVERRIDES = ("data_dir", "mirror", "debug")
+
+T = TypeVar("T")
+
+
+# ---- before the processes meet ----
+
+
+def is_main_process() -> bool:
+    """True if this is the process that prints and writes: rank 0, or the only one."""
+    return not LAUNCHED or os.environ["RANK"] == "0"
+
+
+def begin(given: dict[str, Any]) -> dict[str, Any]:
+    """Take this process's share of the cores; returns the settings to use instead of `given`.
+
+    They differ where torchrun repeats the command line because it lost a process: then the run is
+    resumed. Ends the program (SystemExit) if that run is finished.
+    """
+    if not LAUNCHED:
+        return given
+    _take_share_of_cores()
+    store = _agent_store()
+    if store is None or not store.check([RUN_KEY]):
+        return given  # not a restart
+    run = Path(store.get(RUN_KEY).decode())
+    if (run / "report.json").exists():
+        raise SystemExit(0)
+    if not (run / "config.json").exists():  # the run ended before there was anything to resume
+        return given
+    settings = {name: given[name] for name in RESTART_OVERRIDES if name in given}
+    model = json.loads((run / "config.json").read_text())["model"]
+    if is_custom_model(model):
+        # resuming asks for the name of a user's file, in case the folder is from somebody else;
+        # this folder is not
+        settings["model"] = model
+    settings["resume"] = str(run)
+    return settings
+
+
+def _take_share_of_cores() -> None:
+    """Divide the cores among the processes of this machine, unless OMP_NUM_THREADS was set."""
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if local_world_size == 1 or os.environ.get("OMP_NUM_THREADS") != "1":  # 1 is torchrun's choice
+        return
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // local_world_size))
+
+
+def device_name(name: str) -> str:
+    """The device of this process, where --device says `name`.
+
+    Raises UserError if there is none.
+    """
+    if not LAUNCHED:
+        return name
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"  # other accelerators cannot send tensors to each other
+    if name not in ("auto", "cuda"):
+        if local_world_size > 1 and name != "cpu":
+            raise UserError(
+                f"--device {name}: with torchrun each process has a device of its own: "
+                "use auto, cuda or cpu"
+            )
+        return name
+    local_rank = int(os.environ["LOCAL_RANK"])
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"--device {name}: {local_world_size} processes, but {num_gpus} GPUs on this machine: "
+            "use a smaller --nproc-per-node"
+        )
+    return f"cuda:{local_rank}"
+
+
+def load_once_per_machine(load: Callable[[], T]) -> T:
+    """Call `load` in each process, but on each machine first in one, so that only one downloads."""
+    if not LAUNCHED:
+        return load()
+    store = _agent_store()
+    loaded = LOADED_KEY.format(os.environ["GROUP_RANK"])
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    if store is not None and not is_first:
+        store.wait([loaded], LOAD_TIMEOUT)
+    result = load()
+    if store is not None and is_first:
+        store.set(loaded, "")
+    return result
+
+
+def remember_run(run: Path) -> None:
+    """Tell the processes of a restart which run to resume. Rank 0 calls it."""
+    store = _agent_store() if LAUNCHED else None
+    if store is not None:
+        store.set(RUN_KEY, str(run.absolute()))
+
+
+def resume_command(command: list[str]) -> list[str]:
+    """The command that starts as many processes as there are now, from the one for one process.
+
+    command: [python, script, options…].
+    """
+    if not LAUNCHED:
+        return command
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    launcher = ["torchrun"]
+    if world_size > local_world_size:
+        launcher.append(f"--nnodes={world_size // local_world_size}")
+    launcher.append(f"--nproc-per-node={local_world_size}")
+    return [*launcher, *command[1:]]
+
+
+def _agent_store() -> "dist.Store | None":
+    """What all processes of this torchrun share, also after a restart; None if it has no store."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False)
+
+
+# ---- the group ----
+
+
+class Group:
+    """The processes that train together: one, or several that torchrun started.
+
+    Attributes:
+        device: the device of this process.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        owns_process_group: True if `join` created torch's process group, which `leave` destroys.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        owns_process_group: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.rank = rank
+        self.world_size = world_size
+        self.owns_process_group = owns_process_group
+
+    @property
+    def is_main(self) -> bool:
+        """True if this is the process that prints and writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module, has_unused_params: bool) -> tuple[nn.Module, nn.Module]:
+        """Make gradients the mean over all processes.
+
+        Batch norm sees the images of all processes on GPUs, those of each process on CPUs.
+
+        has_unused_params: does the network have weights that get no gradient?
+        Returns the network, whose batch norm may have been replaced (its weights are the same), and
+        the module to call in training.
+        """
+        if self.world_size == 1:
+            return model, model
+        if self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        forward = nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=has_unused_params
+        )
+        return model, forward
+
+    def seed_ranks(self, seed: int, step: int) -> None:
+        """Let each process draw its own random numbers in training; rank 0 goes on with its state.
+
+        step: where training starts, so that a resumed run does not repeat its numbers.
+        """
+        if self.rank > 0:
+            number = (seed * 1_000_003 + step) * self.world_size + self.rank
+            torch.manual_seed(number % 2**63)
+
+    def max(self, number: int) -> int:
+        """The largest `number` of any process."""
+        if self.world_size == 1:
+            return number
+        numbers = torch.tensor([number], device=self.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    def accumulate(self, forward: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """A context for the forward and backward pass of one micro-batch.
+
+        Only in the `last` one of a step the processes exchange gradients.
+        """
+        if last:
+            return contextlib.nullcontext()
+        no_sync = getattr(forward, "no_sync", contextlib.nullcontext)  # a bare network has none
+        return no_sync()
+
+    def all_reduce_and_poll(self, stats: torch.Tensor, stop: bool, poll: bool) -> bool:
+        """Sum `stats`, float32 (N,), over all processes, in place; True if any was asked to stop.
+
+        stop: was this process asked to stop?
+        poll: find out about the others now? This waits for a GPU; without it the result is False.
+        A single process returns `stop` in any case.
+        """
+        if self.world_size == 1:
+            return stop
+        stop_flag = stats.new_full((1,), float(stop))
+        sums = torch.cat([stats, stop_flag])
+        dist.all_reduce(sums)
+        stats.copy_(sums[:-1])
+        return poll and bool(sums[-1] > 0)
+
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and return its result in all processes, which wait for it."""
+        if self.world_size == 1:
+            return make()
+        content = [make() if self.is_main else None]
+        dist.broadcast_object_list(content)
+        return content[0]  # type: ignore[return-value]
+
+    def share_evaluation(
+        self, model: nn.Module, images: Any, classify: Callable[[Any], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return `classify(images)`, of which each process computes a part.
+
+        The buffers of `model`, which are batch norm's statistics, become those of rank 0.
+
+        images: uint8 (N, C, H, W), a tensor or MemmapImages.
+        classify: images to logits, float32 (N, num_classes), on the CPU.
+        """
+        if self.world_size == 1:
+            return classify(images)
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+        if len(images) < self.world_size:
+            return classify(images)
+        own_logits = classify(images[self.rank :: self.world_size])
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, own_logits)
+        logits = torch.empty(len(images), own_logits.shape[1])
+        for rank, rank_logits in enumerate(gathered):
+            logits[rank :: self.world_size] = rank_logits
+        return logits
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Destroy the process group that `join` created.
+
+        Python would abort if it ended while a thread of Gloo still holds a tensor.
+        """
+        if not self.owns_process_group:
+            return
+        dist.barrier()  # others may still need this process
+        gc.collect()  # DDP holds the group, and is part of a reference cycle
+        dist.destroy_process_group()
+        self.owns_process_group = False
+
+
+def join(device: torch.device) -> Group:
+    """Meet the other processes of this torchrun, which may still be loading their data.
+
+    Without torchrun this process is alone, unless the caller has created a process group.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Group(device, dist.get_rank(), dist.get_world_size())
+    if not LAUNCHED:
+        return Group(device)
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device  # NCCL would have to guess it
+    store = _agent_store()
+    if store is not None:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        options["store"] = _fresh_prefix(store, rank, world_size)
+        options["rank"] = rank
+        options["world_size"] = world_size
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, **options)
+    return Group(device, dist.get_rank(), dist.get_world_size(), owns_process_group=True)
+
+
+def _fresh_prefix(store: "dist.Store", rank: int, world_size: int) -> "dist.Store":
+    """A part of the store without the addresses of processes that a restart has ended.
+
+    A new group would call these and wait for ever (pytorch/pytorch issue 135712). Rank 0 names the
+    part. The others may read the name of an old part first; so each of them asks there with a fresh
+    token, and takes the part for the new one when rank 0 answers with this token.
+    """
+    token = uuid.uuid4().hex
+    if rank == 0:
+        part = dist.PrefixStore(token, store)
+        store.set(PREFIX_KEY, token)
+        for other in range(1, world_size):
+            part.wait([f"asked by {other}"], TIMEOUT)
+            part.set(f"answer to {other}", part.get(f"asked by {other}").decode())
+        return part
+    store.wait([PREFIX_KEY], TIMEOUT)
+    question, answer = f"asked by {rank}", f"answer to {rank}"
+    while True:
+        part = dist.PrefixStore(store.get(PREFIX_KEY).decode(), store)
+        part.set(question, token)
+        time.sleep(0.05)
+        if part.check([answer]) and part.get(answer).decode() == token:
+            return part

@@ -1,0 +1,47 @@
+"""Files that are never half written."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}  # errno of a place without write access
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename it.
+
+    Whoever reads `path` meanwhile sees the old content or the new one. With several processes the
+    caller sees to it that only one of them writes. Raises OSError, which names `path`; the old file
+    is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # gone already, if all went well
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a dictionary as indented JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2).encode())
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows, the header first, as CSV in UTF-8, atomically."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue().encode())

@@ -1,0 +1,1 @@
+"""Networks besides the script's own: the references', torchvision's and a user's."""

@@ -1,0 +1,263 @@
+"""From the settings to a network with its initial weights.
+
+model = instantiate(config, 10, mean, std, 32, cnn=CNN)     --model, with weights drawn from --seed
+loaded = load_initial_weights(model, config, data)          --pretrained and --init-from
+print_summary(model, (3, 32, 32))                           a table of its layers
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from classifier.checkpoints import load_weights, read_checkpoint
+from classifier.config import Config, flag, is_custom_model
+from classifier.datasets.dataset import Dataset
+from classifier.errors import UsageError, UserError
+from classifier.networks import custom, pretrained
+from classifier.networks.pretrained import ImageNetClassifier
+from classifier.networks.references import FACTORIES
+from classifier.text import did_you_mean
+
+
+def network_factory(model: str, cnn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The factory that --model names.
+
+    It is called as `factory(classes=10, channels=3, image_size=32)`; some factories also take
+    `width`, `dropout` or `pretrained`.
+
+    cnn: the factory of the default network, which is in the script.
+
+    Raises UsageError for an unknown model, UserError for a FILE.py that fails.
+    """
+    if model == "cnn":
+        return cnn
+    if model in FACTORIES:
+        return FACTORIES[model]
+    if model.startswith("torchvision:"):
+        name = model.removeprefix("torchvision:")
+        return pretrained.torchvision_factory(name)
+    if is_custom_model(model):
+        return custom.load_factory(model)
+    suggestion = did_you_mean(model, ["cnn", *FACTORIES], ", torchvision:NAME or FILE.py:FACTORY")
+    raise UsageError(f"unknown model {model}: {suggestion}")
+
+
+def instantiate(
+    config: Config,
+    num_classes: int,
+    mean: list[float],
+    std: list[float],
+    image_size: int,
+    cnn: Callable[..., nn.Module],
+    skip_check: bool = False,
+) -> nn.Module:
+    """Build the network of `config.model`, its weights drawn from `config.seed`.
+
+    It holds `pixel_mean` and `pixel_scale`, which normalise its images, as buffers that move with
+    it to a device but are no part of its state dict.
+
+    Args:
+        mean, std: of the training images, per channel, in [0, 1]. An ImageNetClassifier takes
+            ImageNet's instead.
+        image_size: width and height of the images, in pixels.
+        cnn: the factory of the default network.
+        skip_check: do not try the network on two empty images.
+
+    Raises UsageError for an option that this network does not have, UserError for a network that
+    does not work.
+    """
+    torch.manual_seed(config.seed)
+    channels = len(mean)
+    try:
+        factory = network_factory(config.model, cnn)
+        options = _factory_options(config, factory)
+        network = factory(classes=num_classes, channels=channels, image_size=image_size, **options)
+        if not isinstance(network, nn.Module):
+            kind = type(network).__name__
+            raise UserError(f"--model {config.model} returns a {kind}, not a torch.nn.Module")
+        if not skip_check:
+            _check_forward(network, config, num_classes, channels, image_size)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's factory may raise anything
+        raise _network_error(error, config, image_size) from error
+    if config.pretrained:
+        assert isinstance(network, ImageNetClassifier)  # no other network has this option
+        mean, std = network.normalisation
+    pixel_mean = torch.tensor(mean).view(1, -1, 1, 1) * 255
+    pixel_std = torch.tensor(std).view(1, -1, 1, 1) * 255
+    network.register_buffer("pixel_mean", pixel_mean, persistent=False)
+    network.register_buffer("pixel_scale", 1 / pixel_std, persistent=False)
+    return network.train()
+
+
+def _factory_options(config: Config, factory: Callable[..., nn.Module]) -> dict[str, Any]:
+    """Keyword arguments from --width, --dropout and --pretrained, where they are given.
+
+    Raises UsageError for one that the factory does not take.
+    """
+    if config.pretrained and not config.model.startswith("torchvision:"):
+        raise UsageError(
+            f"--pretrained is no option of the network {config.model}, but of torchvision:NAME"
+        )
+    options: dict[str, Any] = {}
+    if config.width is not None:
+        options["width"] = config.width
+    if config.dropout is not None:
+        options["dropout"] = config.dropout
+    if config.pretrained:
+        options["pretrained"] = True
+    accepted = inspect.signature(factory).parameters
+    for name in options:
+        if name not in accepted:
+            raise UsageError(f"{flag(name)} is no option of the network {config.model}")
+    return options
+
+
+def _check_forward(
+    network: nn.Module, config: Config, num_classes: int, channels: int, image_size: int
+) -> None:
+    """Try a network on empty images of each size it will get. Lazy layers get their shapes here."""
+    sizes = [image_size]
+    if config.progressive_resizing:
+        sizes.append(image_size // 2)
+    network.eval()
+    for size in sizes:
+        with torch.no_grad():
+            logits = network(torch.zeros(2, channels, size, size))
+        if is_custom_model(config.model):
+            custom.check_logits(logits, num_classes, config.model)
+
+
+def _network_error(error: BaseException, config: Config, image_size: int) -> UserError:
+    """What is wrong with a network that cannot be built or fails on empty images."""
+    hint = ""
+    if is_custom_model(config.model):
+        hint = custom.error_hint(error, config.model)
+    elif not isinstance(error, ValueError):  # a ValueError says itself what the network needs
+        hint = pretrained.size_hint(config.model, image_size)
+    images = f"images of {image_size} pixels"
+    if config.progressive_resizing:
+        images += f", or of {image_size // 2}, with which --progressive-resizing begins"
+    reason = custom.describe_error(error) + hint
+    return UserError(f"--model {config.model} does not work on {images}: {reason}")
+
+
+def smoke_test_custom(model: nn.Module, config: Config, image_shape: tuple[int, ...]) -> None:
+    """Train a user's network on empty images of that shape, (C, H, W); it stays as it is.
+
+    Raises UserError if that fails. Does nothing for other networks.
+    """
+    if is_custom_model(config.model):
+        custom.smoke_test(model, config.model, image_shape, config.batch_size or 2)
+
+
+def freeze(model: nn.Module, config: Config) -> None:
+    """With --freeze, train only the last layer.
+
+    Raises UsageError if the other layers would keep the weights they were drawn with.
+    """
+    if not config.freeze:
+        return
+    if not config.init_from and not config.pretrained:
+        raise UsageError(
+            "--freeze trains only the last layer: it needs --init-from or --pretrained"
+        )
+    pretrained.freeze_all_but_last_layer(model)
+
+
+def load_initial_weights(model: nn.Module, config: Config, data: Dataset) -> bool:
+    """Load the weights of --pretrained or --init-from; False if the settings have neither.
+
+    The last layer of a file for other classes stays new. Raises UserError for a file that is
+    damaged or holds another network, OSError for one that cannot be opened.
+    """
+    if config.pretrained:
+        assert isinstance(model, ImageNetClassifier)
+        _load_pretrained(model, config.init_from, data.classes)
+        return True
+    if config.init_from:
+        _load_checkpoint(model, config, data.classes)
+        return True
+    return False
+
+
+def _load_pretrained(model: ImageNetClassifier, init_from: str, classes: list[str]) -> None:
+    """Load ImageNet's weights, or those in a file: torchvision's own or a checkpoint of ours."""
+    if not init_from:
+        weights = pretrained.download_imagenet_weights(model)
+        pretrained.load_pretrained(model, weights, model.weights.url, keep_last_layer=False)
+        return
+    weights, weights_classes = _read_pretrained_file(init_from)
+    same_classes = weights_classes == classes
+    pretrained.load_pretrained(model, weights, init_from, keep_last_layer=same_classes)
+    if weights_classes is not None and not same_classes:
+        _note_new_last_layer(init_from)
+
+
+def _read_pretrained_file(path: str) -> tuple[dict[str, torch.Tensor], list[str] | None]:
+    """The weights in a file, under an ImageNetClassifier's names, and the classes they are for.
+
+    None instead of the classes: torchvision's own file, for ImageNet's.
+    """
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
+        content = pretrained.read_torchvision_file(path)
+        if "classes" in content:  # a checkpoint after all
+            raise UserError(f"--pretrained: {error}") from None
+        return pretrained.rename_torchvision_weights(content), None
+    return checkpoint["model"], checkpoint["classes"]
+
+
+def _load_checkpoint(model: nn.Module, config: Config, classes: list[str]) -> None:
+    """Load the weights of --init-from."""
+    checkpoint = read_checkpoint(config.init_from)
+    weights = checkpoint["model"]
+    if checkpoint["classes"] != classes:
+        _note_new_last_layer(config.init_from)
+        weights.update(pretrained.last_layer_weights(model))
+    try:
+        load_weights(model, weights, config.init_from)
+    except UserError as error:
+        differences = _network_options_of(checkpoint["config"], config)
+        if not differences:
+            raise
+        raise UserError(f"{error}; it was made with {differences}") from None
+
+
+def _note_new_last_layer(source: str) -> None:
+    print(f"note: {source} is for other classes: the last layer starts anew")
+
+
+def _network_options_of(settings: dict[str, Any], config: Config) -> str:
+    """The options of the network that a checkpoint was made with, where they differ from config."""
+    options = []
+    for name in ("model", "width"):
+        value = settings.get(name)
+        if value is not None and value != getattr(config, name):
+            options.append(f"{flag(name)} {value}")
+    if settings.get("pretrained") and not config.pretrained:
+        options.append("--pretrained")
+    return " ".join(options)
+
+
+def print_summary(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Print torchsummary's table of a network on the CPU.
+
+    Where torchsummary fails, print the number of parameters. Random states and the network stay as
+    they are. image_shape: (C, H, W).
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            from torchsummary import summary
+
+            # A copy, because torchsummary leaves its hooks in a network that fails.
+            summary(copy.deepcopy(model).eval(), image_shape, device="cpu")
+    except Exception as error:
+        num_parameters = sum(weight.numel() for weight in model.parameters())
+        print(f"{num_parameters:,} parameters (no table: {error!r})")

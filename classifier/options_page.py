@@ -1,0 +1,121 @@
+"""The text of docs/options.md: every option with its default, and all recipes."""
+
+from collections.abc import Iterable
+from dataclasses import Field
+from typing import Any
+
+from classifier import recipes
+from classifier.cli import format_default, format_value, grouped_fields, metavar
+from classifier.config import FIELD_TYPES, flag
+from classifier.recipes import Settings
+
+INTRODUCTION = """\
+# Options
+
+`python image_classification.py --help` prints them in short. This page is generated from
+`classifier/config.py` and `classifier/recipes.py`. The defaults in these tables are for the network
+`cnn` on CIFAR-10.
+"""
+# What the page says beyond the help, by setting.
+DETAILS = {
+    "mirror": "For a classroom without internet, for example.",
+    "width": "For `cnn`, and for custom networks that take it.",
+    "dropout": "Default for `cnn` 0, for `beginner-cnn` and `coursework-cnn` 0.5, for "
+    "`notebook-cnn` and `fcn` 0.25, for `resnet18-dropout` 0.1.",
+    "pretrained": "Images get their normalisation, too.",
+    "init_from": "With `--pretrained`, it may be one of torchvision's files.",
+    "freeze": "After `--pretrained` or `--init-from`.",
+    "minutes": "Downloads are included.",
+    "batch_size": "At most all training images.",
+    "lr": "With Muon, the weights that it leaves to AdamW get a twelfth of it.",
+    "momentum": "Adam and AdamW keep PyTorch's betas.",
+    "weight_decay": "With Muon, it affects only AdamW's weights.",
+    "scheduler": "`cosine`: half a cosine wave down to 0. `step`: divided by 10 at 50 and at 75 % "
+    "of the run. `plateau`: divided by 10 after three epochs without a lower validation loss. "
+    "`none`: constant.",
+    "class_balance": "`weights`: rare classes count more in the loss. `oversample`: their images "
+    "are repeated within an epoch. `undersample`: an epoch uses as many images of each class as "
+    "the rarest has.",
+    "device": "`auto`: CUDA, then MPS, then the CPU.",
+    "precision": "`auto`: bf16 where it is fast, fp16 on older NVIDIA GPUs, else fp32.",
+    "compile": "Takes a minute first, and needs a C++ compiler on a CPU.",
+    "repeat": "Each seed has a folder seed-N in the run folder. The model with the lowest "
+    "validation loss is kept; without validation images, the first.",
+    "tta": "Not where mirroring changes what an image means. The views are averaged.",
+    "out": "An older file of that name is replaced.",
+    "resume": "Trial runs are no candidates for `last`.",
+    "fast_dev_run": "It replaces no model.",
+}
+
+
+def options_page(default_recipe: Settings) -> str:
+    """docs/options.md in Markdown.
+
+    default_recipe: the settings for the network cnn on CIFAR-10.
+    """
+    parts = [INTRODUCTION]
+    for title, entries in grouped_fields().items():
+        parts.append(f"## {title.capitalize()}\n")
+        parts.append(_options_table(entries, default_recipe))
+    parts += _defaults_section(default_recipe)
+    parts.append("## Recipes\n")
+    parts.append(_settings_table("recipe", {**recipes.RECIPES, "default": default_recipe}))
+    return "\n".join(parts)
+
+
+def _defaults_section(default_recipe: Settings) -> list[str]:
+    names = ("lr", "momentum", "weight_decay")
+    of_optimizers = {default_recipe["optimizer"]: {name: default_recipe[name] for name in names}}
+    of_optimizers.update(recipes.OPTIMIZER_DEFAULTS)
+    of_networks = {
+        **recipes.NETWORK_DEFAULTS,
+        "torchvision:NAME": recipes.TORCHVISION_DEFAULTS,
+        "torchvision:NAME --pretrained": recipes.PRETRAINED_DEFAULTS,
+        "FILE.py:FACTORY": recipes.CUSTOM_MODEL_DEFAULTS,
+    }
+    return [
+        "## Defaults\n",
+        "An explicit option overrides a recipe, and a recipe overrides the defaults of the\n"
+        "network, the optimiser and the data set, in this order. A network's learning rate is for\n"
+        "its own optimiser: with another one, that one's defaults come first.\n",
+        _settings_table("data set", recipes.DATASET_DEFAULTS),
+        "For other data sets, batch size and epochs depend on the number of images, and `crop` is\n"
+        "a sixteenth of their size.\n",
+        _settings_table("optimiser", of_optimizers),
+        _settings_table("network", of_networks),
+        "For all networks but `cnn`, and for images below 28 pixels, the default is\n"
+        "`--progressive-resizing 0`.\n",
+    ]
+
+
+def _options_table(entries: Iterable[Field[Any]], default_recipe: Settings) -> str:
+    lines = ["| option | meaning | default |", "| --- | --- | --- |"]
+    for entry in entries:
+        option, default = flag(entry.name), ""
+        if FIELD_TYPES[entry.name] is not bool:
+            option += f" {metavar(entry.name)}"
+            default = format_default(entry, default_recipe)
+        meaning = entry.metadata["help"]
+        if entry.metadata["choices"]:
+            choices = ", ".join(f"`{choice}`" for choice in entry.metadata["choices"])
+            meaning += f" ({choices})"
+        if entry.name in DETAILS:
+            meaning += f". {DETAILS[entry.name]}"
+        lines.append(f"| `{option}` | {_escape(meaning)} | {_escape(default)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings_table(title: str, table: dict[str, Settings]) -> str:
+    lines = [f"| {title} | settings |", "| --- | --- |"]
+    for key, settings in table.items():
+        options = " ".join(_option(name, value) for name, value in settings.items())
+        lines.append(f"| `{key}` | `{_escape(options)}` |")
+    return "\n".join(lines) + "\n"
+
+
+def _option(name: str, value: Any) -> str:
+    return flag(name) if value is True else f"{flag(name)} {format_value(value)}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,232 @@
+"""The pictures that a run and the tools draw. Each function returns a matplotlib Figure."""
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from classifier.augmentations import build_augmentation
+from classifier.config import parse_augment
+from classifier.files import write_atomically
+from classifier.progress import Row
+from classifier.text import percent
+
+if TYPE_CHECKING:  # matplotlib is slow to import
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIN_PIXELS = 32  # smaller images are enlarged for display
+MAX_MISTAKES = 20
+MAX_CLASSES_WITH_NUMBERS = 30  # of a confusion matrix, whose numbers are readable up to here
+
+
+class Sample(NamedTuple):
+    """Some training images as the first epoch sees them; on the device of the images.
+
+    Attributes:
+        order: int64 (N,), indices of the images.
+        flips: bool (N,), whether each is flipped left to right.
+        shifts: int64 (N, 2), by how many pixels each moves down and right.
+    """
+
+    order: torch.Tensor
+    flips: torch.Tensor
+    shifts: torch.Tensor
+
+
+def new_figure(rows: int, columns: int, width: float, height: float) -> "Figure":
+    """An empty figure of rows × columns axes, each of width × height inches.
+
+    It is made without pyplot, which would choose a window system.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((width * columns, height * rows), dpi=110, layout="constrained")
+    figure.subplots(rows, columns)
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> "np.ndarray":
+    """Write a figure as PNG and return its pixels, uint8 (H, W, 3).
+
+    It is drawn only once; Figure.savefig would draw it again.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # class names in Chinese are drawn as boxes
+        canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", dpi=(figure.dpi, figure.dpi))
+    write_atomically(path, buffer.getvalue())
+    return pixels
+
+
+def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figure":
+    """Draw images in a grid, each below its title.
+
+    images: uint8 (N, 3, S, S). They are put together into one image first, because matplotlib takes
+    long to draw many.
+    """
+    # Enlarge small images: gaps and titles are placed to the pixel, which would be too coarse.
+    factor = math.ceil(MIN_PIXELS / images.shape[-1])
+    images = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    size = images.shape[-1]
+    rows = math.ceil(len(images) / columns)
+
+    # Put them into white cells, which leave space for a title above and a gap on the right.
+    gap = round(0.09 * size)
+    title_height = round(0.39 * size)
+    cell_width, cell_height = size + gap, title_height + size
+    cells = torch.full((rows * columns, 3, cell_height, cell_width), 255, dtype=torch.uint8)
+    cells[: len(images), :, title_height:, :size] = images
+    row_images = [torch.cat(list(row), 2) for row in cells.split(columns)]
+    grid = torch.cat(row_images, 1).permute(1, 2, 0)
+
+    figure = new_figure(1, 1, 1.25 * columns, 1.6 * rows)
+    (axes,) = figure.axes
+    axes.imshow(grid.numpy())
+    for i, title in enumerate(titles):
+        row, column = divmod(i, columns)
+        x = column * cell_width + size / 2 - 0.5
+        y = row * cell_height + 0.88 * title_height - 0.5
+        axes.text(x, y, title, fontsize=_title_size(title), ha="center", parse_math=False)
+    axes.axis("off")
+    return figure
+
+
+def _title_size(title: str) -> float:
+    """Font size in points: 7, and less where a line has more than the 22 letters that fit."""
+    longest_line = max(len(line) for line in title.split("\n"))
+    return 7 * 22 / max(22, longest_line)
+
+
+def draw_samples(
+    sample: Sample,
+    gather: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    classes: list[str],
+    augment: str | None,
+) -> "Figure":
+    """Draw training images in rows: as they are, after each step of --augment, and after all.
+
+    Args:
+        gather: picks, flips and shifts images: (order, flips, shifts) of N images to uint8
+            (N, C, H, W).
+        labels: int64, of all training images.
+        augment: the setting of that name.
+
+    The random state is left as it was, so that training goes on as if nothing had been drawn.
+    """
+    sample_labels = labels[sample.order]
+    augment = augment or "none"
+    cuda_devices = [labels.device] if labels.device.type == "cuda" else []
+    rows: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(cuda_devices):
+        for step in ["none", *augment.split(",")]:
+            name = step.partition("=")[0].strip()
+            flip, max_shift, _ = parse_augment(step)
+            flips = torch.full_like(sample.flips, flip)
+            shifts = sample.shifts if max_shift else torch.zeros_like(sample.shifts)
+            images = gather(sample.order, flips, shifts)
+            augment_batch = build_augmentation(step, len(classes))
+            rows[name], _ = augment_batch(images, sample_labels)
+        images = gather(*sample)
+        augment_batch = build_augmentation(augment, len(classes))
+        rows["augmented"], _ = augment_batch(images, sample_labels)
+
+    titles = []
+    for name in rows:
+        for label in sample_labels.tolist():
+            titles.append(classes[label] if name == "none" else name)
+    all_images = torch.cat([images.clamp(0, 255).byte() for images in rows.values()])
+    return draw_images(all_images, titles, len(sample.order))
+
+
+def draw_curves(history: list[Row]) -> "Figure":
+    """Draw loss (left) and accuracy (right) of training and validation over the epochs."""
+    figure = new_figure(1, 2, 5, 4)
+    loss_axes, accuracy_axes = figure.axes
+    _draw_curve(loss_axes, history, "loss", "cross-entropy", factor=1)
+    _draw_curve(accuracy_axes, history, "accuracy", "%", factor=100)
+    return figure
+
+
+def _draw_curve(axes: "Axes", history: list[Row], metric: str, unit: str, factor: int) -> None:
+    """Draw one metric of training and validation, times `factor`, over the epochs."""
+    for name, prefix in (("training", "train"), ("validation", "valid")):
+        values = []
+        for row in history:
+            value = row[f"{prefix}_{metric}"]
+            values.append(math.nan if value is None else factor * value)
+        axes.plot(values, marker=".", label=name)
+    axes.set(title=metric.capitalize(), xlabel="epoch", ylabel=unit)
+    axes.locator_params(axis="x", integer=True)
+    if axes.dataLim.ymax > 100:  # a deep network's first validation losses may be in the millions
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_confusion_matrix(
+    labels: torch.Tensor, predictions: torch.Tensor, classes: list[str]
+) -> "Figure":
+    """Draw how many images of each class (rows) are recognised as which class (columns).
+
+    labels, predictions: int64 (N,). From 31 classes on no numbers are written: they would be too
+    small to read, and take long to draw.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    has_numbers = len(classes) <= MAX_CLASSES_WITH_NUMBERS
+    figure = new_figure(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))
+    (axes,) = figure.axes
+    ConfusionMatrixDisplay.from_predictions(
+        labels,
+        predictions,
+        labels=range(len(classes)),
+        display_labels=classes,
+        ax=axes,
+        cmap="Blues",
+        colorbar=False,
+        include_values=has_numbers,
+        xticks_rotation=45 if has_numbers else "vertical",
+    )
+    for label in axes.get_xticklabels() + axes.get_yticklabels():
+        label.set_parse_math(False)  # a class may be called under_$10
+    return figure
+
+
+def draw_worst_mistakes(
+    images: Any,
+    labels: torch.Tensor,
+    predictions: torch.Tensor,
+    confidences: torch.Tensor,
+    classes: list[str],
+) -> "Figure | None":
+    """Draw up to 20 misclassified images, the most confident first; None if there is no mistake.
+
+    Args:
+        images: uint8 (N, 3, S, S), a tensor or the MemmapImages of a large folder.
+        labels, predictions: int64 (N,).
+        confidences: float (N,), of the predictions.
+    """
+    is_wrong = predictions != labels
+    count = min(MAX_MISTAKES, int(is_wrong.sum()))
+    if count == 0:
+        return None
+    worst = (confidences * is_wrong).argsort(descending=True)[:count].tolist()
+    titles = []
+    for i in worst:
+        label, prediction = classes[labels[i]], classes[predictions[i]]
+        titles.append(f"{label}, taken for\n{prediction} ({percent(confidences[i].item())})")
+    return draw_images(images[worst], titles, 5)

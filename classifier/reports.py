@@ -1,0 +1,289 @@
+"""What a run reports: the closing lines, report.json, its pictures, and the finished model."""
+
+import contextlib
+import hashlib
+import pkgutil
+import platform
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from classifier import __version__, metrics, plots
+from classifier.checkpoints import save_checkpoint
+from classifier.config import Config
+from classifier.datasets.dataset import Dataset, Split
+from classifier.files import write_atomically, write_csv
+from classifier.progress import Row
+from classifier.run_log import RunLog
+from classifier.runs import Run
+from classifier.text import percent
+
+COMMIT_FILE = "COMMIT"  # in the package within a .pyz: see bundle.py
+FEW_TEST_IMAGES = 30  # of a class: with fewer, its figures say little
+OVERFITTING_GAP = 0.1  # between training and validation accuracy, from which a hint is printed
+
+
+@dataclass
+class Report:
+    """The results of a run.
+
+    Attributes:
+        results: content of report.json; shares are in [0, 1].
+        history: a row for each epoch.
+        run: the run folder.
+        checkpoint: the model file.
+    """
+
+    results: dict[str, Any]
+    history: list[Row]
+    run: Path
+    checkpoint: Path
+
+
+def versions(script_source: str | None) -> dict[str, Any]:
+    """Versions of the program, the script and the software it runs on, for files and --version.
+
+    script_source: text of the script, of whose SHA-256 the first 12 digits are kept.
+    """
+    script_hash = None
+    if script_source is not None:
+        script_hash = hashlib.sha256(script_source.encode()).hexdigest()[:12]
+    return {
+        "image_classification": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "script": script_hash,
+    }
+
+
+def commit(script_path: Path | str) -> str | None:
+    """The commit of the repository in the script's folder; None without a repository or git.
+
+    In a .pyz it is the commit that this was made from.
+    """
+    with contextlib.suppress(OSError):
+        bundled = pkgutil.get_data("classifier", COMMIT_FILE) or b""
+        return bundled.decode() or None
+    with contextlib.suppress(OSError):
+        repository = Path(script_path).resolve().with_name(".git")
+        command = ["git", f"--git-dir={repository}", "rev-parse", "--verify", "HEAD"]
+        output = subprocess.run(command, capture_output=True, text=True).stdout
+        return output.strip() or None
+    return None
+
+
+def run_facts(
+    data: Dataset,
+    history: list[Row],
+    seconds: float,
+    num_train_images: int,
+    hardware: str,
+    versions: dict[str, Any],
+    commit: str | None,
+) -> dict[str, Any]:
+    """The part of report.json that says how, where and on what the model was trained.
+
+    Args:
+        seconds: time spent in training and validation.
+        num_train_images: how many images were trained on, at least once.
+        versions, commit: see the functions of these names.
+    """
+    substituted_for = f"CIFAR10: {data.fallback_reason}" if data.fallback_reason else None
+    return {
+        "seconds": seconds,
+        "dataset": data.name,
+        "train_images": num_train_images,
+        "epochs": len(history),
+        "substituted_for": substituted_for,
+        "commit": commit,
+        "hardware": hardware,
+        "versions": versions,
+    }
+
+
+def print_accuracy(results: dict[str, Any]) -> None:
+    """Print the accuracy on the test images and its 95 % interval."""
+    matrix = results["confusion_matrix"]
+    count = sum(sum(row) for row in matrix)
+    hits = sum(matrix[i][i] for i in range(len(matrix)))
+    low, high = results["test_accuracy_interval"]
+    details = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}"
+    if results["substituted_for"]:
+        details += f"; {results['dataset']}, because CIFAR-10 was not available"
+    # rounded down: 100 % means that all are right
+    whole_percent = 100 * hits // count
+    print(f"Accuracy of the network on the {count} test images: {whole_percent} % ({details})")
+
+
+def add_tta_accuracy(results: dict[str, Any], num_views: int, accuracy: float) -> None:
+    """Add the accuracy with test-time augmentation to the results, and print it."""
+    results["test_views"] = num_views
+    results["test_views_accuracy"] = accuracy
+    print(f"Accuracy with {num_views} views of each image: {100 * accuracy:.2f} %")
+
+
+def write_report(
+    run: Run,
+    log: RunLog,
+    config: Config,
+    results: dict[str, Any],
+    history: list[Row],
+    test: Split,
+    logits: torch.Tensor,
+    checkpoint: dict[str, Any],
+) -> Report:
+    """Draw the pictures, write test_predictions.csv, and add the test results to best.pth.
+
+    Run.finish writes report.json, because that file marks a run as finished.
+
+    Args:
+        log: open.
+        results: content of report.json.
+        logits: float32 (N, classes), of the test images, on the CPU.
+        checkpoint: content of best.pth; its metrics get the results of the test.
+    """
+    classes = list(results["class_accuracy"])
+    temperature = results["temperature"]
+    confidences, predictions = metrics.predict(logits, temperature)
+    pictures = _draw_pictures(run.path, history, test, predictions, confidences, classes)
+
+    rows: list[list[Any]] = [["label", "prediction", "confidence"]]
+    for label, prediction, confidence in zip(
+        test.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True
+    ):
+        rows.append([classes[label], classes[prediction], confidence])
+    write_csv(run.path / "test_predictions.csv", rows)
+
+    accuracy, loss = results["test_accuracy"], results["test_loss"]
+    last_epoch = len(history) - 1
+    log.report(config, last_epoch, {"test accuracy": accuracy, "test loss": loss}, pictures)
+
+    checkpoint["metrics"]["test_accuracy"] = accuracy
+    checkpoint["metrics"]["test_loss"] = loss
+    checkpoint["metrics"]["temperature"] = temperature
+    save_checkpoint(run.best, checkpoint)
+    return Report(results, history, run.path, run.best)
+
+
+def _draw_pictures(
+    run: Path,
+    history: list[Row],
+    test: Split,
+    predictions: torch.Tensor,
+    confidences: torch.Tensor,
+    classes: list[str],
+) -> dict[str, Any]:
+    """Draw curves, confusion matrix and worst mistakes into the run folder.
+
+    Returns the pixels of those that TensorBoard shows, by their tags.
+    """
+    plots.save_figure(plots.draw_curves(history), run / "training_results.png")
+    pictures = {}
+    figure = plots.draw_confusion_matrix(test.labels, predictions, classes)
+    pictures["confusion matrix"] = plots.save_figure(figure, run / "confusion_matrix.png")
+    mistakes = plots.draw_worst_mistakes(
+        test.images, test.labels, predictions, confidences, classes
+    )
+    if mistakes is not None:
+        pictures["worst mistakes"] = plots.save_figure(mistakes, run / "worst_mistakes.png")
+    return pictures
+
+
+def print_classes(report: Report, is_trial: bool) -> None:
+    """Print what a report says besides the accuracy: classes, calibration, and what to try next.
+
+    is_trial: whether this was a --fast-dev-run.
+    """
+    results = report.results
+    recall, f1 = results["recall"], results["f1"]
+    test_images = {}  # of each class
+    for name, row in zip(recall, results["confusion_matrix"], strict=True):
+        test_images[name] = sum(row)
+    name_width = max(5, min(20, max(len(name) for name in recall)))
+    for name in recall:
+        details = "not tested"
+        if test_images[name]:
+            details = f"precision {percent(results['precision'][name])}, F1 {percent(f1[name])}"
+        if 0 < test_images[name] < FEW_TEST_IMAGES:
+            details += f", {test_images[name]} tested"
+        print(f"Accuracy for class {name:{name_width}s} is: {percent(recall[name])}  ({details})")
+
+    tested_classes = [name for name in recall if test_images[name]]
+    tested_classes.sort(key=lambda name: (recall[name], f1[name]))
+    print(f"Best class: {tested_classes[-1]}; worst class: {tested_classes[0]}")
+    details = "not calibrated: no validation images"
+    if results["temperature"]:
+        details = f"{percent(results['calibration_error_before'])} before temperature scaling"
+    print(f"Expected calibration error: {percent(results['calibration_error'])} ({details})")
+    duration = tqdm.format_interval(results["seconds"])
+    print(f"Trained on {results['train_images']} images for {duration}")
+    if is_trial:
+        print("This was a trial run on one batch: its results mean nothing")
+    else:
+        _print_hint(report.history[-1], num_classes=len(recall))
+
+
+def _print_hint(row: Row, num_classes: int) -> None:
+    """Print what to try if the last epoch shows that little was learned, or overfitting."""
+    train_accuracy, valid_accuracy = row["train_accuracy"], row["valid_accuracy"]
+    accuracy = train_accuracy if valid_accuracy is None else valid_accuracy
+    if accuracy < min(2 / num_classes, 0.1 + 0.9 / num_classes):
+        print(
+            "This is hardly better than guessing: look at samples.png, try a tenth of --lr, or "
+            "more --epochs"
+        )
+    elif train_accuracy - accuracy > OVERFITTING_GAP:
+        print(
+            f"Overfitting: {percent(train_accuracy)} in training, {percent(accuracy)} in "
+            "validation: try more images, more --augment, or --init-from a trained model"
+        )
+
+
+def model_name(model: str) -> str:
+    """The setting --model as part of a file name: torchvision-resnet18, or FACTORY of a file."""
+    return model.replace("torchvision:", "torchvision-").rpartition(":")[2]
+
+
+def export_model(report: Report, config: Config, data: Dataset) -> Report:
+    """Copy the finished model to where the user finds it, and print what to do next.
+
+    A copy stays in the run folder; for a trial run that is the only one, so that it never replaces
+    a real model.
+    Returns the report with the path of the model.
+    """
+    file_name = f"model_{model_name(config.model)}.pth"
+    if data.name != "CIFAR10":
+        file_name = f"model_{model_name(config.model)}_{data.name}.pth"
+    run_copy = report.run / file_name
+    out = run_copy if config.fast_dev_run else Path(config.out or file_name)
+
+    replaced = ""
+    if out.exists():
+        # at the default place it was written by a run, this one if it was resumed
+        has_copy = not config.out and not run_copy.exists()
+        replaced = " (replaced)"
+        if has_copy:
+            replaced = " (replaced; the run that made the old one has a copy)"
+    content = report.checkpoint.read_bytes()
+    write_atomically(run_copy, content)
+    if out != run_copy:
+        write_atomically(out, content)
+
+    if data.fallback_reason:
+        print(
+            f"*** This model knows {data.name}, not CIFAR-10, which was not available: report.json "
+            "says why ***"
+        )
+    print(f"Model: {out}{replaced}")
+    print(f"Everything else: {report.run}")
+    log_folder = f'"{report.run}"' if config.run_dir else "runs"
+    print(f"View it: tensorboard --logdir {log_folder}")
+    repository = Path(__file__).parent.parent
+    if (repository / "inference.py").exists():  # not in a .pyz
+        print(f'Use it: python inference.py --checkpoint "{out}" IMAGE')
+    return replace(report, checkpoint=out)

@@ -1,0 +1,214 @@
+"""From what the user gave to a complete Config: recipes, resumed runs, defaults and checks.
+
+config = configure(recipe="accuracy94", epochs=3)
+check_before_data(config)
+config = resolve_defaults(config, load_data(config), DEFAULT_RECIPE)
+"""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from classifier import augmentations, recipes, runs
+from classifier.config import Config, is_custom_model, parse_augment
+from classifier.datasets.dataset import Dataset
+from classifier.distributed import Group
+from classifier.errors import UsageError, UserError
+from classifier.networks.custom import split_custom_model
+from classifier.networks.pretrained import check_torchvision_name
+from classifier.recipes import Settings
+from classifier.text import did_you_mean
+
+# Progressive resizing is off by default for smaller images, as half of their size is too little for
+# the network, and for smaller batches, as batch norm needs several values for each channel.
+MIN_IMAGE_SIZE = 28
+MIN_BATCH_SIZE = 4
+
+
+def configure(**given: Any) -> Config:
+    """Build a Config from these settings and those of the recipe, or of the run to resume.
+
+    All other settings keep the defaults of Config. Raises UserError and UsageError, and OSError for
+    a recipe file that cannot be read.
+    """
+    if given.get("resume"):
+        return runs.resume_config(**given)
+    settings = recipes.find_recipe(given.get("recipe", "default"))
+    recipe_model = settings.get("model", "cnn")
+    if given.get("model", recipe_model) != recipe_model:
+        for name in ("width", "dropout"):  # they are meant for the recipe's network
+            settings.pop(name, None)
+    settings.update(given)
+    return Config(**settings)
+
+
+def network_defaults(model: str, pretrained: bool = False) -> Settings:
+    """Default settings of a network; none for cnn, whose defaults are in the default recipe.
+
+    Raises UsageError for an unknown network. The file of a custom network is not executed.
+    """
+    if model == "cnn":
+        return {}
+    if model in recipes.NETWORK_DEFAULTS:
+        defaults = recipes.NETWORK_DEFAULTS[model]
+    elif model.startswith("torchvision:"):
+        check_torchvision_name(model.removeprefix("torchvision:"))
+        defaults = recipes.PRETRAINED_DEFAULTS if pretrained else recipes.TORCHVISION_DEFAULTS
+    elif is_custom_model(model):
+        split_custom_model(model)
+        defaults = recipes.CUSTOM_MODEL_DEFAULTS
+    else:
+        known = ["cnn", *recipes.NETWORK_DEFAULTS]
+        suggestion = did_you_mean(model, known, ", torchvision:NAME or FILE.py:FACTORY")
+        raise UsageError(f"unknown model {model}: {suggestion}")
+    # Not every network accepts images of other sizes.
+    return {"progressive_resizing": 0.0, **defaults}
+
+
+def check_before_data(config: Config) -> None:
+    """Find what is wrong with these settings before a download starts, as far as that is possible.
+
+    Raises UserError and UsageError, and OSError for an --init-from that is missing.
+    """
+    augmentations.build_augmentation(config.augment, 2)
+    network_defaults(config.model)
+    if config.init_from and not config.resume:
+        os.stat(config.init_from)
+
+
+def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) -> Config:
+    """Replace every None by the default for this data set, network and optimiser.
+
+    default_recipe: the settings for the network cnn on CIFAR-10, and of their optimiser.
+
+    Prints notes on settings that are changed or not advisable. Raises UsageError for settings that
+    do not fit this data set, UserError for an --out that cannot be written.
+    """
+    defaults = _default_settings(config, data, default_recipe)
+    config = _limit_batch_size(config, defaults, data)
+    config = _limit_tta(config, data)
+    if config.fast_dev_run:
+        config = replace(config, epochs=1, minutes=0.0, repeat=1)
+    _check_out(config.out)
+    _check_augment(config.augment, data)
+    config = replace(config, dataset=_dataset_to_record(config.dataset, data))
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return replace(config, **missing)
+
+
+def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -> Settings:
+    """A default for each setting that the data set, the network or the optimiser decides on."""
+    of_network = network_defaults(config.model, config.pretrained)
+    if config.model == "cnn":
+        of_network = _pick(default_recipe, "optimizer", "width")
+    optimizer = config.optimizer or of_network["optimizer"]
+    of_optimizer = _optimizer_defaults(optimizer, default_recipe)
+    of_dataset = _dataset_defaults(data, default_recipe)
+    if of_dataset is None or config.pretrained:
+        of_network.pop("epochs", None)  # a network's epochs are for CIFAR-10 and the digits
+        of_dataset = recipes.defaults_for_images(
+            len(data.train.labels), _image_size(data), data.flip_keeps_label, config.pretrained
+        )
+
+    # Later updates override earlier ones.
+    defaults = _pick(default_recipe, "scheduler", "label_smoothing")
+    defaults.update(of_dataset)
+    if optimizer == of_network["optimizer"]:
+        defaults.update(of_optimizer)
+        defaults.update(of_network)
+    else:  # the network's learning rate is meant for another optimiser
+        defaults.update(of_network)
+        defaults.update(of_optimizer)
+    defaults["batch_size"] = min(defaults["batch_size"], of_dataset["batch_size"])
+
+    batch_size = min(config.batch_size or defaults["batch_size"], len(data.train.labels))
+    if _image_size(data) < MIN_IMAGE_SIZE or batch_size < MIN_BATCH_SIZE:
+        defaults["progressive_resizing"] = 0.0
+    return defaults
+
+
+def _optimizer_defaults(optimizer: str, default_recipe: Settings) -> Settings:
+    if optimizer == default_recipe["optimizer"]:
+        return _pick(default_recipe, "lr", "momentum", "weight_decay")
+    return recipes.OPTIMIZER_DEFAULTS[optimizer]
+
+
+def _dataset_defaults(data: Dataset, default_recipe: Settings) -> Settings | None:
+    """Defaults of CIFAR-10 and the digits; None for other data sets."""
+    if data.name == "CIFAR10":
+        return _pick(default_recipe, "epochs", "batch_size", "augment", "progressive_resizing")
+    return recipes.DATASET_DEFAULTS.get(data.name)
+
+
+def _pick(settings: Settings, *names: str) -> Settings:
+    return {name: settings[name] for name in names}
+
+
+def _image_size(data: Dataset) -> int:
+    return data.train.images.shape[-1]
+
+
+def _limit_batch_size(config: Config, defaults: Settings, data: Dataset) -> Config:
+    """Use the whole training set as the batch if it is smaller than the batch size."""
+    num_images = len(data.train.labels)
+    batch_size = config.batch_size or defaults["batch_size"]
+    if batch_size <= num_images:
+        return config
+    print(f"note: the batch size is {num_images}, all training images, not {batch_size}")
+    return replace(config, batch_size=num_images)
+
+
+def _limit_tta(config: Config, data: Dataset) -> Config:
+    """Do without test-time augmentation where a mirrored image means something else."""
+    if config.tta == 1 or data.flip_keeps_label:
+        return config
+    print(f"note: no test-time augmentation: mirroring changes what the images of {data.name} show")
+    return replace(config, tta=1)
+
+
+def _check_out(out: str) -> None:
+    """Fail before training if the model could not be written after it."""
+    path = Path(out or "model.pth")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        target = out or Path.cwd()
+        raise UserError(f"the model cannot be written to {target}: name a file with --out FILE.pth")
+
+
+def _check_augment(text: str | None, data: Dataset) -> None:
+    flip, max_shift, _ = parse_augment(text)
+    if flip and not data.flip_keeps_label:
+        print(
+            f"note: mirroring changes what the images of {data.name} show: "
+            "better leave flip out of --augment"
+        )
+    size = _image_size(data)
+    if max_shift >= size:
+        raise UsageError(f"--augment {text} shifts images of {size} pixels out of sight")
+
+
+def _dataset_to_record(dataset: str, data: Dataset) -> str:
+    """The name under which a resumed run finds the same data set, wherever it is resumed from."""
+    if dataset == "auto":
+        return data.name.lower()
+    if data.report:  # a folder of images
+        return str(Path(dataset).expanduser().resolve())
+    return dataset
+
+
+def check_processes(config: Config, data: Dataset, group: Group) -> None:
+    """Check that processes which train together have the same images, and enough of each batch.
+
+    config: with all defaults. Raises UserError and UsageError.
+    """
+    fingerprint = data.fingerprint()
+    of_rank_0 = group.broadcast_from_rank0(data.fingerprint)
+    if math.dist(fingerprint, of_rank_0) > 1e-9:
+        raise UserError("the processes have different images: give all machines the same data set")
+    smallest = MIN_BATCH_SIZE * group.world_size
+    if group.world_size > 1 and (config.batch_size or 0) < smallest:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is too small for {group.world_size} processes: "
+            f"at least {smallest} are needed"
+        )

@@ -1,0 +1,206 @@
+"""All that a training step changes, and so all that last.pth holds."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from classifier.checkpoints import load_weights, read_checkpoint
+from classifier.config import Config
+from classifier.datasets.dataset import Dataset
+from classifier.errors import UserError
+from classifier.networks.pretrained import ImageNetClassifier
+from classifier.progress import Progress
+
+
+@dataclass
+class TrainState:
+    """A network in training, its optimisers, and how far they have come.
+
+    Attributes:
+        model: the network whose weights are trained.
+        optimizers: they share the trained weights among them.
+        scaler: loss scaling for fp16; disabled in other precisions.
+        ema: moving average of the weights, or None.
+        progress: steps, epochs and history.
+        step_stats: float32 (steps_per_epoch, 2), summed cross-entropy and number of hits of each
+            step of this epoch.
+        micro_batches: how many parts each process computes a batch of whole images in.
+        environment: what has to be the same for a resumed run to repeat an unbroken one bit for bit.
+    """
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None
+    progress: Progress
+    step_stats: torch.Tensor
+    micro_batches: int
+    environment: dict[str, str]
+    nonfinite_buffers: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for group in self.param_groups():
+            group["initial_lr"] = float(group["lr"])  # the peak, of which schedules take a share
+
+        # a network may hold infinities on purpose, in a mask for example
+        self.nonfinite_buffers = set()
+        for name, buffer in self.model.named_buffers():
+            if not buffer.isfinite().all():
+                self.nonfinite_buffers.add(name)
+
+    def eval_model(self) -> nn.Module:
+        """The network to evaluate and to keep: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimisers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that the device part of a step changes: weights, buffers, optimiser states."""
+        return [*self.model.state_dict().values(), *self._optimizer_tensors()]
+
+    def _optimizer_tensors(self) -> list[torch.Tensor]:
+        tensors = []
+        for optimizer in self.optimizers:
+            for weight_state in optimizer.state.values():
+                tensors += [
+                    each for each in weight_state.values() if isinstance(each, torch.Tensor)
+                ]
+        return tensors
+
+    def check_finite(self, steps: int, saving: bool = False, valid_loss: float = 0.0) -> None:
+        """Raise UserError if a loss, or with `saving` anything that is to be saved, is not finite.
+
+        steps: how many steps of this epoch are done; their losses are checked.
+        """
+        bad_steps = (~self.step_stats[:steps, 0].isfinite()).nonzero()
+        kept: list[torch.Tensor] = []
+        if saving:
+            for name, tensor in self.model.state_dict().items():
+                if name not in self.nonfinite_buffers:
+                    kept.append(tensor)
+            kept += self._optimizer_tensors()
+        all_finite = all(tensor.isfinite().all() for tensor in kept)
+        if len(bad_steps) == 0 and math.isfinite(valid_loss) and all_finite:
+            return
+
+        progress, group = self.progress, self.param_groups()[0]
+        step = progress.step - 1
+        if len(bad_steps):
+            step = progress.step - steps + int(bad_steps[0])
+        epoch = step // progress.steps_per_epoch
+        lower_lr = group["initial_lr"] / 10
+        raise UserError(
+            f"the loss is no longer finite at step {step} (epoch {epoch}, lr "
+            f"{float(group['lr']):.3g}): try --lr {lower_lr:.2g} or --grad-clip 1"
+        )
+
+    # ---- files ----
+
+    def model_file(
+        self, config: Config, data: Dataset, num_images_seen: int, versions: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The content of a model file, with the weights of this moment or their moving average."""
+        mean, std = data.mean, data.std
+        if isinstance(self.model, ImageNetClassifier):
+            mean, std = self.model.normalisation
+        history = self.progress.history
+        return {
+            "model": self.eval_model().state_dict(),
+            "config": asdict(config),
+            "classes": data.classes,
+            "mean": mean,
+            "std": std,
+            "image_size": data.train.images.shape[-1],
+            "dataset": data.name,
+            "train_images": num_images_seen,
+            "versions": versions,
+            "metrics": dict(history[-1]) if history else {},
+        }
+
+    def saved_state(self, model_file: dict[str, Any], data: Dataset) -> dict[str, Any]:
+        """The content of last.pth: a model file, and everything else that a resumed run needs."""
+        device = self.step_stats.device
+        random_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        progress = self.progress
+        return {
+            **model_file,
+            "model": self.model.state_dict(),  # not the moving average
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "seconds": progress.seconds,
+            "cost": progress.cost,
+            "history": progress.history,
+            "step_stats": self.step_stats,
+            "micro_batches": self.micro_batches,
+            "random": torch.get_rng_state(),
+            "random_cuda": random_cuda,
+            "environment": self.environment,
+            "fingerprint": data.fingerprint(),
+        }
+
+    def load(self, path: Path, classes: list[str], keep_total_steps: bool) -> None:
+        """Go on from a last.pth; prints a note if the last digits will differ for it.
+
+        classes: those that the file has to be for. keep_total_steps: take over the number of steps
+        that a time budget had found. Raises UserError for a file that does not fit.
+        """
+        saved = read_checkpoint(path, classes)
+        load_weights(self.model, saved["model"], path)
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            _load_optimizer(optimizer, state)
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+
+        progress = self.progress
+        progress.step = saved["step"]
+        progress.seconds = saved["seconds"]
+        progress.cost = saved["cost"]
+        progress.history = saved["history"]
+        if keep_total_steps:
+            progress.total_steps = saved["total_steps"]
+        if not progress.done:  # an epoch that ended early and now goes on gets its row anew
+            del progress.history[progress.epoch :]
+        self.step_stats.copy_(saved["step_stats"])
+
+        torch.set_rng_state(saved["random"])
+        device = self.step_stats.device
+        if device.type == "cuda" and saved["random_cuda"] is not None:
+            torch.cuda.set_rng_state(saved["random_cuda"], device)
+
+        changed = [
+            name
+            for name in self.environment
+            if saved["environment"][name] != self.environment[name]
+        ]
+        for name in changed:
+            print(
+                f"note: {name} was {saved['environment'][name]}, is {self.environment[name]}: "
+                "the last digits will differ from those of an unbroken run"
+            )
+        if not changed:  # elsewhere there may be more memory
+            self.micro_batches = max(self.micro_batches, saved["micro_batches"])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimiser's state, but for what depends on the device of this process."""
+    for saved_group, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for name in ("lr", "initial_lr", "capturable"):
+            if name in group:
+                saved_group[name] = group[name]
+    optimizer.load_state_dict(state)

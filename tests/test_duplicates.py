@@ -1,0 +1,211 @@
+"""Identical and near-identical images: finding them, and keeping them on one side of a split."""
+
+import numpy as np
+import pytest
+import torch
+from classifier.config import Config
+from classifier.datasets import duplicates
+from classifier.datasets.dataset import stratified_split
+from classifier.datasets.folder import load_folder
+from classifier.datasets.folder_layout import list_images
+from classifier.datasets.image_cache import open_cache
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import write_images
+
+QUICK = settings(deadline=None, max_examples=60, derandomize=True, database=None)
+LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)
+
+
+def load(**options):
+    return load_folder(Config(dataset="photos", **options))
+
+
+@pytest.fixture
+def pictures(folder):
+    """A cache, and its images: FILE (N,), sorted by path."""
+
+    def open_pictures():
+        photos = folder / "photos"
+        files, _, _ = list_images({"all": photos}, photos)
+        cache = open_cache(photos, folder / "data", 32, files)
+        return files, cache
+
+    return open_pictures
+
+
+def index_of(images, path):
+    return images["path"].tolist().index(path)
+
+
+# ---- finding them ----
+
+
+def test_pairs_of_identical_and_near_identical_images(folder, pictures):
+    write_images(folder / "photos", {"red": 8, "green": 8})
+    red = folder / "photos" / "red"
+    for name in ("b.png", "c.png"):
+        (red / name).write_bytes((red / "5.png").read_bytes())
+    Image.open(red / "6.png").save(red / "6.jpg", quality=80)
+    images, cache = pictures()
+    pairs = duplicates.near_duplicates(images, cache)
+    assert pairs.dtype == np.int64
+    paths = images["path"]
+    named = {(paths[first], paths[second], kind) for first, second, kind in pairs.tolist()}
+    names = [str(red.relative_to(folder / "photos") / name) for name in ("5.png", "b.png", "c.png")]
+    jpeg, png = (str((red / name).relative_to(folder / "photos")) for name in ("6.jpg", "6.png"))
+    first, second, third = names
+    assert named == {(first, second, 1), (first, third, 1), (jpeg, png, 0)}
+    assert (pairs[:, 0] < pairs[:, 1]).all()
+
+
+def test_plain_images_are_not_near_identical(folder, pictures):
+    write_images(folder / "photos", {"red": 4, "green": 4})
+    for grey in (100, 101, 102):
+        Image.new("RGB", (40, 40), (grey, grey, grey)).save(folder / "photos" / f"red/{grey}.png")
+    images, cache = pictures()
+    assert not len(duplicates.near_duplicates(images, cache))
+
+
+def test_similar_hashes_are_not_enough(folder, pictures):
+    """A picture and the same one much darker differ in their pixels."""
+    write_images(folder / "photos", {"red": 4, "green": 4})
+    photos = folder / "photos"
+    picture = Image.open(photos / "red" / "0.png")
+    picture.point(lambda value: value * 0.8).save(photos / "red" / "dark.png")
+    images, cache = pictures()
+    bits = np.unpackbits(images["record"]["dhash"], axis=1)
+    first = index_of(images, str((photos / "red" / "0.png").relative_to(photos)))
+    second = index_of(images, str((photos / "red" / "dark.png").relative_to(photos)))
+    assert (bits[first] != bits[second]).sum() <= duplicates.MAX_DIFFERENT_BITS
+    assert not len(duplicates.near_duplicates(images, cache))
+
+
+def test_images_in_several_chunks_are_compared(folder, pictures, monkeypatch):
+    write_images(folder / "photos", {"red": 10, "green": 10})
+    for path in [*folder.rglob("*.png")]:
+        Image.open(path).save(path.with_name(f"z{path.stem}.jpg"), quality=80)
+    images, cache = pictures()
+    expected = duplicates.near_duplicates(images, cache)
+    assert len(expected) == 20
+    (cache.path / "near.npz").unlink()
+    monkeypatch.setattr(duplicates, "CHUNK", 3)
+    assert np.array_equal(duplicates.near_duplicates(images, cache), expected)
+
+
+def test_search_ends_when_there_are_many(folder, pictures, monkeypatch):
+    write_images(folder / "photos", {"red": 10, "green": 10})
+    for path in [*folder.rglob("*.png")]:
+        Image.open(path).save(path.with_name(f"z{path.stem}.jpg"), quality=80)
+    images, cache = pictures()
+    monkeypatch.setattr(duplicates, "CHUNK", 2)
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 5)
+    assert len(duplicates.near_duplicates(images, cache)) == 6
+
+
+def test_many_images_are_only_searched_for_identical_ones(folder, monkeypatch):
+    write_images(folder / "photos", {"red": 30, "green": 30})
+    red = folder / "photos" / "red"
+    (red / "copy.png").write_bytes((red / "0.png").read_bytes())
+    Image.open(red / "1.png").save(red / "1.jpg", quality=80)
+    monkeypatch.setattr(duplicates, "MAX_COMPARED", 60)
+    report = load().report
+    assert [kind for *_, kind in report["twins"]] == ["identical"]
+    assert "61 are too many" in "\n".join(report["words"])
+
+
+def test_pairs_are_kept_beside_the_cache(folder, pictures, monkeypatch):
+    write_images(folder / "photos", {"red": 8, "green": 8})
+    red = folder / "photos" / "red"
+    Image.open(red / "6.png").save(red / "6.jpg", quality=80)
+    images, cache = pictures()
+    expected = duplicates.near_duplicates(images, cache)
+    assert len(expected) == 1
+    searches = []
+
+    def search(*given):
+        searches.append(given)
+        return np.empty((0, 2), np.int64)
+
+    monkeypatch.setattr(duplicates, "_search", search)
+    assert np.array_equal(duplicates.near_duplicates(images, cache), expected)
+    assert not searches
+    (red / "7.png").unlink()
+    images, cache = pictures()
+    duplicates.near_duplicates(images, cache)
+    assert len(searches) == 1  # other images
+    for content in (b"", b"no zip file", b"PK\x03\x04"):
+        (cache.path / "near.npz").write_bytes(content)
+        duplicates.near_duplicates(images, cache)
+    assert len(searches) == 4
+
+
+@QUICK
+@given(LABELS)
+def test_first_occurrence(values):
+    expected = [values.tolist().index(value) for value in values.tolist()]
+    assert duplicates.first_occurrence(values).tolist() == expected
+
+
+# ---- keeping them on one side ----
+
+
+@QUICK
+@given(LABELS, st.data())
+def test_test_images_share_no_group_with_training_images(labels, data):
+    places = st.integers(0, len(labels) - 1)
+    links = data.draw(st.lists(st.tuples(places, places), max_size=20))
+    pairs = np.array([(*sorted(pair), 0) for pair in links], np.int64).reshape(-1, 3)
+    indices = np.array(data.draw(st.lists(places, unique=True, min_size=1)))
+    indices.sort()
+    is_test = duplicates.draw_test(labels, indices, pairs)
+    assert is_test.shape == indices.shape
+    assert is_test.dtype == bool
+    for label in set(labels[indices].tolist()):
+        assert not is_test[labels[indices] == label].all()  # each class is trained on
+    side = dict(zip(indices.tolist(), is_test.tolist(), strict=True))
+    for first, second, _ in pairs.tolist():
+        if first in side and second in side and labels[first] == labels[second]:
+            assert side[first] == side[second]
+    if not len(pairs):
+        drawn = stratified_split(torch.from_numpy(labels[indices]), duplicates.TEST_FRACTION)[1]
+        assert np.flatnonzero(is_test).tolist() == drawn.tolist()
+
+
+def test_near_identical_images_stay_on_one_side_of_the_split(folder):
+    write_images(folder / "photos", {"red": 30, "green": 30})
+    for path in [*folder.rglob("*.png")]:
+        Image.open(path).save(path.with_suffix(".jpg"), quality=80)
+    data = load(val_fraction=0.0)
+    assert len(data.report["twins"]) == 60
+    assert 12 < len(data.test.labels) < 36
+    train = data.train.images.flatten(1).float()
+    test = data.test.images.flatten(1).float()
+    mean_differences = torch.cdist(test, train, p=1) / test.shape[1]
+    assert mean_differences.min() > duplicates.MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("count", "pairs", "num_test"),
+    [(30, [[0, 9], [8, 9]], 6 + 2), (10, [[0, i] for i in range(1, 10)], 0)],
+    ids=["a chain", "a whole class"],
+)
+def test_near_identical_images_are_for_one_purpose(folder, monkeypatch, count, pairs, num_test):
+    """Two images of a chain are like a third; a class whose images are all alike is trained on."""
+
+    def hold_out_the_first(labels, fraction):
+        held_out = torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels.unique():
+            members = (labels == label).nonzero()[:, 0]
+            held_out[members[: round(len(members) * fraction)]] = True
+        return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+    write_images(folder / "photos", {"red": 30, "green": count})
+    monkeypatch.setattr(duplicates, "stratified_split", hold_out_the_first)
+    monkeypatch.setattr(duplicates, "near_identical", lambda *given: np.array(pairs))
+    data = load(val_fraction=0.0)
+    green = data.classes.index("green")
+    counts = [int((split.labels == green).sum()) for split in (data.train, data.test)]
+    assert counts == [count - num_test, num_test]

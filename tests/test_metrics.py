@@ -1,0 +1,146 @@
+"""Metrics, each against its definition or another implementation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
+
+from classifier.metrics import (
+    classification_metrics,
+    expected_calibration_error,
+    fit_temperature,
+    predict,
+)
+
+CLASSES = ["cat", "dog", "frog", "horse"]
+
+
+@pytest.fixture
+def outputs():
+    """Logits, float (500, 4), that are too confident, and labels; no image is of class horse."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (500,))
+    logits = 4 * torch.randn(500, 4)
+    logits[torch.arange(500), labels] += 5
+    return logits, labels
+
+
+def test_metrics_are_those_of_scikit_learn(outputs):
+    logits, labels = outputs
+    results = classification_metrics(logits, labels, CLASSES, 1.7)
+    predictions = logits.argmax(1)
+    options = {"labels": range(4), "average": None, "zero_division": 0}
+    for name, score in {
+        "precision": precision_score,
+        "recall": recall_score,
+        "f1": f1_score,
+    }.items():
+        assert list(results[name]) == CLASSES
+        assert list(results[name].values()) == list(score(labels, predictions, **options))
+    assert results["class_accuracy"] == results["recall"]
+    assert results["recall"]["horse"] == 0
+    assert results["test_accuracy"] == accuracy_score(labels, predictions)
+    expected_loss = log_loss(labels, logits.double().softmax(1), labels=range(4))
+    assert results["test_loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert results["temperature"] == 1.7
+
+
+def test_confusion_matrix_has_a_row_for_each_true_class(outputs):
+    logits, labels = outputs
+    matrix = classification_metrics(logits, labels, CLASSES, None)["confusion_matrix"]
+    counts = torch.zeros(4, 4, dtype=torch.int64)
+    for label, prediction in zip(labels, logits.argmax(1), strict=True):
+        counts[label, prediction] += 1
+    assert matrix == counts.tolist()
+    assert matrix[3] == [0, 0, 0, 0]
+
+
+def test_interval_is_wilsons(outputs):
+    results = classification_metrics(*outputs, CLASSES, None)
+    share, z2 = results["test_accuracy"], 1.959964**2 / 500  # Wilson (1927)
+    middle = share + z2 / 2
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    expected = [(middle - half) / (1 + z2), (middle + half) / (1 + z2)]
+    assert results["test_accuracy_interval"] == pytest.approx(expected)
+
+
+def test_results_are_plain_numbers_in_the_order_of_the_report(outputs):
+    results = classification_metrics(*outputs, CLASSES, None)
+    assert list(results) == [
+        "test_accuracy",
+        "test_accuracy_interval",
+        "test_loss",
+        "class_accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "confusion_matrix",
+        "temperature",
+        "calibration_error",
+        "calibration_error_before",
+    ]
+    assert type(results["test_accuracy"]) is type(results["precision"]["cat"]) is float
+    assert type(results["confusion_matrix"][0][0]) is int
+    assert results["calibration_error"] == results["calibration_error_before"]
+
+
+def slow_calibration_error(logits, labels):
+    """The definition, image by image: Guo et al., 2017."""
+    gaps = [0.0] * 15
+    for confidence, is_hit in zip(
+        logits.softmax(1).amax(1).tolist(), (logits.argmax(1) == labels).tolist(), strict=True
+    ):
+        gaps[min(14, math.floor(15 * confidence))] += confidence - is_hit
+    return sum(abs(gap) for gap in gaps) / len(labels)
+
+
+def test_calibration_error_is_as_defined(outputs):
+    logits, labels = outputs
+    error = expected_calibration_error(logits, labels)
+    assert error == pytest.approx(slow_calibration_error(logits, labels), abs=1e-5)
+    assert error > 0.02
+
+
+@pytest.mark.parametrize(("label", "expected"), [(0, 0.0), (1, 1.0)])
+def test_calibration_error_of_full_confidence(label, expected):
+    """A confidence of exactly 1 belongs to the last bin."""
+    logits = torch.tensor([[1000.0, 0.0]]).repeat(10, 1)
+    labels = torch.full((10,), label)
+    assert expected_calibration_error(logits, labels) == expected
+
+
+def test_temperature_makes_the_loss_smallest(outputs):
+    logits, labels = outputs
+    temperature = fit_temperature(logits, labels)
+
+    def loss(temperature):
+        scaled = logits / temperature
+        own = F.cross_entropy(scaled, labels, reduction="sum").item()
+        return own - scaled.log_softmax(1).mean().item()  # one more image, of any class
+
+    assert temperature > 1
+    assert loss(temperature) < min(loss(1.05 * temperature), loss(temperature / 1.05), loss(1.0))
+    before = expected_calibration_error(logits, labels)
+    after = expected_calibration_error(logits / temperature, labels)
+    assert after < before
+    results = classification_metrics(logits, labels, CLASSES, temperature)
+    assert results["calibration_error"] == after
+    assert results["calibration_error_before"] == before
+
+
+def test_temperature_stays_finite_where_all_predictions_are_right():
+    labels = torch.arange(4).repeat(10)
+    temperature = fit_temperature(F.one_hot(labels).float(), labels)
+    confidence, prediction = predict(F.one_hot(labels).float(), temperature)
+    assert torch.equal(prediction, labels)
+    assert confidence.max() < 1 - 1 / 100  # 40 images cannot show more
+
+
+def test_prediction_does_not_depend_on_the_temperature(outputs):
+    logits, _ = outputs
+    confidence, prediction = predict(logits, 2.5)
+    assert torch.equal(prediction, logits.argmax(1))
+    assert torch.equal(confidence, (logits / 2.5).softmax(1).amax(1))
+    assert torch.equal(predict(logits)[0], predict(logits, 1.0)[0])

@@ -1,0 +1,225 @@
+"""How many micro-batches a batch is computed in."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from classifier import micro_batches
+from classifier.errors import UserError
+
+CPU = torch.device("cpu")
+PIXELS = 64
+
+
+class Batch(NamedTuple):
+    order: torch.Tensor
+    shifts: torch.Tensor
+
+    def take(self, part):
+        return Batch(*(tensor[part] for tensor in self))
+
+
+class Hungry(nn.Sequential):
+    """A small network that runs out of memory with more than `limit` images at once."""
+
+    def __init__(self, limit, message="CUDA out of memory. Tried to allocate 2 GiB"):
+        super().__init__(nn.Linear(PIXELS, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.limit = limit
+        self.message = message
+
+    def forward(self, images):
+        if self.training and len(images) > self.limit:
+            raise RuntimeError(self.message)
+        return super().forward(images)
+
+
+class Step:
+    """A stand-in for the trainer's forward_backward; notes with what it is called."""
+
+    def __init__(self, rank=0, world_size=1):
+        self.rank, self.world_size = rank, world_size
+        self.calls = []  # (number of images, scale, number of micro-batches)
+        self.models = []
+
+    def __call__(self, model, batch, scale, count):
+        self.calls.append((len(batch.order), scale, count))
+        self.models.append(model)
+        assert model.training
+        length = len(batch.order)
+        first = length * self.rank // self.world_size
+        last = length * (self.rank + 1) // self.world_size
+        for part in batch.order[first:last].tensor_split(count):
+            images = torch.rand(len(part), PIXELS)
+            model(images).sum().backward()
+        return torch.zeros(2)
+
+
+def batch_of(count):
+    return Batch(torch.arange(count), torch.zeros(count, 2))
+
+
+def fit(step, model, count_images, count=1, device=CPU, is_default_network=False):
+    return micro_batches.fit(
+        step,
+        model,
+        batch_of(count_images),
+        count,
+        world_size=step.world_size,
+        device=device,
+        is_default_network=is_default_network,
+    )
+
+
+@pytest.mark.parametrize(
+    ("local_batch_size", "image_size", "expected"),
+    [(500, 32, 3), (170, 32, 1), (171, 32, 2), (500, 64, 12), (500, 256, 32), (1, 32, 1)],
+)
+def test_default_count_on_a_cpu_follows_the_pixels(local_batch_size, image_size, expected):
+    assert micro_batches.default_count(local_batch_size, image_size, CPU) == expected
+
+
+def test_default_count_on_a_gpu():
+    assert micro_batches.default_count(5000, 224, torch.device("cuda")) == 1
+
+
+def test_default_count_reads_the_constant(monkeypatch):
+    monkeypatch.setattr(micro_batches, "CPU_MICRO_BATCH", 50)
+    assert micro_batches.default_count(500, 32, CPU) == 10
+
+
+@pytest.mark.parametrize(
+    ("count", "scale", "batch_size", "world_size", "expected"),
+    [(8, 1.0, 500, 1, 8), (8, 0.75, 500, 1, 5), (8, 0.5, 500, 1, 2), (3, 0.5, 500, 1, 1),
+     (8, 1.0, 5, 1, 5), (8, 1.0, 11, 2, 5)],
+)  # fmt: skip
+def test_count_at_scale(count, scale, batch_size, world_size, expected):
+    assert micro_batches.count_at_scale(count, scale, batch_size, world_size) == expected
+
+
+def test_default_network_is_not_tried_on_a_cpu():
+    step = Step()
+    found = fit(step, Hungry(0), 100, count=3, is_default_network=True)
+    assert found == (3, False) and not step.calls
+    fit(step, Hungry(1000), 100, device=torch.device("cuda"), is_default_network=True)
+    assert step.calls
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1000, 1), (99, 2), (30, 4), (1, 100)])
+def test_batch_is_divided_until_it_fits(capsys, limit, expected):
+    """By doubling, to one image at most."""
+    step = Step()
+    found = fit(step, Hungry(limit), 100, device=torch.device("cuda"))
+    assert found.count == expected
+    counts = [count for _, _, count in step.calls]
+    assert counts == [min(2**i, 100) for i in range(len(counts))] and counts[-1] == expected
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == len(counts) - 1
+    assert all("out of memory" in note and "batch norm" in note for note in notes)
+    images = math.ceil(100 / expected)
+    assert expected == 1 or f" {expected} micro-batches of {images} images" in notes[-1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_not_even_one_image_fits(device):
+    with pytest.raises(UserError, match="--device cpu"):
+        fit(Step(), Hungry(0), 20, device=torch.device(device))
+
+
+def test_error_of_mps_is_recognised():
+    network = Hungry(5, message="MPS backend: cannot allocate memory")
+    assert fit(Step(), network, 20, device=torch.device("mps")).count == 4
+
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit(Step(), Hungry(0, message="the shapes do not match"), 20)
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit(Step(), Hungry(0, message="the shapes do not match"), 100)  # of which bytes are counted
+
+
+def test_count_that_is_asked_for_is_the_least():
+    step = Step()
+    assert fit(step, Hungry(1000), 100, count=7, device=torch.device("cuda")).count == 7
+    assert step.calls == [(100, 1.0, 7)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_tries_its_share(rank):
+    """51 images of two processes: the one with 26 needs two micro-batches of at most 25."""
+    step = Step(rank, world_size=2)
+    found = fit(step, Hungry(25), 51, device=torch.device("cuda"))
+    assert found.count == 1 + rank
+    # as many micro-batches as images, where one process has fewer images
+    step = Step(rank, world_size=2)
+    fit(step, Hungry(1000), 51, count=26, device=torch.device("cuda"))
+    assert step.calls[0][2] == 25
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_unused_params_are_found(frozen):
+    network = Hungry(1000)
+    assert not fit(Step(), network, 20).has_unused_params
+    network.unused = nn.Parameter(torch.ones(2), requires_grad=not frozen)
+    assert fit(Step(), network, 20).has_unused_params == (not frozen)
+
+
+def test_trial_leaves_the_network_alone():
+    network = Hungry(30).eval()
+    step = Step()
+    fit(step, network, 100)
+    assert not network.training
+    assert all(weight.grad is None for weight in network.parameters())
+    assert all(model is not network for model in step.models)
+
+
+def test_only_the_trial_step_draws_random_numbers():
+    """What a run draws depends on it: counting bytes draws nothing, a trial what a step draws."""
+    network = Hungry(1000)
+    torch.manual_seed(0)
+    fit(Step(), network, 100)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.rand(100, PIXELS)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+class Wide(nn.Module):
+    """Keeps about 1 MiB of each image for the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2**18 // PIXELS))
+
+    def forward(self, images):
+        return (images[:, :, None] * self.scale).exp()
+
+
+@pytest.mark.parametrize(
+    ("mib", "images", "world_size", "expected"),
+    [(1000, 100, 1, 1), (40, 100, 1, 3), (1, 100, 1, 6), (1, 31, 1, 1), (1, 64, 2, 2)],
+)
+def test_large_network_is_divided_on_a_cpu(monkeypatch, capsys, mib, images, world_size, expected):
+    """By the bytes that are kept, to 16 images at least; few images are not counted at all."""
+    monkeypatch.setattr(micro_batches, "CPU_BYTES", mib * 2**20)
+    step = Step(world_size=world_size)
+    assert fit(step, Wide(), images, 1).count == expected
+    out = capsys.readouterr().out
+    assert ("an image takes 1 MiB" in out) == (expected > 1)
+    assert step.calls[-1] == (images, 1.0, expected)
+    if images > 31:
+        assert step.calls[:2] == [(8 * world_size, 1.0, 1), (4 * world_size, 1.0, 1)]
+
+
+def test_bytes_are_not_counted_where_more_micro_batches_are_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(micro_batches, "CPU_BYTES", 40 * 2**20)
+    assert fit(Step(), Wide(), 100, count=5).count == 5
+    assert capsys.readouterr().out == ""
+
+
+def test_memory_too_short_to_count_bytes(capsys):
+    """Counting fails with 8 images, so the trial steps find the number."""
+    assert fit(Step(), Hungry(7), 64).count == 16
+    assert "an image takes" not in capsys.readouterr().out
