@@ -1,4 +1,4 @@
-"""A web page that says what a picture shows, and where it sees that.
+"""A web page that classifies pictures, and shows where the network sees their class.
 
     python app.py                                  then open http://127.0.0.1:7860
     python app.py --checkpoint model_cnn.pth --examples holiday/
@@ -7,6 +7,7 @@
 Nothing leaves this machine: no telemetry, and the page loads nothing from the internet.
 """
 
+import argparse
 import contextlib
 import html
 import os
@@ -15,130 +16,237 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
 try:
     import gradio as gr
     import numpy as np
-    import safehttpx  # by which Gradio fetches files
+    import safehttpx  # fetches files for Gradio
     import torch
+    import torch.nn.functional as F
     from PIL import Image
 
-    import image_classification as ic
-    import inference
-    from alternatives.datasets import decode
+    from classifier.cli import run_tool, tool_parser
+    from classifier.datasets.decode import decode
+    from classifier.errors import UserError
     from explain import grad_cam, overlay
-    from inference import Classifier, InferenceError, run
-except ImportError as problem:
+    from inference import (
+        Classifier,
+        dataset_available,
+        find_images,
+        load_dataset_of,
+        load_model,
+        probabilities,
+        read_image,
+    )
+except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+    sys.exit(
+        f"error: {error}: pip install -r requirements-extras.txt, and keep classifier/ and the "
+        "other tools beside this file"
+    )
 except KeyboardInterrupt:
     sys.exit(130)
 
-LARGEST_FILE, LARGEST_IMAGE = "30mb", 80_000_000  # pixels
-SIDE = 384  # pixels, of the picture that is shown with its heat map
-STYLE = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # small images, too, fill their frame
+MAX_FILE_SIZE = "30mb"
+MAX_PIXELS = 80_000_000  # of an image
+PICTURE_SIZE = 384  # pixels, of the picture that is shown with its heat map
+MAX_EXAMPLES = 20  # of a user's folder
+MAX_EXAMPLE_CLASSES = 10  # whose test images are shown
+CSS = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # enlarge small images
 
 
-def classify(model: Classifier, path: str | None) -> tuple[dict[str, float] | None, np.ndarray | None]:
-    """The probability of each class, and the picture with what speaks for the likeliest one: uint8 (S, S, 3).
+def classify(
+    model: Classifier, path: str | None
+) -> tuple[dict[str, float] | None, np.ndarray | None]:
+    """Classify a picture.
 
-    Raises gr.Error, which the page shows, for a file that is no image.
+    path: None if there is no picture; then there is no result either.
+
+    Returns the confidence of each class, and the picture with a heat map of what speaks for the
+    likeliest class, uint8 (S, S, 3). Raises gr.Error, which the page shows, for a file that is not
+    an image.
     """
     if path is None:
         return None, None
     try:
-        pixels = inference.read_one(model, path)
-    except InferenceError as error:
-        why = str(error).replace(f"{path}: ", "").replace(f" {path!r}", "")[:200]
-        raise gr.Error(f"This is no picture that can be read: {why}", print_exception=False) from None
-    shares = inference.probabilities(model, pixels[None])[0]
-    large = torch.from_numpy(decode(Path(path), SIDE).pixels.copy()).permute(2, 0, 1)[None]
-    with contextlib.suppress(InferenceError):  # a network without feature maps: the picture alone
-        heat = grad_cam(model.network, torch.from_numpy(pixels)[None], torch.tensor([int(shares.argmax())]))
-        large = overlay(large, torch.nn.functional.interpolate(heat[None], (SIDE, SIDE), mode="bilinear")[0])
-    return dict(zip(model.classes, shares.tolist(), strict=True)), large[0].permute(1, 2, 0).numpy()
+        pixels = read_image(model, path)
+    except UserError as error:
+        reason = str(error).replace(f"{path}: ", "").replace(f" {path!r}", "")[:200]
+        message = f"This is not a picture that can be read: {reason}"
+        raise gr.Error(message, print_exception=False) from None
+    confidences = probabilities(model, pixels[None])[0]
+    picture = decode(Path(path), PICTURE_SIZE).pixels.copy()
+    with contextlib.suppress(UserError):  # a network without feature maps: the picture alone
+        picture = add_heat_map(model, picture, pixels, int(confidences.argmax()))
+    return dict(zip(model.classes, confidences.tolist(), strict=True)), picture
 
 
-def examples(model: Classifier, folder: str | None, data_dir: str | None, scratch: Path) -> list[str]:
-    """Pictures to click on: those in `folder`, or a test image of each of 10 classes if the data set is at hand."""
-    if folder:
-        paths, problems = inference.find([folder])
-        problems += [f"{path}: there is no such file or folder" for path in paths if not path.exists()]
-        if problems:
-            raise InferenceError(problems[0])
-        return [str(path.resolve()) for path in paths[:20]]
-    written: list[str] = []
-    if inference.at_hand(model, data_dir):
-        with contextlib.suppress(ic.UserError, InferenceError):
-            test = inference.load_its_data(model, data_dir).test
-            firsts = np.unique(test.labels, return_index=True)[1][:10]  # of each class
-            for number, image in enumerate(test.images[firsts]):
-                written.append(str(scratch / f"{number}.png"))
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(written[-1])
-    return written
+def add_heat_map(
+    model: Classifier, picture: np.ndarray, pixels: np.ndarray, label: int
+) -> np.ndarray:
+    """Put Grad-CAM over a picture, uint8 (S, S, 3).
+
+    pixels: the same picture at the network's size, uint8 (3, H, W). label: the class to explain.
+    Raises UserError for a network without feature maps.
+    """
+    image = torch.from_numpy(pixels)[None]
+    heat = grad_cam(model.require_network(), image, torch.tensor([label]))
+    heat = F.interpolate(heat[None], picture.shape[:2], mode="bilinear")[0]
+    background = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    return overlay(background, heat)[0].permute(1, 2, 0).numpy()
 
 
-async def refuse(hostname: str) -> str:
-    """In place of what looks up the address of a file that Gradio is asked to fetch from elsewhere."""
+def example_pictures(folder: str) -> list[str]:
+    """The first pictures in a folder. Raises UserError if there are none."""
+    paths, problems = find_images([folder])
+    for path in paths:
+        if not path.exists():
+            problems.append(f"{path}: there is no such file or folder")
+    if problems:
+        raise UserError(problems[0])
+    return [str(path.resolve()) for path in paths[:MAX_EXAMPLES]]
+
+
+def write_test_images(model: Classifier, data_dir: str | None, folder: Path) -> list[str]:
+    """Write a test image of each class, if the data set is on this machine; returns their paths.
+
+    data_dir: where the data set is, if not where it was in training.
+    """
+    if not dataset_available(model, data_dir):
+        return []
+    try:
+        test = load_dataset_of(model, data_dir).test
+    except UserError:
+        return []
+    _, first_of_class = np.unique(test.labels.numpy(), return_index=True)
+    images = test.images[torch.from_numpy(first_of_class[:MAX_EXAMPLE_CLASSES])]
+    paths = []
+    for number, image in enumerate(images):
+        path = folder / f"{number}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        paths.append(str(path))
+    return paths
+
+
+async def refuse_to_fetch(hostname: str) -> str:
+    """Stands in for the look-up of an address that Gradio is asked to fetch a file from."""
     raise ValueError(f"this page fetches nothing, not from {hostname} either")
 
 
-def build(model: Classifier, pictures: list[str]) -> gr.Blocks:
-    """The page."""
-    with gr.Blocks(title="Image classification", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(f"<h1>What does this picture show?</h1><p>{html.escape(model.about())}</p>", padding=False)
+def build_page(model: Classifier, examples: list[str]) -> gr.Blocks:
+    """The page.
+
+    examples: paths of pictures to click on.
+    """
+    with gr.Blocks(
+        title="Image classification", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
+        description = html.escape(model.describe())
+        gr.HTML(f"<h1>What does this picture show?</h1><p>{description}</p>", padding=False)
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
-                    label="Drop, paste or take a picture", sources=["upload", "clipboard", "webcam"], type="filepath",
-                    height=SIDE, elem_id="picture",
-                )  # fmt: skip
-                # it is handed on as it was uploaded: reading it, with all that can be wrong, is left to classify
-                picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
-                if pictures:
-                    gr.Examples([[path] for path in pictures], picture, label="Or click on one of these")
+                    label="Drop, paste or take a picture",
+                    sources=["upload", "clipboard", "webcam"],
+                    type="filepath",
+                    height=PICTURE_SIZE,
+                    elem_id="picture",
+                )
+                # hand on the file as it was uploaded: classify reads it, and reports what is wrong
+                picture.preprocess = uploaded_path  # type: ignore[method-assign,assignment]
+                if examples:
+                    rows = [[path] for path in examples]
+                    gr.Examples(rows, picture, label="Or click on one of these")
             with gr.Column():
-                answer = gr.Label(label="It shows", num_top_classes=min(5, len(model.classes)), elem_id="answer")
-                seen = gr.Image(
-                    label="Grad-CAM: red is where the network found what speaks for it", interactive=False, height=SIDE,
-                    buttons=["download", "fullscreen"], elem_id="seen",
-                )  # fmt: skip
-        picture.change(lambda path: classify(model, path), picture, [answer, seen], api_name="classify")
+                answer = gr.Label(
+                    label="It shows",
+                    num_top_classes=min(5, len(model.classes)),
+                    elem_id="answer",
+                )
+                heat_map = gr.Image(
+                    label="Grad-CAM: red is where the network found what speaks for it",
+                    interactive=False,
+                    height=PICTURE_SIZE,
+                    buttons=["download", "fullscreen"],
+                    elem_id="seen",
+                )
+        picture.change(
+            lambda path: classify(model, path),
+            picture,
+            [answer, heat_map],
+            api_name="classify",
+        )
     return page
+
+
+def uploaded_path(payload: gr.FileData | None) -> str | None:
+    """Where Gradio has put an uploaded file."""
+    return None if payload is None else payload.path
+
+
+def serve(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page until the program is stopped. Raises UserError if the port is not free."""
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            show_error=True,
+            prevent_thread_lock=True,
+            max_file_size=MAX_FILE_SIZE,
+            footer_links=[],
+            ssr_mode=False,
+            css=CSS,
+        )
+    except OSError as error:
+        message = f"port {port} is not available ({error}): choose another with --port N"
+        raise UserError(message) from None
+    print(f"Open http://{host}:{port} in a browser. Ctrl-C ends it.")
+    if host != "127.0.0.1":
+        print("note: whoever reaches this machine can use the page")
+    try:
+        while True:
+            time.sleep(0.5)  # short, because Windows delays Ctrl-C until it is over
+    finally:
+        page.close()
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of this process; ends it with status 2 if they are wrong."""
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    parser.add_argument(
+        "--examples", metavar="FOLDER", help="pictures to click on (default: test images)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where the data set with these test images is (default: where it was in training)",
+    )
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run as from the command line; serves until it is stopped."""
-    arguments = inference.parser(__doc__)
-    arguments.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine only)")
-    arguments.add_argument("--port", type=int, default=7860, help="(default: 7860)")
-    arguments.add_argument("--examples", metavar="FOLDER", help="pictures to click on (default: test images)")
-    arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is, for these (default: as trained)")
-    options = arguments.parse_args()
-    model = inference.load_model(options.checkpoint, options.device, options.model)
-    if not model.network:
-        raise InferenceError(f"{model.path}: the page needs the .pth")
-    Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow refuses twice as much
-    safehttpx.async_validate_url = refuse
-    with tempfile.TemporaryDirectory() as scratch:
-        page = build(model, examples(model, options.examples, options.data_dir, Path(scratch)))
-        try:
-            page.launch(
-                server_name=options.host, server_port=options.port, share=False, quiet=True, show_error=True,
-                prevent_thread_lock=True, max_file_size=LARGEST_FILE, footer_links=[], ssr_mode=False, css=STYLE,
-            )  # fmt: skip
-        except OSError as error:
-            raise InferenceError(f"port {options.port} cannot be had ({error}): --port N for another") from None
-        print(f"Open http://{options.host}:{options.port} in a browser. Ctrl-C ends it.")
-        if options.host != "127.0.0.1":
-            print("note: whoever reaches this machine can use the page")
-        try:
-            while True:
-                time.sleep(0.5)  # in pieces: Windows hears no Ctrl-C in a long one
-        finally:
-            page.close()
+    options = parse_options()
+    model = load_model(options.checkpoint, options.device, options.model)
+    model.require_network()
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice as many
+    safehttpx.async_validate_url = refuse_to_fetch
+    with tempfile.TemporaryDirectory() as folder:
+        if options.examples:
+            examples = example_pictures(options.examples)
+        else:
+            examples = write_test_images(model, options.data_dir, Path(folder))
+        serve(build_page(model, examples), options.host, options.port)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_tool(main))

@@ -1,13 +1,15 @@
-"""Put runs side by side, and say of two whether their difference is real.
+"""Compare finished runs, and test whether the difference between two of them is significant.
 
-    python compare.py runs/CIFAR10/*                                    a table of all that are finished
+    python compare.py runs/CIFAR10/*                          a table of all finished runs
     python compare.py runs/CIFAR10/* --sort accuracy --format markdown
-    python compare.py runs/CIFAR10/a runs/CIFAR10/b                     and which of the two is better, if one is
+    python compare.py runs/CIFAR10/a runs/CIFAR10/b           and which of the two is better
 
-Two runs are compared image by image: is one network better than the other? Two runs with --repeat are compared by
-their seeds: is one way to train better than the other? Of these, accuracy and seconds in the table are means.
+Two runs are compared image by image: is one network better than the other? Two runs with --repeat
+are compared by their seeds: is one way to train better than the other? The table then gives the
+means of accuracy and seconds.
 
-From Python, too: `runs, _ = read_runs(["runs/CIFAR10/a", "runs/CIFAR10/b"])`, then `table(runs)`, `verdict(*runs)`.
+From Python: `runs, _ = read_runs(["runs/CIFAR10/a", "runs/CIFAR10/b"])`, then `table(runs)` and
+`verdict(*runs)`.
 """
 
 import argparse
@@ -23,41 +25,209 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 try:
-    from inference import InferenceError, expand, run
-except ImportError as problem:
+    from classifier.cli import run_tool
+    from classifier.errors import UserError
+    from classifier.legacy import REMOVED_OPTIONS, translate_settings
+    from inference import expand
+except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements.txt")
+    sys.exit(
+        f"error: {error}: pip install -r requirements.txt, and keep classifier/ and inference.py "
+        "beside this file"
+    )
 
-# Settings that change nothing about the network; `repeat` has a column of its own.
-WITHOUT_EFFECT = {"data_dir", "mirror", "device", "run_dir", "out", "resume", "debug", "keep_epochs", "substitution",
-                  "repeat"}  # fmt: skip
-Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+# Settings that do not change the network; `repeat` has a separate column.
+WITHOUT_EFFECT = {
+    "data_dir",
+    "mirror",
+    "device",
+    "run_dir",
+    "out",
+    "resume",
+    "debug",
+    "keep_epochs",
+    "substitution",
+    "repeat",
+}
+Z = 1.959964  # 95 % of a normal distribution are within so many standard deviations of its mean
+ALPHA = 0.05  # significance level
+NO_VERDICT = "Cannot tell which is better"
+
+# ---- Reading runs --------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
-    """A finished run, of one seed or of several, as its files tell of it."""
+    """A finished run, of one seed or of several.
+
+    Attributes:
+        path: its folder.
+        name: a short name that no other run of the comparison has.
+        settings: content of config.json, in the names of this version.
+        dataset: name of the data set.
+        hardware: what it was trained on.
+        num_train: number of training images.
+        num_test: number of test images.
+        seconds: time of training; the mean over seeds.
+        seeds: test accuracy in [0, 1] of each seed.
+        interval: 95 % interval of the accuracy, in [0, 1]: of one seed over test images (Wilson),
+            of several over seeds (Student's t).
+        script: digest of the image_classification.py that trained it; empty for old versions.
+    """
 
     path: Path
     name: str
     settings: dict[str, Any]
     dataset: str
     hardware: str
-    trained: int  # training images
-    tested: int  # test images
-    seconds: float  # of training, the mean over seeds
-    seeds: dict[int, float]  # the test accuracy of each, [0, 1]
-    interval: tuple[float, float]  # 95 %, [0, 1]; of one seed over test images (Wilson), of several over seeds (t)
-    script: str = ""  # digest of the image_classification.py that trained it; older ones did not say
+    num_train: int
+    num_test: int
+    seconds: float
+    seeds: dict[int, float]
+    interval: tuple[float, float]
+    script: str = ""
 
     @property
     def accuracy(self) -> float:
-        """On the test images, [0, 1]; the mean over seeds."""
+        """Test accuracy in [0, 1]; the mean over seeds."""
         return statistics.fmean(self.seeds.values())
 
 
+def read_runs(names: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs in these folders, and the names of all other folders.
+
+    Patterns such as runs/* are expanded, and a folder that is named twice counts once. Raises
+    UserError for a folder that does not exist and for a damaged file, OSError for a missing
+    config.json.
+    """
+    found: dict[Path, Path] = {}  # by the full path
+    for name in names:
+        paths = expand(name)
+        if not paths:
+            raise UserError(f"{name}: there is no such folder")
+        for path in paths:
+            found[path.resolve()] = path
+
+    finished, others = [], []
+    for path in found.values():
+        if (path / "report.json").exists():
+            finished.append(path)
+        else:
+            others.append(str(path))
+    short_names = shortest_names(finished)
+    runs = [read_run(path, name) for path, name in zip(finished, short_names, strict=True)]
+    return runs, others
+
+
+def read_run(path: Path, name: str) -> Run:
+    """The run in a folder, or the run of one seed in a folder seed-<k> of it.
+
+    Raises UserError for a damaged file, OSError for a missing one.
+    """
+    report = read_json(path / "report.json")
+    config_file = path / "config.json"
+    seed_folder = None
+    if not config_file.exists():
+        seed_folder = re.fullmatch(r"seed-(\d+)", path.resolve().name)
+    if seed_folder:
+        config_file = path.resolve().parent / "config.json"
+    settings = current_settings(read_json(config_file))
+    try:
+        first_seed = int(seed_folder[1] if seed_folder else settings["seed"])
+        seed_reports = report.get("repeats") or [report]
+        seeds = {}
+        for seed, seed_report in enumerate(seed_reports, first_seed):
+            seeds[seed] = float(seed_report["test_accuracy"])
+        low, high = report["test_accuracy_interval"]
+        return Run(
+            path,
+            name,
+            settings={**settings, "seed": first_seed, "dataset": report["dataset"]},
+            dataset=str(report["dataset"]),
+            hardware=str(report["hardware"]),
+            num_train=int(report["train_images"]),
+            num_test=sum(sum(row) for row in report["confusion_matrix"]),
+            seconds=statistics.fmean(float(each["seconds"]) for each in seed_reports),
+            seeds=seeds,
+            interval=(float(low), float(high)),
+            script=str(report.get("versions", {}).get("script", "")),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise damaged(path / "report.json", " or config.json beside it") from None
+
+
+def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run in the names of this version.
+
+    Settings of version 0.9 that have been removed stay where they had an effect.
+    """
+    try:
+        return translate_settings(settings)
+    except UserError:
+        removed = {name: settings[name] for name in REMOVED_OPTIONS if name in settings}
+        others = {name: settings[name] for name in settings if name not in removed}
+        return {**translate_settings(others), **removed}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise damaged(path) from None
+    if not isinstance(content, dict):
+        raise damaged(path)
+    return content
+
+
+def damaged(path: Path, more: str = "") -> UserError:
+    return UserError(f"{path}{more} is damaged: leave this run out")
+
+
+def shortest_names(paths: Sequence[Path]) -> list[str]:
+    """For each of these different paths its last parts, as few as make it unique."""
+    all_parts = [path.resolve().parts for path in paths]
+    names = []
+    for parts in all_parts:
+        for count in range(1, len(parts) + 1):
+            ending = parts[-count:]
+            if sum(other[-count:] == ending for other in all_parts) == 1:
+                names.append(Path(*ending).as_posix())
+                break
+    return names
+
+
+def read_predictions(run: Run) -> tuple[list[str], list[bool]]:
+    """The class of each test image, and whether the run predicted it.
+
+    Raises UserError if test_predictions.csv is damaged.
+    """
+    path = run.path / "test_predictions.csv"
+    labels, hits = [], []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                labels.append(row["label"])
+                hits.append(row["label"] == row["prediction"])
+    except (LookupError, ValueError, csv.Error):
+        raise damaged(path) from None
+    expected_hits = run.accuracy * run.num_test
+    if len(hits) != run.num_test or abs(sum(hits) - expected_hits) > 0.01:
+        raise damaged(path, ", which does not fit report.json,")
+    return labels, hits
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
 class Difference(NamedTuple):
-    """By how much b's accuracy is above a's, [-1, 1], with its 95 % interval and p value."""
+    """How much higher the accuracy of b is than that of a.
+
+    Attributes:
+        value: the difference, in [-1, 1].
+        low, high: its 95 % interval.
+        p: p value of the test that there is no difference.
+    """
 
     value: float
     low: float
@@ -65,242 +235,290 @@ class Difference(NamedTuple):
     p: float
 
 
-def read_runs(names: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """The finished runs in these folders, each once, patterns like runs/* expanded, and the names of the others.
+def paired_difference(only_a: int, only_b: int, num_test: int) -> Difference:
+    """Compare two networks that were tested on the same images.
 
-    Raises InferenceError for a folder that does not exist and for a damaged file, OSError for a missing config.json.
-    """
-    found: dict[Path, Path] = {}  # by where they are, so that each counts once
-    for name in names:
-        if not (several := expand(name)):
-            raise InferenceError(f"{name}: there is no such folder")
-        found |= {path.resolve(): path for path in several}
-    finished = [path for path in found.values() if (path / "report.json").exists()]
-    runs = [read_run(path, name) for path, name in zip(finished, shortest_names(finished), strict=True)]
-    return runs, [str(path) for path in found.values() if path not in finished]
+    p is that of the exact McNemar test. The interval is the adjusted Wald interval of Agresti and
+    Min ("Simple improved confidence intervals for comparing matched proportions", 2005), which adds
+    half an image to each of the four cells.
 
-
-def read_run(path: Path, name: str) -> Run:
-    """The run in a folder, or the one seed in a seed-<k> of it. Raises InferenceError, OSError for a missing file."""
-    inner = None if (path / "config.json").exists() else re.fullmatch(r"seed-(\d+)", path.resolve().name)
-    report = read_json(path / "report.json")
-    settings = read_json((path.resolve().parent if inner else path) / "config.json")
-    try:
-        seed = int(inner[1] if inner else settings["seed"])
-        parts = report.get("repeats") or [report]
-        low, high = map(float, report["test_accuracy_interval"])
-        return Run(
-            path, name, settings | {"seed": seed, "dataset": report["dataset"]},
-            dataset=str(report["dataset"]), hardware=str(report["hardware"]), trained=int(report["train_images"]),
-            tested=sum(map(sum, report["confusion_matrix"])), interval=(low, high),
-            seconds=statistics.fmean(float(part["seconds"]) for part in parts),
-            seeds={seed + i: float(part["test_accuracy"]) for i, part in enumerate(parts)},
-            script=str(report.get("versions", {}).get("script", "")),
-        )  # fmt: skip
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise damaged(path / "report.json", " or config.json beside it") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; InferenceError for a damaged one."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError):
-        raise damaged(path) from None
-
-
-def damaged(path: Path, more: str = "") -> InferenceError:
-    return InferenceError(f"{path}{more} is damaged: leave this run out")
-
-
-def shortest_names(paths: Sequence[Path]) -> list[str]:
-    """Of each of these different paths the fewest last parts in which no other ends."""
-    names, parts = [], [path.resolve().parts for path in paths]
-    for own in parts:
-        enough = (i for i in range(1, len(own) + 1) if sum(other[-i:] == own[-i:] for other in parts) == 1)
-        names.append(Path(*own[-next(enough) :]).as_posix())
-    return names
-
-
-def read_predictions(of: Run) -> tuple[list[str], list[bool]]:
-    """Of each test image the class, and whether the run recognised it; InferenceError for a damaged file."""
-    path = of.path / "test_predictions.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [(row["label"], row["prediction"]) for row in csv.DictReader(file)]
-    except (LookupError, ValueError, csv.Error):
-        raise damaged(path) from None
-    right = [label == prediction for label, prediction in rows]
-    if len(right) != of.tested or abs(sum(right) - of.accuracy * of.tested) > 0.01:
-        raise damaged(path, ", which does not fit report.json,")
-    return [label for label, _ in rows], right
-
-
-def paired_difference(only_a: int, only_b: int, tested: int) -> Difference:
-    """Between two networks, from how many of the images that both were tested on only a, and only b recognises.
-
-    p is that of the exact McNemar test. The interval is the adjusted Wald interval of Agresti and Min ("Simple improved
-    confidence intervals for comparing matched proportions", 2005), which adds half an image to each of the four cells.
+    only_a, only_b: how many images only a, and only b, classifies correctly.
     """
     from scipy.stats import binomtest
 
-    count = tested + 2
-    shift = (only_b - only_a) / count
-    half = Z * math.sqrt((only_a + only_b + 1) / count - shift**2) / math.sqrt(count)
-    p = float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return Difference((only_b - only_a) / tested, max(-1.0, shift - half), min(1.0, shift + half), p)
+    p = 1.0
+    if only_a + only_b > 0:
+        p = float(binomtest(only_b, only_a + only_b).pvalue)
+
+    count = num_test + 2
+    center = (only_b - only_a) / count
+    variance = (only_a + only_b + 1) / count - center**2
+    half_width = Z * math.sqrt(variance) / math.sqrt(count)
+    low = max(-1.0, center - half_width)
+    high = min(1.0, center + half_width)
+    return Difference((only_b - only_a) / num_test, low, high, p)
 
 
 def seed_difference(seeds_a: dict[int, float], seeds_b: dict[int, float]) -> Difference:
-    """Between two ways to train, from the accuracy [0, 1] with each of two or more seeds.
+    """Compare two ways to train by the accuracy, in [0, 1], of two or more seeds each.
 
-    Student's t test for pairs where both have the same seeds, else Welch's (1947). Interval and p are NaN where nothing
-    varies from seed to seed, which leaves nothing to tell chance by.
+    By Student's t test for pairs if both have the same seeds, otherwise by Welch's (1947). Interval
+    and p are NaN if the accuracies do not vary, so that chance cannot be estimated.
     """
     from scipy.stats import ttest_ind, ttest_rel
 
-    a, b = ([each[seed] for seed in sorted(each)] for each in (seeds_a, seeds_b))
-    paired, value = seeds_a.keys() == seeds_b.keys(), statistics.fmean(b) - statistics.fmean(a)
-    varying = [[y - x for x, y in zip(a, b, strict=True)]] if paired else [a, b]
-    if max(map(statistics.stdev, varying)) < 1e-9:
+    a = [seeds_a[seed] for seed in sorted(seeds_a)]
+    b = [seeds_b[seed] for seed in sorted(seeds_b)]
+    value = statistics.fmean(b) - statistics.fmean(a)
+    is_paired = seeds_a.keys() == seeds_b.keys()
+    if is_paired:
+        gains = [after - before for before, after in zip(a, b, strict=True)]
+        spread = statistics.stdev(gains)
+    else:
+        spread = max(statistics.stdev(a), statistics.stdev(b))
+    if spread < 1e-9:
         return Difference(value, math.nan, math.nan, math.nan)
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one of two that hardly varies does not hurt
-        result = ttest_rel(b, a) if paired else ttest_ind(b, a, equal_var=False)
+        warnings.simplefilter("ignore")  # it does no harm if one of the two hardly varies
+        result = ttest_rel(b, a) if is_paired else ttest_ind(b, a, equal_var=False)
         low, high = result.confidence_interval(0.95)
     return Difference(value, float(low), float(high), float(result.pvalue))
 
 
+# ---- Which of two runs is better -----------------------------------------------------------------
+
+
 def verdict(a: Run, b: Run) -> list[str]:
-    """Lines that say whether one of two runs, or sets of repeats, is better; InferenceError for a damaged file."""
-    unknown = "Which is better cannot be said"
-    if (a.dataset, a.tested) != (b.dataset, b.tested):
-        return [f"{unknown}: they were tested on different images"]
-    one, many = sorted((a, b), key=lambda each: len(each.seeds))
-    if len(one.seeds) == 1 < len(many.seeds):
-        mend = f"train {one.name} with --repeat {len(many.seeds)} too"
-        return [f"{unknown}: {many.name} is of {len(many.seeds)} seeds, {one.name} of one: {mend}"]
-    if len(one.seeds) > 1:
-        difference = seed_difference(a.seeds, b.seeds)
-        if math.isnan(difference.p):
-            alike = f"{b.name} minus {a.name} is {points(difference.value)} points with every seed"
-            return [f"{unknown}: {alike}, which tells nothing of chance: take more seeds, --repeat"]
-        same = a.seeds.keys() == b.seeds.keys()
-        other = f"Welch's test over {len(a.seeds)} and {len(b.seeds)} seeds, not the same ones"
-        return [sentence(a.name, b.name, difference, f"paired over {len(a.seeds)} seeds" if same else other)]
-    for each in (a, b):
-        if not (each.path / "test_predictions.csv").exists():
-            return [f"{unknown}: {each.name} has no test_predictions.csv, as runs of older versions: train it again"]
-    (labels_a, right_a), (labels_b, right_b) = read_predictions(a), read_predictions(b)
+    """Lines that say whether one of two runs, of one seed or of several, is better.
+
+    Raises UserError for a damaged test_predictions.csv.
+    """
+    if (a.dataset, a.num_test) != (b.dataset, b.num_test):
+        return [f"{NO_VERDICT}: they were tested on different images"]
+    fewer, more = sorted((a, b), key=lambda run: len(run.seeds))
+    if len(fewer.seeds) > 1:
+        return [compare_seeds(a, b)]
+    if len(more.seeds) > 1:
+        count = len(more.seeds)
+        return [
+            f"{NO_VERDICT}: {more.name} is of {count} seeds, {fewer.name} of one: "
+            f"train {fewer.name} with --repeat {count} too"
+        ]
+    return compare_predictions(a, b)
+
+
+def compare_seeds(a: Run, b: Run) -> str:
+    """Whether one of two ways to train is better, in one line."""
+    difference = seed_difference(a.seeds, b.seeds)
+    if math.isnan(difference.p):
+        return (
+            f"{NO_VERDICT}: {b.name} minus {a.name} is {points(difference.value)} points with "
+            "every seed, which says nothing about chance: take more seeds, --repeat"
+        )
+    if a.seeds.keys() == b.seeds.keys():
+        test = f"paired over {len(a.seeds)} seeds"
+    else:
+        test = f"Welch's test over {len(a.seeds)} and {len(b.seeds)} seeds, not the same ones"
+    return describe_difference(a.name, b.name, difference, test)
+
+
+def compare_predictions(a: Run, b: Run) -> list[str]:
+    """Whether one of two networks is better, in one or two lines."""
+    for run in (a, b):
+        if not (run.path / "test_predictions.csv").exists():
+            return [
+                f"{NO_VERDICT}: {run.name} has no test_predictions.csv, which old versions did "
+                "not write: train it again"
+            ]
+    labels_a, hits_a = read_predictions(a)
+    labels_b, hits_b = read_predictions(b)
     if labels_a != labels_b:
-        return [f"{unknown}: they were tested on different images, by the labels in test_predictions.csv"]
-    pairs = list(zip(right_a, right_b, strict=True))
-    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
-    tested = f"paired over {a.tested:,} test images: {only_a} only {a.name} recognises, {only_b} only {b.name}"
+        return [
+            f"{NO_VERDICT}: they were tested on different images, by the labels in "
+            "test_predictions.csv"
+        ]
+    pairs = list(zip(hits_a, hits_b, strict=True))
+    only_a = pairs.count((True, False))
+    only_b = pairs.count((False, True))
+    test = (
+        f"paired over {a.num_test:,} test images: {only_a} only {a.name} recognises, "
+        f"{only_b} only {b.name}"
+    )
+    difference = paired_difference(only_a, only_b, a.num_test)
     return [
-        sentence(a.name, b.name, paired_difference(only_a, only_b, a.tested), tested),
-        "That is about these two networks: with other seeds they would be others. Whether one way to train is better: "
-        "train both with --repeat 5",
+        describe_difference(a.name, b.name, difference, test),
+        "This is about these two networks; other seeds would give others. To find out whether one "
+        "way to train is better, train both with --repeat 5",
     ]
 
 
-def sentence(a: str, b: str, difference: Difference, tested: str) -> str:
-    """The difference in words, seen from the one that is ahead."""
+def describe_difference(a: str, b: str, difference: Difference, test: str) -> str:
+    """The difference in words, seen from the run that is ahead."""
     value, low, high, p = difference
     if value < 0:
-        a, b, value, low, high = b, a, -value, -high, -low
+        a, b = b, a
+        value = -value
+        low, high = -high, -low
     chance = "p < 0.001" if p < 0.001 else f"p = {p:.3g}"
-    figures = f"{points(value)} points (95 % interval {points(low)} to {points(high)}, {chance}; {tested})"
-    if p < 0.05 and low > 0:
+    interval = f"95 % interval {points(low)} to {points(high)}"
+    figures = f"{points(value)} points ({interval}, {chance}; {test})"
+
+    is_significant = p < ALPHA
+    if is_significant and low > 0:
         return f"{b} is better than {a} by {figures}"
-    begin = "Too close to call" if p < 0.05 or low > 0 else "No difference that these runs can show"
-    return f"{begin}: {b} is ahead of {a} by {figures}" if value else f"{begin}: {figures}"
+    conclusion = "No difference that these runs can show"
+    if is_significant or low > 0:  # test and interval disagree
+        conclusion = "Too close to call"
+    if value == 0:
+        return f"{conclusion}: {figures}"
+    return f"{conclusion}: {b} is ahead of {a} by {figures}"
 
 
 def points(share: float) -> str:
+    """A share as percentage points with two digits."""
     return f"{round(100 * share, 2) + 0.0:.2f}"  # + 0.0: not -0.00
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """The settings in which runs differ; a version that lacked one did as if it was off."""
-    names = []
-    for name in dict.fromkeys(name for each in runs for name in each.settings if name not in WITHOUT_EFFECT):
-        values = [each.settings[name] for each in runs if name in each.settings]
-        if len(set(map(repr, values))) > 1 or (len(values) < len(runs) and any(values)):
-            names.append(name)
-    return names
+# ---- The table -----------------------------------------------------------------------------------
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """A head and a row a run: name, settings that differ, training images, accuracy in % with its interval, seconds.
+    """A header and a row for each run.
 
-    Where there are runs of several seeds: how many, and the standard deviation of accuracy over them, in points.
+    The columns: name, settings that differ, training images, accuracy in % with its interval,
+    seconds, hardware. If a run has several seeds: also how many, and the standard deviation of the
+    accuracy over them, in percentage points.
     """
-    names, repeats = differing(runs), any(len(each.seeds) > 1 for each in runs)
-    spread = ["seeds", "std"] if repeats else []
-    rows = [["run", *names, "training images", "accuracy %", "95 % low", "95 % high", *spread, "seconds", "hardware"]]
-    for each in runs:
-        values = ("" if (value := each.settings.get(name)) is None else str(value) for name in names)
-        accuracy = [points(share) for share in (each.accuracy, *each.interval)]
-        if repeats:
-            count = len(each.seeds)
-            spread = [str(count), points(statistics.stdev(each.seeds.values())) if count > 1 else ""]
-        rows.append([each.name, *values, str(each.trained), *accuracy, *spread, f"{each.seconds:.1f}", each.hardware])
+    names = differing_settings(runs)
+    has_repeats = any(len(run.seeds) > 1 for run in runs)
+    header = ["run", *names, "training images", "accuracy %", "95 % low", "95 % high"]
+    if has_repeats:
+        header += ["seeds", "std"]
+    header += ["seconds", "hardware"]
+
+    rows = [header]
+    for run in runs:
+        row = [run.name]
+        for name in names:
+            value = run.settings.get(name)
+            row.append("" if value is None else str(value))
+        row.append(str(run.num_train))
+        row += [points(share) for share in (run.accuracy, *run.interval)]
+        if has_repeats:
+            accuracies = list(run.seeds.values())
+            std = points(statistics.stdev(accuracies)) if len(accuracies) > 1 else ""
+            row += [str(len(accuracies)), std]
+        row += [f"{run.seconds:.1f}", run.hardware]
+        rows.append(row)
     return rows
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings in which runs differ.
+
+    A setting that a run does not know counts as switched off there.
+    """
+    names: dict[str, None] = {}  # a set that keeps their order
+    for run in runs:
+        names.update(dict.fromkeys(run.settings))
+    differing = []
+    for name in names:
+        values = [run.settings[name] for run in runs if name in run.settings]
+        has_several_values = len({repr(value) for value in values}) > 1
+        is_new = len(values) < len(runs) and any(values)
+        if name not in WITHOUT_EFFECT and (has_several_values or is_new):
+            differing.append(name)
+    return differing
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What to know before comparing the accuracies in a table of these runs."""
     lines = []
-    if len(tested := dict.fromkeys(f"{each.dataset}: {each.tested:,}" for each in runs)) > 1:
-        lines.append(f"accuracies on different test images cannot be compared ({', '.join(tested)})")
-    if len({len(each.seeds) > 1 for each in runs}) > 1:
-        lines.append("an interval is over the seeds where there are several, else over the test images")
-    if len({each.script for each in runs if each.script}) > 1:
+    test_sets = dict.fromkeys(f"{run.dataset}: {run.num_test:,}" for run in runs)
+    if len(test_sets) > 1:
+        listed = ", ".join(test_sets)
+        lines.append(f"accuracies on different test images cannot be compared ({listed})")
+    if len({len(run.seeds) > 1 for run in runs}) > 1:
+        lines.append("an interval is over the seeds if a run has several, else over test images")
+    if len({run.script for run in runs if run.script}) > 1:
         lines.append("image_classification.py was changed between these runs")
     return lines
 
 
-def write(kind: str, rows: list[list[str]]) -> None:
+def print_table(rows: list[list[str]], format: str) -> None:
     """Print a table as text, CSV or Markdown."""
-    if kind == "csv":
+    if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-    elif kind == "markdown":
-        for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
-            print("|", " | ".join(cell.replace("|", r"\|") for cell in row), "|")
+    elif format == "markdown":
+        rule = ["---"] * len(rows[0])
+        for row in [rows[0], rule, *rows[1:]]:
+            cells = [cell.replace("|", r"\|") for cell in row]
+            print("|", " | ".join(cells), "|")
     else:
-        columns = list(zip(*rows, strict=True))
-        widths = [max(map(len, column)) for column in columns]
-        number = [all(re.fullmatch(r"[-+.e\d]*", cell) for cell in column[1:]) for column in columns]
-        for row in rows:
-            cells = zip(row, widths, number, strict=True)
-            print("  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip())
+        print_aligned(rows)
+
+
+def print_aligned(rows: list[list[str]]) -> None:
+    """Print a table in columns, with numbers on the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    is_number = [all(re.fullmatch(r"[-+.e\d]*", cell) for cell in column[1:]) for column in columns]
+    for row in rows:
+        cells = []
+        for i, cell in enumerate(row):
+            cells.append(cell.rjust(widths[i]) if is_number[i] else cell.ljust(widths[i]))
+        print("  ".join(cells).rstrip())
+
+
+# ---- From the command line -----------------------------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    parser.add_argument(
+        "--format", default="text", choices=["text", "csv", "markdown"], help="(default: text)"
+    )
+    parser.add_argument(
+        "--sort", default="given", choices=["given", "accuracy"], help="(default: given)"
+    )
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run as from the command line; returns the exit status."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-    arguments.add_argument("--format", default="text", choices=["text", "csv", "markdown"], help="(default: text)")
-    arguments.add_argument("--sort", default="given", choices=["given", "accuracy"], help="(default: given)")
-    options = arguments.parse_args()
+    options = parse_options()
     runs, others = read_runs(options.runs)
+    nothing_to_compare = bool(others) and len(runs) == 1
     if others:
-        alone = "; that leaves nothing to compare the other with" if len(runs) == 1 else ""
-        print(f"note: without report.json, so unfinished or no run: {', '.join(others)}{alone}", file=sys.stderr)
+        consequence = "; only one run is left, which is nothing to compare"
+        print(
+            f"note: without report.json, so unfinished or no run: {', '.join(others)}"
+            f"{consequence if nothing_to_compare else ''}",
+            file=sys.stderr,
+        )
     if not runs:
-        raise InferenceError("no finished run among these: name folders that hold a report.json, like runs/CIFAR10/*")
+        raise UserError(
+            "no finished run among these: name folders that hold a report.json, like runs/CIFAR10/*"
+        )
     for note in notes(runs):
         print(f"note: {note}", file=sys.stderr)
-    ranked = sorted(runs, key=lambda each: -each.accuracy) if options.sort == "accuracy" else runs
-    write(options.format, table(ranked))
+
+    in_order = runs
+    if options.sort == "accuracy":
+        in_order = sorted(runs, key=lambda run: -run.accuracy)
+    print_table(table(in_order), options.format)
     if len(runs) == 2:
+        lines = verdict(*runs)
         if options.format == "text":
-            print("", *verdict(*runs), sep="\n")
+            print("", *lines, sep="\n")
         else:
-            print(*verdict(*runs), sep="\n", file=sys.stderr)  # what is piped on is to be the table only
-    return int(bool(others) and len(runs) == 1)  # then the question has no answer
+            print(*lines, sep="\n", file=sys.stderr)  # a pipe or file gets only the table
+    return 1 if nothing_to_compare else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_tool(main))

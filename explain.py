@@ -1,24 +1,28 @@
 """See what a trained network sees.
 
-    python explain.py                                galleries, Grad-CAM, filters, feature maps, confused classes
-    python explain.py --image cat.jpg                feature maps and Grad-CAM of a picture of your own
-    python explain.py --animate runs/CIFAR10/NAME    Grad-CAM through the epochs of a run made with --keep-epochs
-    python explain.py --label-issues                 training images with a label that is probably wrong
+    python explain.py                                galleries, Grad-CAM, filters, feature maps,
+                                                     confused classes
+    python explain.py --image cat.jpg                feature maps and Grad-CAM of your own picture
+    python explain.py --animate runs/CIFAR10/NAME    Grad-CAM through the epochs of a run made with
+                                                     --keep-epochs
+    python explain.py --label-issues                 training images with a label that is probably
+                                                     wrong
 
-Everything goes into the folder explained/. Grad-CAM (Selvaraju et al., 2017) shows where the network found what speaks
-for a class: the gradient of the class's logit weighs the last feature maps. By Captum.
+Everything goes into the folder explained/. Grad-CAM (Selvaraju et al., 2017) shows where the
+network found what speaks for a class: the gradient of the class's logit weighs the last feature
+maps. It is computed by Captum.
 """
 
+import argparse
 import contextlib
-import csv
 import functools
 import io
 import itertools
 import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     import numpy as np
@@ -26,267 +30,523 @@ try:
     from captum.attr import LayerAttribution, LayerGradCam
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
+    from torch import nn
+    from tqdm import tqdm
 
     import image_classification as ic
-    from inference import Classifier, InferenceError, load_its_data, load_model, parser, ranked, read_one, run
-except ImportError as problem:
+    from classifier import plots
+    from classifier.cli import run_tool, tool_parser
+    from classifier.config import Config
+    from classifier.datasets.dataset import Dataset, Split
+    from classifier.devices import choose_device, keep_freed_memory, training_process
+    from classifier.errors import UserError
+    from classifier.files import write_atomically, write_csv
+    from classifier.heartbeat import Heartbeat
+    from classifier.text import percent
+    from inference import Classifier, load_dataset_of, load_model, read_image, top_classes
+except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+    sys.exit(
+        f"error: {error}: pip install -r requirements-extras.txt, and keep classifier/ and the "
+        "other tools beside this file"
+    )
 except KeyboardInterrupt:
     sys.exit(130)
 
-SHOWN = 40  # images in a gallery
-FOLDS = 3  # networks that --label-issues trains, each without a third of the images
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GALLERY_SIZE = 40  # images
+GALLERY_COLUMNS = 8
+NUM_FOLDS = 3  # networks that --label-issues trains, each without a third of the images
+NUM_MAPS = 8  # feature maps that are drawn of a stage
+NUM_PAIRS = 10  # pairs of confused classes that are printed
+CAM_BATCH_SIZE = 50
+FRAME_SIZE = 160  # pixels, of the picture in a frame of an animation
+CAPTION_HEIGHT = 16
+FRAME_MS = 200
+LAST_FRAME_MS = 1500
 
 
-def stages(network: torch.nn.Module, image: torch.Tensor) -> list[tuple[str, torch.nn.Module, torch.Tensor]]:
-    """Of each size of feature maps the last layer: its name, itself, what it gives of an image, uint8 (1, C, H, W).
+# ---- Feature maps and Grad-CAM -------------------------------------------------------------------
 
-    From the largest maps to the smallest; empty for a network that has none.
+
+class Stage(NamedTuple):
+    """The last layer that gives feature maps of a size.
+
+    Attributes:
+        name: its name in the network.
+        layer: the layer.
+        output: what it gives for an image, float (1, C, H, W).
     """
-    found: dict[torch.Size, tuple[str, torch.nn.Module, torch.Tensor]] = {}
 
-    def note(name: str, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-            found.pop(output.shape[2:], None)  # the last layer of a size stands for it, at its own place in the order
-            found[output.shape[2:]] = (name, layer, output.detach().clone())
+    name: str
+    layer: nn.Module
+    output: torch.Tensor
 
+
+def find_stages(network: nn.Module, image: torch.Tensor) -> list[Stage]:
+    """The last layer of each size of feature maps, in the order in which they are computed.
+
+    image: uint8 (1, C, H, W). Empty for a network without feature maps.
+    """
+    stages: dict[torch.Size, Stage] = {}
+
+    def record(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor) or output.ndim != 4:
+            return
+        size = output.shape[2:]
+        if min(size) > 1:
+            stages.pop(size, None)  # a later layer moves the size to the end of the order
+            stages[size] = Stage(name, layer, output.detach().clone())
+
+    device = next(network.parameters()).device
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for name, layer in list(network.named_modules())[1:]:  # the first one is the network itself
-            hooks.enter_context(layer.register_forward_hook(functools.partial(note, name)))
-        network(ic.normalise(image.to(next(network.parameters()).device), network))
-    return list(found.values())
+        for name, layer in network.named_modules():
+            if layer is network:
+                continue
+            hook = layer.register_forward_hook(functools.partial(record, name))
+            hooks.enter_context(hook)
+        network(ic.normalise(image.to(device), network))
+    return list(stages.values())
 
 
-def grad_cam(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def grad_cam(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Where a network in eval mode finds what speaks for a class.
 
-    images: uint8 (N, C, H, W); targets: int64 (N,), the classes. Returns float32 (N, H, W) in [0, 1] on the CPU, 1
-    where most speaks for it. Raises InferenceError for a network without feature maps.
+    images: uint8 (N, C, H, W). labels: int64 (N,), the class for each image.
+
+    Returns float32 (N, H, W) on the CPU, in [0, 1], where 1 is what speaks for the class most.
+    Raises UserError for a network without feature maps.
     """
-    if not (found := stages(network, images[:1])):
-        raise InferenceError("this network has no feature maps, and so no Grad-CAM")
-    device, method, heat = next(network.parameters()).device, LayerGradCam(network, found[-1][1]), []
-    for some, classes in zip(images.split(50), targets.split(50), strict=True):
-        inputs = ic.normalise(some.to(device), network).requires_grad_()  # frozen layers alone would give no gradient
-        maps = method.attribute(inputs, target=classes.to(device), relu_attributions=True)
-        large = LayerAttribution.interpolate(maps, tuple(images.shape[2:]), "bilinear")
-        heat.append(large.detach().float().cpu()[:, 0])
-    result = torch.cat(heat)
-    return result / result.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    stages = find_stages(network, images[:1])
+    if not stages:
+        raise UserError("this network has no feature maps, and so no Grad-CAM")
+    device = next(network.parameters()).device
+    size = tuple(images.shape[2:])
+    method = LayerGradCam(network, stages[-1].layer)
+    heat_maps = []
+    for start in range(0, len(images), CAM_BATCH_SIZE):
+        batch = slice(start, start + CAM_BATCH_SIZE)
+        inputs = ic.normalise(images[batch].to(device), network)
+        inputs.requires_grad_()  # through frozen layers alone there would be no gradient
+        maps = method.attribute(inputs, target=labels[batch].to(device), relu_attributions=True)
+        maps = LayerAttribution.interpolate(maps, size, "bilinear")
+        heat_maps.append(maps.detach().float().cpu()[:, 0])
+    heat = torch.cat(heat_maps)
+    hottest = heat.amax((1, 2), keepdim=True)
+    return heat / hottest.clamp(min=1e-12)
 
 
 def overlay(images: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """Images, uint8 (N, 3, H, W), under a heat map, float (N, H, W) in [0, 1], which hides them more where it is hot.
+    """Put a heat map over images: the hotter a place, the more of the image it hides.
 
-    Returns uint8 (N, 3, H, W).
+    images: uint8 (N, 3, H, W). heat: float (N, H, W) in [0, 1]. Returns uint8 (N, 3, H, W).
     """
-    colours = torch.from_numpy(colormaps["turbo"](heat.numpy())[..., :3]).permute(0, 3, 1, 2) * 255
-    share = 0.15 + 0.4 * heat[:, None]
-    return ((1 - share) * images + share * colours).byte()
+    rgba = colormaps["turbo"](heat.numpy())
+    colors = torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2) * 255
+    opacity = 0.15 + 0.4 * heat[:, None]
+    return ((1 - opacity) * images + opacity * colors).byte()
 
 
-def save(images: torch.Tensor, titles: list[str], columns: int, path: Path) -> None:
-    ic.save_figure(ic.draw_images(images, titles, columns), path)
+# ---- Pictures of a network -----------------------------------------------------------------------
+
+
+def save_grid(images: torch.Tensor, titles: list[str], columns: int, path: Path) -> None:
+    """Write images, uint8 (N, 3, S, S), as a PNG file, each below its title."""
+    plots.save_figure(plots.draw_images(images, titles, columns), path)
     print(f"{path}: {len(images)} images")
 
 
-def save_csv(header: list[str], rows: list[list[Any]], path: Path) -> None:
-    csv.writer(text := io.StringIO(newline="")).writerows([header, *rows])
-    ic.write_atomically(path, text.getvalue().encode())
+def save_table(header: list[str], rows: list[list[Any]], path: Path) -> None:
+    """Write rows as a CSV file."""
+    write_csv(path, [header, *rows])
     print(f"{path}: {len(rows)} rows")
 
 
-def galleries(model: Classifier, data: Any, out: Path) -> torch.Tensor:
-    """Right and wrong predictions on the test images, the most confident first, with and without Grad-CAM.
+def draw_galleries(model: Classifier, test: Split, out: Path) -> torch.Tensor:
+    """Draw right and wrong predictions, the most confident first, with and without Grad-CAM.
 
     Returns the predictions, int64 (N,).
     """
-    images, labels = data.test
-    sure, guess = (ic.evaluate(model.network, images, labels).logits / (model.temperature or 1)).softmax(1).max(1)
-    for kind, chosen in (("correct", guess == labels), ("incorrect", guess != labels)):
-        order = (sure * chosen).argsort(descending=True)[: min(SHOWN, int(chosen.sum()))]
-        if not len(order):
-            print(f"No gallery_{kind}.png: there is no such prediction among {len(labels)}")
+    network = model.require_network()
+    logits = ic.evaluate(network, *test).logits / (model.temperature or 1)
+    confidences, predictions = logits.softmax(1).max(1)
+    is_correct = predictions == test.labels
+    for kind, is_shown in (("correct", is_correct), ("incorrect", ~is_correct)):
+        count = min(GALLERY_SIZE, int(is_shown.sum()))
+        if count == 0:
+            num_images = len(test.labels)
+            print(f"No gallery_{kind}.png: there is no such prediction among {num_images}")
             continue
+        indices = (confidences * is_shown).argsort(descending=True)[:count]
+        images = test.images[indices]
         titles = []
-        for i in order.tolist():
-            true, other, surety = model.classes[labels[i]], model.classes[guess[i]], ic.percent(sure[i].item())
-            titles.append(f"{true}\n{surety}" if true == other else f"{true}, taken for\n{other}, {surety}")
-        save(images[order], titles, 8, out / f"gallery_{kind}.png")
+        for i in indices.tolist():
+            label, prediction = model.classes[test.labels[i]], model.classes[predictions[i]]
+            titles.append(gallery_title(label, prediction, confidences[i].item()))
+        save_grid(images, titles, GALLERY_COLUMNS, out / f"gallery_{kind}.png")
         try:
-            heat = grad_cam(model.network, images[order], guess[order])
-            save(overlay(images[order], heat), titles, 8, out / f"gallery_{kind}_cam.png")
-        except InferenceError as error:
+            heat = grad_cam(network, images, predictions[indices])
+        except UserError as error:
             print(f"No gallery_{kind}_cam.png: {error}")
-    return guess
+            continue
+        path = out / f"gallery_{kind}_cam.png"
+        save_grid(overlay(images, heat), titles, GALLERY_COLUMNS, path)
+    return predictions
 
 
-def confused(classes: list[str], labels: torch.Tensor, guess: torch.Tensor, out: Path) -> None:
-    """Print and write the pairs of classes that are taken for each other, the most often confused first."""
-    known = len(classes)
-    matrix = torch.bincount(labels * known + guess, minlength=known**2).view(known, known).tolist()
-    rows = []
-    for one, other in itertools.combinations(range(known), 2):
-        there, back, both = matrix[one][other], matrix[other][one], sum(matrix[one]) + sum(matrix[other])
-        if total := there + back:
-            rows.append([classes[one], classes[other], total, there, back, round(total / both, 4)])
-    rows.sort(key=lambda row: -row[2])
-    for a, b, count, there, back, share in rows[:10]:
-        print(f"{a} and {b}: {count} confused, {ic.percent(share)} of both ({there} {a} as {b}, {back} {b} as {a})")
+def gallery_title(label: str, prediction: str, confidence: float) -> str:
+    """The title of an image with this label and this prediction."""
+    if label == prediction:
+        return f"{label}\n{percent(confidence)}"
+    return f"{label}, taken for\n{prediction}, {percent(confidence)}"
+
+
+def list_confused_classes(
+    classes: list[str], labels: torch.Tensor, predictions: torch.Tensor, out: Path
+) -> None:
+    """Print and write the pairs of classes that are mistaken for each other, most frequent first.
+
+    labels, predictions: int64 (N,).
+    """
+    num_classes = len(classes)
+    pairs = labels * num_classes + predictions
+    counts = torch.bincount(pairs, minlength=num_classes**2)
+    matrix = counts.view(num_classes, num_classes).tolist()  # rows: labels
+    rows: list[list[Any]] = []
+    for a, b in itertools.combinations(range(num_classes), 2):
+        a_as_b, b_as_a = matrix[a][b], matrix[b][a]
+        confused = a_as_b + b_as_a
+        if confused:
+            num_images = sum(matrix[a]) + sum(matrix[b])
+            share = round(confused / num_images, 4)
+            rows.append([classes[a], classes[b], confused, a_as_b, b_as_a, share])
+
+    rows.sort(key=lambda row: row[2], reverse=True)
+    for name_a, name_b, confused, a_as_b, b_as_a, share in rows[:NUM_PAIRS]:
+        print(
+            f"{name_a} and {name_b}: {confused} confused, {percent(share)} of both "
+            f"({a_as_b} {name_a} as {name_b}, {b_as_a} {name_b} as {name_a})"
+        )
     header = ["class", "other", "confused", "class_as_other", "other_as_class", "share_of_both"]
-    save_csv(header, rows, out / "confused.csv")
+    save_table(header, rows, out / "confused.csv")
 
 
-def filters(network: torch.nn.Module, out: Path) -> None:
-    """filters.png: what each filter of the first convolution looks for; in colour where it sees colours."""
-    convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+def draw_filters(network: nn.Module, out: Path) -> None:
+    """Draw the filters of the first convolution: in color if it sees colors, else their mean."""
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     if not convolutions:
         print("No filters.png: this network has no convolution")
         return
-    weights = convolutions[0].weight.detach().float().cpu()
-    weights = weights if weights.shape[1] == 3 else weights.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    low, high = weights.amin((1, 2, 3), keepdim=True), weights.amax((1, 2, 3), keepdim=True)
-    pictures = ((weights - low) / (high - low).clamp(min=1e-12) * 255).byte()
-    save(pictures, [str(i) for i in range(len(pictures))], 12, out / "filters.png")
+    weights = convolutions[0].weight.detach().float().cpu()  # (filters, channels, H, W)
+    if weights.shape[1] != 3:
+        weights = weights.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    low = weights.amin((1, 2, 3), keepdim=True)
+    high = weights.amax((1, 2, 3), keepdim=True)
+    images = ((weights - low) / (high - low).clamp(min=1e-12) * 255).byte()
+    titles = [str(i) for i in range(len(images))]
+    save_grid(images, titles, 12, out / "filters.png")
 
 
-def feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> None:
-    """A picture of what each stage of the network makes of an image, uint8 (1, 3, H, W): its 8 strongest maps."""
-    found = stages(model.network, image)
-    label, share = ranked(model, image.numpy(), 1)[0][0]
-    figure = ic.draw(len(found) + 1, 9, 1.3, 1.5)
+def draw_feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> None:
+    """Draw an image, its Grad-CAM, and for each stage of the network the strongest feature maps.
+
+    image: uint8 (1, 3, H, W).
+    """
+    network = model.require_network()
+    stages = find_stages(network, image)
+    ((prediction, confidence),) = top_classes(model, image.numpy(), top_k=1)[0]
+    columns = 1 + NUM_MAPS
+    figure = plots.new_figure(len(stages) + 1, columns, 1.3, 1.5)
     for axes in figure.axes:
         axes.axis("off")
-    figure.axes[0].imshow(image[0].permute(1, 2, 0).numpy())
-    figure.axes[0].set_title(f"{label}\n{ic.percent(share)}", fontsize=8, parse_math=False)
-    if found:
-        heat = grad_cam(model.network, image, torch.tensor([model.classes.index(label)]))
-        figure.axes[1].imshow(overlay(image, heat)[0].permute(1, 2, 0).numpy())
-        figure.axes[1].set_title("Grad-CAM", fontsize=8)
-    for row, (name, layer, output) in enumerate(found, 1):
-        maps = output[0].float().cpu()
-        strongest = maps.abs().mean((1, 2)).argsort(descending=True)[:8].tolist()
-        text = f"{name}\n{type(layer).__name__}\n{maps.shape[2]} x {maps.shape[1]}"
-        figure.axes[9 * row].text(0, 0.5, text, fontsize=7, va="center")
-        for axes, channel in zip(figure.axes[9 * row + 1 :], strongest, strict=False):
-            axes.imshow(maps[channel].numpy(), cmap="viridis")
-            axes.set_title(str(channel), fontsize=7)
-    ic.save_figure(figure, path)
-    print(f"{path}: {label} {ic.percent(share)}, {len(found)} stages")
+
+    # the first row: the image and its Grad-CAM
+    title = f"{prediction}\n{percent(confidence)}"
+    draw_image(figure.axes[0], image, title)
+    if stages:
+        label = torch.tensor([model.classes.index(prediction)])
+        draw_image(figure.axes[1], overlay(image, grad_cam(network, image, label)), "Grad-CAM")
+
+    # a row for each stage
+    for row, stage in enumerate(stages, 1):
+        draw_stage(figure.axes[columns * row : columns * (row + 1)], stage)
+    plots.save_figure(figure, path)
+    print(f"{path}: {prediction} {percent(confidence)}, {len(stages)} stages")
 
 
-def animate(run_folder: Path, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:
-    """cam_<class>.gif: Grad-CAM of a test image of each class, an epoch a frame, from a run made with --keep-epochs."""
-    paths = sorted(run_folder.glob("epoch-*.pth"))
-    if not paths:
-        mend = "name one of its seeds" if list(run_folder.glob("seed-*/epoch-*.pth")) else "train with --keep-epochs"
-        raise InferenceError(f"{run_folder} has no epoch-*.pth: {mend}")
+def draw_image(axes: "Axes", image: torch.Tensor, title: str) -> None:
+    """Draw an image, uint8 (1, 3, H, W), below its title."""
+    axes.imshow(image[0].permute(1, 2, 0).numpy())
+    axes.set_title(title, fontsize=8, parse_math=False)
+
+
+def draw_stage(row: "list[Axes]", stage: Stage) -> None:
+    """Fill a row with the name of a stage and its strongest feature maps."""
+    maps = stage.output[0].float().cpu()  # (C, H, W)
+    strength = maps.abs().mean((1, 2))
+    strongest = strength.argsort(descending=True)[:NUM_MAPS].tolist()
+    size = f"{maps.shape[2]} x {maps.shape[1]}"
+    text = f"{stage.name}\n{type(stage.layer).__name__}\n{size}"
+    row[0].text(0, 0.5, text, fontsize=7, va="center")
+    for axes, channel in zip(row[1:], strongest, strict=False):  # there may be fewer channels
+        axes.imshow(maps[channel].numpy(), cmap="viridis")
+        axes.set_title(str(channel), fontsize=7)
+
+
+# ---- Animations of a run -------------------------------------------------------------------------
+
+
+def animate(run: Path, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:
+    """Write cam_<class>.gif: Grad-CAM of a test image of each class, one frame an epoch.
+
+    run: the folder of a run made with --keep-epochs. model: FILE.py:FACTORY of a custom network.
+    Raises UserError for a run without the models of its epochs.
+    """
+    paths = find_epochs(run)
     last = load_model(paths[-1], device, model)
-    data = load_its_data(last, data_dir)
-    labels = data.test.labels
-    right = ic.evaluate(last.network, *data.test).logits.argmax(1) == labels
-    order = right.int().argsort(descending=True, stable=True)
-    chosen = order[np.unique(labels[order], return_index=True)[1]]  # of each class the first, if possible a right one
-    images, targets = data.test.images[chosen], labels[chosen]
-    names = [data.classes[target] for target in targets]
+    data = load_dataset_of(last, data_dir)
+    indices = choose_examples(last.require_network(), data.test)
+    examples = Split(data.test.images[indices], data.test.labels[indices])
+    names = [data.classes[label] for label in examples.labels]
     frames: list[list[Image.Image]] = [[] for _ in names]
-    for epoch, path in enumerate(ic.tqdm(paths, "Grad-CAM", unit="epoch", leave=False, disable=None)):
-        network = load_model(path, device, model).network
-        shares = ic.evaluate(network, images, targets).logits.softmax(1)
-        pictures = overlay(images, grad_cam(network, images, targets)).permute(0, 2, 3, 1).numpy()
-        for place, name in enumerate(names):
-            canvas = Image.new("RGB", (160, 176), "white")
-            canvas.paste(Image.fromarray(pictures[place]).resize((160, 160), Image.Resampling.BICUBIC))
-            caption = f"epoch {epoch}: {100 * shares[place, targets[place]]:.0f} % {name}"
-            ImageDraw.Draw(canvas).text((4, 162), caption, "black")
-            frames[place].append(canvas)
-    durations = [200] * (len(paths) - 1) + [1500]  # ms
-    for name, (first, *rest) in zip(names, frames, strict=True):
-        first.save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
-        ic.write_atomically(out / f"cam_{name.replace('/', '-')}.gif", buffer.getvalue())
-    print(f"{out}: cam_<class>.gif of {len(frames)} classes, {len(paths)} epochs")
+    progress_bar = tqdm(paths, "Grad-CAM", unit="epoch", leave=False, disable=None)
+    for epoch, path in enumerate(progress_bar):
+        network = load_model(path, device, model).require_network()
+        probabilities = ic.evaluate(network, *examples).logits.softmax(1)
+        heat = grad_cam(network, *examples)
+        for i, picture in enumerate(overlay(examples.images, heat)):
+            share = 100 * probabilities[i, examples.labels[i]]
+            frames[i].append(draw_frame(picture, f"epoch {epoch}: {share:.0f} % {names[i]}"))
+
+    for name, class_frames in zip(names, frames, strict=True):
+        file_name = name.replace("/", "-")
+        save_animation(class_frames, out / f"cam_{file_name}.gif")
+    print(f"{out}: cam_<class>.gif of {len(names)} classes, {len(paths)} epochs")
 
 
-def held_out(config: ic.Config, data: Any, device: torch.device) -> torch.Tensor:
-    """Probabilities of the training images by networks that did not train on them: float32 (N, classes)."""
+def find_epochs(run: Path) -> list[Path]:
+    """The models of a run's epochs, in order. Raises UserError if there are none."""
+    paths = sorted(run.glob("epoch-*.pth"))
+    if paths:
+        return paths
+    advice = "train with --keep-epochs"
+    if list(run.glob("seed-*/epoch-*.pth")):
+        advice = "name one of its seeds"
+    raise UserError(f"{run} has no epoch-*.pth: {advice}")
+
+
+def choose_examples(network: nn.Module, test: Split) -> torch.Tensor:
+    """An image of each class, preferably one that is classified correctly: int64 (classes,)."""
+    predictions = ic.evaluate(network, *test).logits.argmax(1)
+    is_correct = predictions == test.labels
+    correct_first = is_correct.int().argsort(descending=True, stable=True)
+    _, first_of_class = np.unique(test.labels[correct_first].numpy(), return_index=True)
+    return correct_first[torch.from_numpy(first_of_class)]
+
+
+def draw_frame(picture: torch.Tensor, caption: str) -> Image.Image:
+    """A frame of an animation: a picture, uint8 (3, H, W), above its caption."""
+    size = (FRAME_SIZE, FRAME_SIZE)
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    frame = Image.new("RGB", (FRAME_SIZE, FRAME_SIZE + CAPTION_HEIGHT), "white")
+    frame.paste(image.resize(size, Image.Resampling.BICUBIC))
+    ImageDraw.Draw(frame).text((4, FRAME_SIZE + 2), caption, "black")
+    return frame
+
+
+def save_animation(frames: list[Image.Image], path: Path) -> None:
+    """Write a GIF file that plays in a loop, with a longer pause at its end."""
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+# ---- Labels that are probably wrong --------------------------------------------------------------
+
+
+def find_label_issues(model: Classifier, data: Dataset, device: torch.device, out: Path) -> None:
+    """List and draw training images whose label is probably wrong, the most suspicious first.
+
+    By confident learning (Northcutt et al., 2021, cleanlab) on predictions of networks that were
+    not trained on the image.
+    """
+    from cleanlab import filter as cleanlab_filter
+
+    # weights to start from may have seen the images
+    config = Config(**{**model.settings, "minutes": 0.0, "resume": "", "init_from": ""})
+    with training_process(device, config.deterministic):
+        probabilities = out_of_fold_probabilities(config, data, device)
+    issues = cleanlab_filter.find_label_issues(
+        data.train.labels.numpy(),
+        probabilities.numpy(),
+        return_indices_ranked_by="self_confidence",
+        n_jobs=1,
+    )
+    indices = torch.from_numpy(issues.copy())  # int64, the most suspicious image first
+    save_label_issues(data, indices, probabilities, out)
+    print(
+        f"{len(indices)} of {len(data.train.labels)} labels look wrong; with some the network is "
+        "wrong: look before you change one"
+    )
+
+
+def save_label_issues(
+    data: Dataset, indices: torch.Tensor, probabilities: torch.Tensor, out: Path
+) -> None:
+    """Write label_issues.csv, and label_issues.png if there are any.
+
+    indices: int64, of training images. probabilities: float32 (N, classes), of all of them.
+    """
+    images, labels = data.train
+    confidences, predictions = probabilities.max(1)
+    assert data.train_indices is not None  # every data set has them once it is loaded
+    rows: list[list[Any]] = []
+    titles = []
+    for i in indices.tolist():
+        index = int(data.train_indices[i])
+        label, prediction = data.classes[labels[i]], data.classes[predictions[i]]
+        confidence = round(float(confidences[i]), 4)
+        rows.append([file_of(data, index), index, label, prediction, confidence])
+        titles.append(f"labelled {label},\nlooks like {prediction}")
+
+    header = ["file", "index_in_training_set", "label", "looks_like", "confidence"]
+    save_table(header, rows, out / "label_issues.csv")
+    if rows:
+        shown = images[indices[:GALLERY_SIZE]]
+        save_grid(shown, titles[:GALLERY_SIZE], GALLERY_COLUMNS, out / "label_issues.png")
+
+
+def file_of(data: Dataset, index: int) -> Path | str:
+    """The file of a training image; empty for a data set that is not a folder of images."""
+    if data.files is None or data.report is None:
+        return ""
+    return Path(data.report["folder"], data.files[index])
+
+
+def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.device) -> torch.Tensor:
+    """Probabilities of each training image by a network that was not trained on it.
+
+    Returns float32 (N, classes). Raises UserError if a class has too few images.
+    """
+    probabilities = torch.zeros(len(data.train.labels), len(data.classes))
+    for number, (train_indices, held_out) in enumerate(stratified_folds(data.train.labels), 1):
+        print(
+            f"Network {number} of {NUM_FOLDS}: trains on {len(train_indices)} images, to judge "
+            f"the other {len(held_out)}"
+        )
+        train, valid = data.train.select(train_indices), data.train.select(held_out)
+        fold = replace(data, train=train, valid=valid)
+        probabilities[held_out] = train_and_predict(config, fold, device)
+    return probabilities
+
+
+def stratified_folds(labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Indices to train on and indices held out, for each fold; every class is in every fold.
+
+    labels: int64 (N,). Raises UserError if a class has too few images.
+    """
     from sklearn.model_selection import StratifiedKFold
 
-    labels = data.train.labels
-    if labels.bincount().min() < FOLDS:
-        raise InferenceError(f"to find wrong labels, each class needs at least {FOLDS} training images")
-    shares = torch.zeros(len(labels), len(data.classes))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(np.zeros(len(labels)), labels.numpy())
-    for number, (learned, asked) in enumerate(folds, 1):
-        train, valid = data.train.only(learned), data.train.only(asked)
-        trainer = ic.Trainer(config, replace(data, train=train, valid=valid), device)
-        trainer.settle_batch()
-        print(f"Network {number} of {FOLDS}: trains on {len(learned)} images, to judge the other {len(asked)}")
-        with tempfile.TemporaryDirectory() as scratch:
-            while trainer.step < trainer.total_steps:
-                ic.train_one_epoch(trainer, Path(scratch, "last.pth"), [])
-        shares[asked] = ic.evaluate(trainer.tested(), *valid).logits.softmax(1)
-    return shares
+    if labels.bincount().min() < NUM_FOLDS:
+        raise UserError(
+            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images"
+        )
+    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=0)
+    no_features = np.zeros(len(labels))
+    for train_indices, held_out in folds.split(no_features, labels.numpy()):
+        yield torch.from_numpy(train_indices), torch.from_numpy(held_out)
 
 
-def label_issues(model: Classifier, data: Any, device: torch.device, out: Path) -> None:
-    """Training images whose label is probably wrong, the most suspicious first: label_issues.png and label_issues.csv.
+def train_and_predict(config: Config, data: Dataset, device: torch.device) -> torch.Tensor:
+    """Train a network; nothing is validated or written.
 
-    By confident learning (Northcutt et al., 2021, cleanlab) on predictions of networks that had not seen the image.
+    Returns its probabilities of the validation images, float32 (N, classes).
     """
-    from cleanlab.filter import find_label_issues
+    trainer = ic.Trainer(config, data, device)
+    heartbeat = Heartbeat(
+        trainer.state,
+        trainer.batch_slices,
+        trainer.group,
+        config.progressive_resizing or 0.0,
+    )
+    while not trainer.state.progress.done:
+        ic.train_one_epoch(trainer, heartbeat)
+    return ic.evaluate(trainer.state.eval_model(), *data.valid).logits.softmax(1)
 
-    fresh = {"minutes": 0.0, "resume": "", "init_from": ""}  # weights to start from may have seen the images
-    if device.type == "cpu":
-        ic.keep_freed_memory()
-    shares = held_out(ic.Config(**model.settings | fresh), data, device)
-    images, labels = data.train
-    order = find_label_issues(labels.numpy(), shares.numpy(), return_indices_ranked_by="self_confidence", n_jobs=1)
-    names, rows, titles = model.classes, [], []
-    for i in order.tolist():
-        place, label, guess = int(data.kept[i]), names[labels[i]], names[shares[i].argmax()]
-        file = Path(data.report["folder"], data.files[place]) if data.files else ""
-        rows.append([file, place, label, guess, round(float(shares[i].max()), 4)])
-        titles.append(f"labelled {label},\nlooks like {guess}")
-    save_csv(["file", "index_in_training_set", "label", "looks_like", "confidence"], rows, out / "label_issues.csv")
-    if rows:
-        save(images[order[:SHOWN].copy()], titles[:SHOWN], 8, out / "label_issues.png")
-    print(f"{len(rows)} of {len(labels)} labels look wrong; with some the network is wrong: look before you change one")
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of this process; ends it with status 2 if they are wrong."""
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="the image whose feature maps are drawn (default: a test image)",
+    )
+    parser.add_argument(
+        "--animate", metavar="RUN", help="a run folder, whose epochs become animations"
+    )
+    parser.add_argument(
+        "--label-issues",
+        action="store_true",
+        help=f"train {NUM_FOLDS} networks to find wrong labels",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where the data set is (default: where it was in training)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default="explained",
+        metavar="DIR",
+        help="folder for everything (default: explained)",
+    )
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run as from the command line; returns the exit status."""
-    arguments = parser(__doc__)
-    arguments.add_argument("--image", metavar="FILE", help="of which to show the feature maps (default: a test image)")
-    arguments.add_argument("--animate", metavar="RUN", help="a run folder, whose epochs become animations")
-    arguments.add_argument("--label-issues", action="store_true", help=f"train {FOLDS} networks to find wrong labels")
-    arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is (default: where it was trained)")
-    folder = "folder for all of it (default: explained)"
-    arguments.add_argument("--out", type=Path, default="explained", metavar="DIR", help=folder)
-    options = arguments.parse_args()
-    (out := options.out).mkdir(parents=True, exist_ok=True)
-    device = ic.choose_device(options.device)
+    options = parse_options()
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    device = choose_device(options.device)
     if options.animate:
         animate(Path(options.animate), options.model, device, options.data_dir, out)
         return 0
+
     model = load_model(options.checkpoint, device, options.model)
-    if not model.network:
-        raise InferenceError(f"{model.path}: what a network sees is to be had from its .pth only")
+    network = model.require_network()
     print(f"{model.path}, trained on {model.dataset}")
     if options.image:
-        image = torch.from_numpy(read_one(model, options.image))[None]
-        feature_maps(model, image, out / f"feature_maps_{Path(options.image).stem}.png")
-    elif options.label_issues:
-        label_issues(model, load_its_data(model, options.data_dir), device, out)
-    else:
-        data = load_its_data(model, options.data_dir)
-        guess = galleries(model, data, out)
-        filters(model.network, out)
-        feature_maps(model, data.test.images[[0]], out / "feature_maps.png")
-        confused(model.classes, data.test.labels, guess, out)
+        image = torch.from_numpy(read_image(model, options.image))[None]
+        name = Path(options.image).stem
+        draw_feature_maps(model, image, out / f"feature_maps_{name}.png")
+        return 0
+
+    data = load_dataset_of(model, options.data_dir)
+    if options.label_issues:
+        if device.type == "cpu":
+            keep_freed_memory()
+        find_label_issues(model, data, device, out)
+        return 0
+
+    predictions = draw_galleries(model, data.test, out)
+    draw_filters(network, out)
+    first_image = data.test.images[torch.tensor([0])]
+    draw_feature_maps(model, first_image, out / "feature_maps.png")
+    list_confused_classes(model.classes, data.test.labels, predictions, out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_tool(main))

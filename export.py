@@ -1,13 +1,15 @@
-"""Take a trained model elsewhere: ONNX, for phones, browsers and any language, or PyTorch's own exported program.
+"""Take a trained model elsewhere: ONNX, for phones, browsers and any language, or torch.export.
 
     python export.py                                      the newest model, beside it as .onnx
-    python export.py --checkpoint model_cnn.pth --int8    and a smaller, faster one of 8-bit numbers
-    python export.py --format pt2
+    python export.py --checkpoint model_cnn.pth --int8    also a smaller, faster one of 8 bits
+    python export.py --format pt2                         for torch.export.load
 
-Input: `images`, float32 (N, 3, H, W) in [0, 1], RGB, any N. Output: `logits`, float32 (N, classes). The normalisation
-is inside. What else one has to know is in the file: classes, image size, how to resize, temperature of the confidence.
+Input: `images`, float32 (N, 3, H, W) in [0, 1], RGB, any N. Output: `logits`, float32 (N, classes).
+The network normalises the images itself. The file's metadata hold what else is needed: classes,
+image size, how to resize, temperature of the confidence.
 """
 
+import argparse
 import io
 import json
 import logging
@@ -23,26 +25,45 @@ try:
     import onnx
     import torch
     from onnxruntime import quantization
+    from torch import nn
 
     import image_classification as ic
-    from inference import Classifier, InferenceError, at_hand, load_its_data, load_model, parser, run
-except ImportError as problem:
+    from classifier.cli import run_tool, tool_parser
+    from classifier.datasets.dataset import Dataset
+    from classifier.errors import UserError
+    from classifier.files import write_atomically
+    from inference import Classifier, dataset_available, load_dataset_of, load_model
+except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {problem}: install what this program needs with: pip install -r requirements-extras.txt")
+    sys.exit(
+        f"error: {error}: pip install -r requirements-extras.txt, and keep classifier/ and the "
+        "other tools beside this file"
+    )
 except KeyboardInterrupt:
     sys.exit(130)
 
-CHECKED = 1000  # images on which an export is compared with PyTorch
-TOLERANCE = 1e-3  # of logits
-BATCH = {"images": {0: torch.export.Dim("batch")}}  # of any size
-RESIZE = "the middle square of the image, resized bicubically to image_size x image_size; RGB, divided by 255"
+NUM_COMPARED = 1000  # images for which an export is compared with PyTorch
+TOLERANCE = 1e-3  # largest difference of logits
+NUM_CALIBRATION = 500  # images that the ranges of 8-bit activations are taken from
+CALIBRATION_BATCH_SIZE = 100
+MAX_SCORED = 10_000  # images on which 8 bits are compared with float32
+MAX_ACCURACY_LOSS = 0.01  # that 8 bits may cost
+TIMED_RUNS = 200
+DYNAMIC_SHAPES = {"images": {0: torch.export.Dim("batch")}}  # N may be any number
+RESIZE = (
+    "the middle square of the image, resized bicubically to image_size x image_size; RGB, divided "
+    "by 255"
+)
 
 
-class Deployable(torch.nn.Module):
-    """A network with its normalisation: from float32 (N, 3, H, W) in [0, 1] to logits (N, classes)."""
+# ---- Exports -------------------------------------------------------------------------------------
 
-    def __init__(self, network: torch.nn.Module):
+
+class NormalisedNetwork(nn.Module):
+    """A network with its normalisation: float32 (N, 3, H, W) in [0, 1] to logits (N, classes)."""
+
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
@@ -50,138 +71,267 @@ class Deployable(torch.nn.Module):
         return self.network(ic.normalise(images * 255, self.network))
 
 
-def described(model: Classifier) -> dict[str, str]:
-    """What a file of ours tells about itself, each value as JSON."""
-    about = {
-        "classes": model.classes, "image_size": model.image_size, "resize": RESIZE, "dataset": model.dataset,
-        "test_accuracy": model.test_accuracy, "temperature": model.temperature,
-    }  # fmt: skip
-    return {key: json.dumps(value) for key, value in about.items()}
+def metadata(model: Classifier) -> dict[str, str]:
+    """What an exported file tells about itself, each value as JSON."""
+    values = {
+        "classes": model.classes,
+        "image_size": model.image_size,
+        "resize": RESIZE,
+        "dataset": model.dataset,
+        "test_accuracy": model.test_accuracy,
+        "temperature": model.temperature,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def exportable(model: Classifier) -> tuple[nn.Module, torch.Tensor]:
+    """The network with its normalisation, in eval mode, and an example of its input."""
+    network = NormalisedNetwork(model.require_network()).eval()
+    return network, torch.zeros(2, 3, model.image_size, model.image_size)
 
 
 def to_onnx(model: Classifier) -> bytes:
-    """The model as an ONNX file, described in its metadata."""
-    example = torch.zeros(2, 3, model.image_size, model.image_size)
+    """The model as an ONNX file, with its metadata."""
+    network, example = exportable(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
-            Deployable(model.network).eval(), (example,), input_names=["images"], output_names=["logits"],
-            dynamic_shapes=BATCH, dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
-    onnx.helper.set_model_props(proto := program.model_proto, described(model))
+            network,
+            (example,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=DYNAMIC_SHAPES,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, metadata(model))
     return proto.SerializeToString()
 
 
 def to_pt2(model: Classifier) -> bytes:
-    """The model as a file for torch.export.load, described in classification.json among its extra files."""
-    example = torch.zeros(2, 3, model.image_size, model.image_size)
-    program = torch.export.export(Deployable(model.network).eval(), (example,), dynamic_shapes=BATCH)
-    extra_files = {"classification.json": json.dumps(described(model))}
-    torch.export.save(program, buffer := io.BytesIO(), extra_files=extra_files)
+    """The model as a file for torch.export.load, with its metadata in classification.json."""
+    network, example = exportable(model)
+    program = torch.export.export(network, (example,), dynamic_shapes=DYNAMIC_SHAPES)
+    buffer = io.BytesIO()
+    extra_files = {"classification.json": json.dumps(metadata(model))}
+    torch.export.save(program, buffer, extra_files=extra_files)
     return buffer.getvalue()
 
 
-def check(expected: np.ndarray, found: np.ndarray) -> str:
-    """How far two sets of logits (N, classes) are apart, in words; InferenceError if by more than TOLERANCE."""
-    difference, others = float(np.abs(expected - found).max()), int((expected.argmax(1) != found.argmax(1)).sum())
-    text = f"on {len(found)} images: logits differ by {difference:.1e} at most, the class of {others} images differs"
-    if not difference <= TOLERANCE:  # so the class is the same where the two best differ by more than twice that
-        raise InferenceError(f"the export does not compute the same as PyTorch {text}")
-    return text
+# ---- Comparison with PyTorch ---------------------------------------------------------------------
 
 
-def quantised(path: Path, images: np.ndarray) -> bytes:
-    """The ONNX file with weights and activations of 8 bits, their ranges taken from uint8 images (N, 3, S, S)."""
-    logging.disable(logging.WARNING)  # that it quantises no batch norm
-    parts = np.array_split(images, max(1, len(images) // 100))
-    batches = ({"images": part.astype(np.float32) / 255} for part in parts)
+def export(model: Classifier, format: str, images: np.ndarray, out: Path) -> None:
+    """Write the model in this format, onnx or pt2, once it is known to give the same logits.
 
-    class Batches(quantization.CalibrationDataReader):
-        def get_next(self) -> Any:
-            return next(batches, None)
+    images: uint8 (N, 3, S, S), for which they are compared. Raises UserError if they differ.
+    """
+    print(f"Exporting {model.path} to {out}")
+    content = to_onnx(model) if format == "onnx" else to_pt2(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"new.{format}")
+        file.write_bytes(content)
+        logits = onnx_logits(file, images) if format == "onnx" else pt2_logits(file, images)
+    result = compare_logits(model.logits(images), logits)
+    print(f"Compared with PyTorch {result}")
+    write_atomically(out, content)
 
-    about = {each.key: each.value for each in onnx.load(str(path)).metadata_props}
+
+def onnx_logits(file: Path, images: np.ndarray) -> np.ndarray:
+    """Logits by an ONNX file, on the CPU."""
+    return load_model(file).logits(images)
+
+
+def pt2_logits(file: Path, images: np.ndarray) -> np.ndarray:
+    """Logits by a file of torch.export."""
+    network = torch.export.load(file).module()
+    with torch.no_grad():
+        return network(torch.from_numpy(images) / 255).numpy()
+
+
+def compare_logits(expected: np.ndarray, found: np.ndarray) -> str:
+    """How far two sets of logits, (N, classes), are apart, in words.
+
+    Raises UserError if it is more than TOLERANCE, or not a number.
+    """
+    difference = float(np.abs(expected - found).max())
+    num_changed = int((expected.argmax(1) != found.argmax(1)).sum())
+    result = (
+        f"on {len(found)} images: logits differ by {difference:.1e} at most, "
+        f"the class of {num_changed} images differs"
+    )
+    # where classes differ, the logits of the best two are within twice the tolerance
+    if np.isnan(difference) or difference > TOLERANCE:
+        raise UserError(f"the export does not compute the same as PyTorch {result}")
+    return result
+
+
+def images_to_compare(model: Classifier, data: Dataset | None) -> np.ndarray:
+    """Images of the model's data set, validation images first, or random ones without it.
+
+    Returns uint8 (N, 3, S, S).
+    """
+    if data is None:
+        print(
+            "note: compared on random images, because the data set is not here: --data-dir DIR "
+            "names its folder"
+        )
+        shape = (NUM_COMPARED, 3, model.image_size, model.image_size)
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    parts = []
+    for split in (data.valid, data.train):
+        count = min(NUM_COMPARED, len(split.labels))
+        parts.append(split.images[torch.arange(count)])
+    return torch.cat(parts)[:NUM_COMPARED].numpy()
+
+
+# ---- 8 bits --------------------------------------------------------------------------------------
+
+
+class CalibrationBatches(quantization.CalibrationDataReader):
+    """Hands out images, uint8 (N, 3, S, S), in batches as a network takes them."""
+
+    def __init__(self, images: np.ndarray):
+        num_batches = max(1, len(images) // CALIBRATION_BATCH_SIZE)
+        self.batches = iter(np.array_split(images, num_batches))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        return {"images": batch.astype(np.float32) / 255}
+
+
+def quantise(path: Path, images: np.ndarray) -> bytes:
+    """An ONNX file with weights and activations of 8 bits.
+
+    path: the file in float32. images: uint8 (N, 3, S, S), from which the ranges of activations are
+    taken.
+    """
+    about = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    about["test_accuracy"] = "null"  # not known
     with tempfile.TemporaryDirectory() as folder:
         prepared, small = Path(folder, "prepared.onnx"), Path(folder, "small.onnx")
-        quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared), str(small), Batches(), per_channel=True, reduce_range=True,  # 7 bits: older CPUs overflow
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
+        logging.disable(logging.WARNING)  # about batch norm, which is not quantised
+        try:
+            quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                str(prepared),
+                str(small),
+                CalibrationBatches(images),
+                per_channel=True,
+                reduce_range=True,  # to 7 bits: on older CPUs sums of 8 bits overflow
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
         proto = onnx.load(str(small))
-    onnx.helper.set_model_props(proto, about | {"test_accuracy": "null"})  # not known
+    onnx.helper.set_model_props(proto, about)
     return proto.SerializeToString()
 
 
-def quantise(whole: Path, small: Path, data: ic.Data) -> None:
-    """Write `small`, the ONNX file `whole` in 8 bits, and print what that changes; InferenceError if it costs a lot."""
+def export_int8(float32_file: Path, out: Path, data: Dataset) -> None:
+    """Write an ONNX file in 8 bits and print what that changes.
+
+    float32_file: the ONNX file to quantise. Raises UserError, and writes nothing, if it costs more
+    than MAX_ACCURACY_LOSS.
+    """
     generator = torch.Generator().manual_seed(0)
-    calibration = data.train.images[torch.randperm(len(data.train.images), generator=generator)[:500]].numpy()
-    part, which = (data.valid, "validation") if len(data.valid.labels) else (data.train, "training")
-    new = whole.with_name("small.onnx")
-    new.write_bytes(quantised(whole, calibration))
-    sample = torch.randperm(len(part.labels), generator=generator)[:10_000].sort().values
-    images, labels = part.images[sample].numpy(), part.labels[sample].numpy()
-    paths = {"float32": whole, "int8": new}
-    models = {name: load_model(path) for name, path in paths.items()}
-    accuracy = {name: float((model.logits(images).argmax(1) == labels).mean()) for name, model in models.items()}
+    order = torch.randperm(len(data.train.images), generator=generator)
+    calibration = data.train.images[order[:NUM_CALIBRATION]].numpy()
+    content = quantise(float32_file, calibration)
+
+    # test images are used once, after training, and so not here
+    scored, kind = data.valid, "validation"
+    if len(scored.labels) == 0:
+        scored, kind = data.train, "training"
+    sample = torch.randperm(len(scored.labels), generator=generator)[:MAX_SCORED].sort().values
+    images, labels = scored.images[sample].numpy(), scored.labels[sample].numpy()
+
+    with tempfile.TemporaryDirectory() as folder:
+        int8_file = Path(folder, "int8.onnx")
+        int8_file.write_bytes(content)
+        files = {"float32": float32_file, "int8": int8_file}
+        models = {name: load_model(file) for name, file in files.items()}
+    accuracies = {}
+    for name, model in models.items():
+        predictions = model.logits(images).argmax(1)
+        accuracies[name] = float((predictions == labels).mean())
+    milliseconds = time_one_image(models, images[:1])
+
+    print(f"\n| | accuracy on {len(labels)} {kind} images | MB | ms an image |")
+    print("| --- | --- | --- | --- |")
+    sizes = {"float32": float32_file.stat().st_size, "int8": len(content)}
+    for name, accuracy in accuracies.items():
+        size = sizes[name] / 1e6
+        print(f"| {name} | {100 * accuracy:.2f} % | {size:.2f} | {milliseconds[name]:.2f} |")
+    loss = accuracies["float32"] - accuracies["int8"]
+    if loss > MAX_ACCURACY_LOSS:
+        raise UserError(
+            f"8 bits cost this network {100 * loss:.1f} points of accuracy: {out} is not written"
+        )
+    write_atomically(out, content)
+
+
+def time_one_image(models: dict[str, Classifier], image: np.ndarray) -> dict[str, float]:
+    """Median time in ms that each model takes for an image, uint8 (1, 3, S, S).
+
+    The models take turns, so that they are disturbed alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(200):  # in turns, for a fair race
+    for _ in range(TIMED_RUNS):
         for name, model in models.items():
-            begun = time.perf_counter()
-            model.logits(images[:1])
-            times[name].append(1000 * (time.perf_counter() - begun))
-    print(f"\n| | accuracy on {len(labels)} {which} images | MB | ms an image |\n| --- | --- | --- | --- |")
-    for name, path in paths.items():
-        size, milliseconds = path.stat().st_size / 1e6, np.median(times[name])
-        print(f"| {name} | {100 * accuracy[name]:.2f} % | {size:.2f} | {milliseconds:.2f} |")
-    if (lost := accuracy["float32"] - accuracy["int8"]) > 0.01:
-        raise InferenceError(f"8 bits cost this network {100 * lost:.1f} points of accuracy: {small} is not written")
-    ic.write_atomically(small, new.read_bytes())
+            started = time.perf_counter()
+            model.logits(image)
+            times[name].append(time.perf_counter() - started)
+    return {name: 1000 * float(np.median(seconds)) for name, seconds in times.items()}
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of this process; ends it with status 2 if they are wrong."""
+    parser = tool_parser(__doc__, device=False)
+    parser.add_argument("--format", default="onnx", choices=["onnx", "pt2"], help="(default: onnx)")
+    parser.add_argument("--int8", action="store_true", help="also an ONNX file of 8-bit numbers")
+    parser.add_argument(
+        "--out", metavar="FILE", help="(default: beside the model, with .onnx or .pt2)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where the data set is (default: where it was in training)",
+    )
+    options = parser.parse_args()
+    if options.int8 and options.format != "onnx":
+        parser.error("--int8 is for --format onnx")
+    if options.out and not options.out.endswith(f".{options.format}"):
+        parser.error(f"--out {options.out}: the name has to end in .{options.format}")
+    return options
 
 
 def main() -> int:
     """Run as from the command line; returns the exit status."""
-    arguments = parser(__doc__, device=False)
-    arguments.add_argument("--format", default="onnx", choices=["onnx", "pt2"], help="(default: onnx)")
-    arguments.add_argument("--int8", action="store_true", help="an ONNX file of 8-bit numbers as well")
-    arguments.add_argument("--out", metavar="FILE", help="(default: beside the model, with .onnx or .pt2)")
-    arguments.add_argument("--data-dir", metavar="DIR", help="where its data set is (default: where it was trained)")
-    options = arguments.parse_args()
-    if options.int8 and options.format != "onnx":
-        arguments.error("--int8 is for --format onnx")
-    if options.out and not options.out.endswith(f".{options.format}"):
-        arguments.error(f"--out {options.out}: the name has to end in .{options.format}")
+    options = parse_options()
     model = load_model(options.checkpoint, "cpu", options.model)
-    if not model.network:
-        raise InferenceError(f"{model.path} is exported already")
+    model.require_network()
     out = Path(options.out or model.path.with_suffix(f".{options.format}"))
-    data = load_its_data(model, options.data_dir) if options.int8 or at_hand(model, options.data_dir) else None
-    if data:
-        parts = [part.images[torch.arange(min(CHECKED, len(part.images)))] for part in (data.valid, data.train)]
-        images = torch.cat(parts)[:CHECKED].numpy()
-    else:
-        print("note: compared on random images, because its data set is not here: --data-dir DIR names its folder")
-        shape = (CHECKED, 3, model.image_size, model.image_size)
-        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    print(f"Exporting {model.path} to {out}")
-    with tempfile.TemporaryDirectory() as folder:
-        new = Path(folder, f"new.{options.format}")
-        new.write_bytes(to_onnx(model) if options.format == "onnx" else to_pt2(model))
-        if options.format == "onnx":
-            found = load_model(new).logits(images)
-        else:
-            with torch.no_grad():
-                found = torch.export.load(new).module()(torch.from_numpy(images) / 255).numpy()
-        print(f"Compared with PyTorch {check(model.logits(images), found)}")
-        ic.write_atomically(out, new.read_bytes())
-        if options.int8 and data:
-            quantise(new, small := out.with_name(f"{out.stem}-int8.onnx"), data)
-            print(f"\nIn 8 bits: {small}")
+    data = None
+    if options.int8 or dataset_available(model, options.data_dir):
+        data = load_dataset_of(model, options.data_dir)
+    export(model, options.format, images_to_compare(model, data), out)
+    if options.int8 and data is not None:
+        int8_out = out.with_name(f"{out.stem}-int8.onnx")
+        export_int8(out, int8_out, data)
+        print(f"\nIn 8 bits: {int8_out}")
     if options.format == "onnx":
         print(f'\nUse it: python inference.py --checkpoint "{out}" IMAGE')
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_tool(main))

@@ -1,11 +1,11 @@
 """Classify images with a trained model.
 
-    python inference.py cat.jpg holiday/                      the likeliest classes of each image
+    python inference.py cat.jpg holiday/                     the likeliest classes of each image
     python inference.py holiday/ --format csv > holiday.csv
-    python inference.py cat.jpg --save predictions.png        a picture of the images and their classes
-    python inference.py --checkpoint model.onnx cat.jpg       where torch is not installed
+    python inference.py cat.jpg --save predictions.png       draw the images and their classes
+    python inference.py --checkpoint model.onnx cat.jpg      where torch is not installed
 
-From Python, too: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
+From Python: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import functools
 import glob
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -21,387 +22,664 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 try:
     import numpy as np
     from tqdm import tqdm
 
-    from alternatives import datasets
-except ImportError as problem:
+    from classifier.cli import run_tool, tool_parser
+    from classifier.datasets import decode
+    from classifier.errors import UsageError, UserError
+    from classifier.files import write_atomically
+    from classifier.text import percent
+except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
         raise
-    mend = "pip install -r requirements.txt, or for ONNX: pip install onnxruntime pillow tqdm"
-    sys.exit(f"error: {problem}: {'copy that folder too' if problem.name == 'alternatives' else mend}")
+    sys.exit(
+        f"error: {error}: pip install -r requirements.txt (for ONNX files alone: pip install "
+        "onnxruntime pillow tqdm), and keep classifier/ beside this file"
+    )
+except KeyboardInterrupt:
+    sys.exit(130)
 
-AT_ONCE = 250  # images in memory
-SHOWN = 60  # images in one picture
+if TYPE_CHECKING:  # torch and matplotlib may not be installed
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from classifier.datasets.dataset import Dataset
+
+BATCH_SIZE = 250  # images in memory at once
+ONNX_BATCH_SIZE = 50
+MAX_PICTURES = 60  # images that --save draws
+UNSURE = "unsure"  # the answer where the confidence is below --threshold
+ONNX_METADATA = ["classes", "image_size", "temperature", "dataset", "test_accuracy"]
+
+TopClasses = list[tuple[str, float]]  # classes with their confidence in [0, 1], the likeliest first
 
 
-class InferenceError(Exception):
-    """Something that the user can mend; the message says how."""
+# ---- Models --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Classifier:
-    """A trained network, ready to use, and what is known of it."""
+    """A trained network, ready to use, and what is known about it.
+
+    Attributes:
+        path: the model file.
+        classes: names of the classes, in the order of the logits.
+        image_size: S, width and height of its images in pixels.
+        temperature: logits are divided by it, so that the confidence fits the accuracy; None if it
+            was not fitted.
+        dataset: name of the data set that it was trained on.
+        test_accuracy: in [0, 1]; None if it was not tested.
+        logits: maps uint8 images (N, 3, S, S) to float32 logits (N, classes), computed in fp32.
+        network: on its device and in eval mode; None for an ONNX file.
+        settings: the Config of its training; empty for an ONNX file.
+    """
 
     path: Path
     classes: list[str]
-    image_size: int  # S, width and height in pixels
-    temperature: float | None  # logits are divided by it: confidences are then about as often right as they say
+    image_size: int
+    temperature: float | None
     dataset: str
-    test_accuracy: float | None  # [0, 1]
-    logits: Callable[[np.ndarray], np.ndarray]  # of uint8 images (N, 3, S, S): float32 (N, classes), computed in fp32
-    network: Any = None  # the nn.Module, on its device and in eval mode; an ONNX file has none,
-    settings: dict[str, Any] = field(default_factory=dict)  # nor the Config of its training
+    test_accuracy: float | None
+    logits: Callable[[np.ndarray], np.ndarray]
+    network: "nn.Module | None" = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    def about(self) -> str:
-        """What one should know of its answers, in two sentences."""
-        right = f" and recognises {100 * self.test_accuracy:.1f} % of its test images" if self.test_accuracy else ""
-        sure = "" if self.temperature else " Its confidences are not calibrated."
-        known = f"It knows {', '.join(self.classes)}; whatever else an image shows, it gets one of these."
-        return f"{self.path.name} was trained on {self.dataset}{right}. {known}{sure}"
+    def describe(self) -> str:
+        """What to know about its predictions, in two or three sentences."""
+        text = f"{self.path.name} was trained on {self.dataset}"
+        if self.test_accuracy:
+            text += f" and recognises {percent(self.test_accuracy)} of its test images"
+        classes = ", ".join(self.classes)
+        text += f". It knows {classes}; whatever else an image shows, it gets one of these."
+        if not self.temperature:
+            text += " Its confidences are not calibrated."
+        return text
+
+    def require_network(self) -> "nn.Module":
+        """The network; raises UserError for an ONNX file."""
+        if self.network is None:
+            raise UserError(f"{self.path}: an ONNX file is not enough here, name the .pth file")
+        return self.network
 
 
 def newest_checkpoint(folder: Path | str = ".") -> Path:
-    """The model file that was written last in the folder, else in runs/ there; InferenceError where there is none."""
+    """The newest model file in the folder, else in runs/ there. Raises UserError without one."""
     for pattern in ("model_*.pth", "runs/*/*/model_*.pth"):
-        if found := list(Path(folder).glob(pattern)):
-            newest = max(found, key=os.path.getmtime)
-            if len(found) > 1:
-                others = f"the newest of {len(found)} models; --checkpoint names another"
-                print(f"note: {newest} is {others}", file=sys.stderr)
-            return newest
-    raise InferenceError(f"no model_*.pth in {Path(folder).resolve()}: train one, or name it with --checkpoint FILE")
+        found = list(Path(folder).glob(pattern))
+        if not found:
+            continue
+        newest = max(found, key=os.path.getmtime)
+        if len(found) > 1:
+            print(
+                f"note: {newest} is the newest of {len(found)} models; --checkpoint names another",
+                file=sys.stderr,
+            )
+        return newest
+    where = Path(folder).resolve()
+    raise UserError(f"no model_*.pth in {where}: train one, or name it with --checkpoint FILE")
 
 
-def load_model(path: Path | str, device: Any = "auto", model: str = "") -> Classifier:
-    """A model file (.pth or .onnx), or the newest .pth in a folder, loaded without executing anything in it.
+def load_model(
+    path: Path | str, device: "torch.device | str" = "auto", model: str = ""
+) -> Classifier:
+    """Load a model file, executing nothing in it.
 
-    device: auto, cpu, cuda, cuda:N or mps; model: FILE.py:FACTORY, for a network of your own. Raises InferenceError.
+    Args:
+        path: a .pth or .onnx file, or a folder, whose newest .pth is taken.
+        device: auto, cpu, cuda, cuda:N or mps.
+        model: FILE.py:FACTORY of a custom network.
+
+    Raises UserError, and OSError for a file that cannot be opened.
     """
-    path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path = newest_checkpoint(path)
     if path.suffix.lower() == ".onnx":
         return load_onnx(path, str(device))
+    return load_pth(path, str(device), model)
+
+
+def load_pth(path: Path, device: str, model: str) -> Classifier:
+    """Load a .pth file: see load_model."""
     try:
         import torch
 
         import image_classification as ic
+        from classifier.config import FIELD_TYPES
+        from classifier.devices import choose_device
     except ImportError as error:
-        raise InferenceError(f"{path} needs PyTorch ({error}): pip install -r requirements.txt") from None
+        message = f"{path} needs PyTorch ({error}): pip install -r requirements.txt"
+        raise UserError(message) from None
     try:
         network, content = ic.load_checkpoint(path, model)
-        made_by, metrics = content["versions"], content["metrics"]
-        if made_by.get("image_classification") == ic.__version__ and made_by.get("script") != ic.VERSIONS["script"]:
-            remark("made by another image_classification.py: if its network differs, only that one reads it right")
-        network.to(ic.choose_device(str(device)))
-    except ic.UserError as error:
-        raise InferenceError(str(error)) from None
+    except UsageError as error:  # a setting in the file, not the usage of this tool
+        raise UserError(str(error)) from None
+    network.to(choose_device(device))
+    warn_about_changed_script(content["versions"], ic.VERSIONS)
 
     def logits(images: np.ndarray) -> np.ndarray:
-        labels = torch.zeros(len(images), dtype=torch.int64)  # not known, and not used
-        return ic.evaluate(network, torch.tensor(images), labels).logits.numpy()
+        no_labels = torch.zeros(len(images), dtype=torch.int64)
+        return ic.evaluate(network, torch.tensor(images), no_labels).logits.numpy()
 
-    settings = {name: value for name, value in content["config"].items() if name in ic.KINDS}
+    settings = {name: value for name, value in content["config"].items() if name in FIELD_TYPES}
+    if model:
+        settings["model"] = model
+    metrics = content["metrics"]
     return Classifier(
-        path, content["classes"], content["image_size"], metrics.get("temperature"),
-        content.get("dataset", "some data"), metrics.get("test_accuracy"), logits, network,
-        settings | ({"model": model} if model else {}),
-    )  # fmt: skip
+        path=path,
+        classes=content["classes"],
+        image_size=content["image_size"],
+        temperature=metrics.get("temperature"),
+        dataset=content.get("dataset", "some data"),
+        test_accuracy=metrics.get("test_accuracy"),
+        logits=logits,
+        network=network,
+        settings=settings,
+    )
+
+
+def warn_about_changed_script(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Print a note if a model was made by this version of the program, but by a changed script.
+
+    saved, current: versions as in a model file.
+    """
+    same_version = saved.get("image_classification") == current["image_classification"]
+    if same_version and saved.get("script") != current["script"]:
+        print_note_once(
+            "this model was made by another image_classification.py: if the networks differ, its "
+            "predictions are right only there"
+        )
 
 
 @functools.cache
-def remark(text: str) -> None:
-    """Say it once, however many models of a run are loaded."""
+def print_note_once(text: str) -> None:
+    """Print a note, however many models of a run are loaded."""
     print(f"note: {text}", file=sys.stderr)
 
 
-def its_data_settings(model: Classifier, data_dir: str | None) -> tuple[dict[str, Any], bool]:
-    """What defines its data set, of the settings of its training; whether that is a folder of images, not a name."""
-    names = ["dataset", "data_dir", "val_fraction", "subset", "make_imbalanced"]  # a stranger's file decides no more
-    own = {name: model.settings[name] for name in names if name in model.settings}
-    found = {"dataset": "cifar10"} | own | {"image_size": model.image_size}
-    folder = found["dataset"] not in ("cifar10", "digits", *datasets.NAMES)
-    if data_dir:
-        found["dataset" if folder else "data_dir"] = data_dir
-    return found, folder
-
-
-def at_hand(model: Classifier, data_dir: str | None = None) -> bool:
-    """Is its data set on this machine, so that nothing has to be downloaded?"""
-    settings, folder = its_data_settings(model, data_dir)
-    if folder:
-        return Path(settings["dataset"]).is_dir()
-    names = {
-        "cifar10": ["test_batch", "cifar-10-batches-py/test_batch"], "cifar100": ["cifar-100-python"],
-        "mnist": ["MNIST"], "fashion-mnist": ["FashionMNIST"], "svhn": ["test_32x32.mat"], "stl10": ["stl10_binary"],
-    }  # fmt: skip
-    dataset, place = settings["dataset"], Path(settings.get("data_dir", "data"))
-    return dataset == "digits" or any((place / name).exists() for name in names[dataset])
-
-
-def load_its_data(model: Classifier, data_dir: str | None = None) -> Any:
-    """The data set that a .pth was trained on: image_classification.Data. Raises InferenceError, ic.UserError.
-
-    data_dir: where it is now, for a folder of images that folder itself.
-    """
-    import image_classification as ic
-
-    settings, folder = its_data_settings(model, data_dir)
-    dataset = settings["dataset"]
-    if folder and not Path(dataset).is_dir():
-        raise InferenceError(f"its images are no longer in {dataset}: name their folder with --data-dir DIR")
-    data = ic.load_data(ic.Config(**settings))
-    if data.classes != model.classes:
-        raise InferenceError(f"{model.path} is for other classes than {data.name} has now")
-    mean = model.network.get_buffer("pixel_mean").flatten().cpu() / 255
-    changed = (mean - mean.new_tensor(data.mean)).abs().max() > 1e-6 and not model.settings.get("pretrained")
-    if data.report and changed:
-        print(f"note: the images in {dataset} are others than in training: some may have been trained on")
-    return data
-
-
 def load_onnx(path: Path, device: str) -> Classifier:
-    """A file of export.py: all that is needed is in its metadata."""
+    """Load a file that export.py wrote, with what its metadata tell about it: see load_model."""
     try:
         import onnxruntime
     except ImportError:
-        raise InferenceError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
-    path.stat()  # an OSError that names the file, unlike ONNX Runtime's own
-    kind, _, number = device.partition(":")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if kind == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers = [("CUDAExecutionProvider", {"use_tf32": 0, "device_id": int(number or 0)})]  # as in load_model
-    elif device not in ("auto", "cpu"):
-        mend = "choose auto, cpu or, with onnxruntime-gpu, cuda"
-        raise InferenceError(f"--device {device} cannot be had for ONNX: {mend}")
+        raise UserError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
+    path.stat()  # raises an OSError that names the file, unlike ONNX Runtime
+    providers = onnx_providers(device, onnxruntime.get_available_providers())
     try:
         session = onnxruntime.InferenceSession(str(path), providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map
-        names = ["classes", "image_size", "temperature", "dataset", "test_accuracy"]
-        about = {name: json.loads(metadata[name]) for name in names}
-    except Exception as error:  # whatever a damaged file makes of ONNX Runtime
-        raise InferenceError(f"{path} is damaged or was not written by export.py ({type(error).__name__})") from None
+        known = {name: json.loads(metadata[name]) for name in ONNX_METADATA}
+    except Exception as error:  # ONNX Runtime may raise anything for a damaged file
+        kind = type(error).__name__
+        raise UserError(f"{path} is damaged or was not written by export.py ({kind})") from None
 
     def logits(images: np.ndarray) -> np.ndarray:
-        parts = np.split(images, range(50, len(images), 50))
-        return np.concatenate([session.run(["logits"], {"images": part.astype(np.float32) / 255})[0] for part in parts])
+        outputs = []
+        for start in range(0, len(images), ONNX_BATCH_SIZE):
+            batch = images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255
+            (output,) = session.run(["logits"], {"images": batch})
+            outputs.append(output)
+        return np.concatenate(outputs)
 
-    return Classifier(path, logits=logits, **about)
+    return Classifier(path=path, logits=logits, **known)
+
+
+def onnx_providers(device: str, available: list[str]) -> list[Any]:
+    """What ONNX Runtime computes with on a device.
+
+    available: the providers that it has here. Raises UserError for a device that it lacks.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and "CUDAExecutionProvider" in available:
+        options = {"use_tf32": 0, "device_id": int(index or 0)}  # fp32, as with torch
+        return [("CUDAExecutionProvider", options)]
+    if device in ("auto", "cpu"):
+        return ["CPUExecutionProvider"]
+    raise UserError(
+        f"--device {device} is not available for ONNX files: choose auto, cpu or, with "
+        "onnxruntime-gpu, cuda"
+    )
+
+
+# ---- The data set of a model ---------------------------------------------------------------------
+
+
+def dataset_available(model: Classifier, data_dir: str | None = None) -> bool:
+    """True if the model's data set is on this machine, so that nothing has to be downloaded.
+
+    data_dir: see load_dataset_of.
+    """
+    from classifier.datasets import load
+
+    return load.dataset_available(model.settings, model.image_size, data_dir)
+
+
+def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset":
+    """Load the data set that a .pth was trained on.
+
+    Prints a note if the images of a folder have changed since. Raises UserError.
+
+    data_dir: where the data set is now; of a folder of images, that folder itself.
+    """
+    from classifier.config import Config
+    from classifier.datasets import load
+
+    settings, is_folder = load.dataset_settings(model.settings, model.image_size, data_dir)
+    dataset = settings["dataset"]
+    if is_folder and not Path(dataset).expanduser().is_dir():
+        message = f"its images are no longer in {dataset}: name their folder with --data-dir DIR"
+        raise UserError(message)
+    data = load.load_data(Config(**settings))
+    if data.classes != model.classes:
+        raise UserError(f"{model.path} is for other classes than {data.name} has now")
+    if is_folder and images_have_changed(model, data):
+        print(
+            f"note: the images in {dataset} are not those of the training: some that are now for "
+            "testing may have been trained on"
+        )
+    return data
+
+
+def images_have_changed(model: Classifier, data: "Dataset") -> bool:
+    """True if the training images' mean is not the one in the network.
+
+    False for a network with ImageNet's mean, which tells nothing about them.
+    """
+    if model.settings.get("pretrained"):
+        return False
+    mean = model.require_network().get_buffer("pixel_mean").flatten().cpu() / 255
+    distances = (mean - mean.new_tensor(data.mean)).abs()
+    return bool(distances.max() > 1e-6)
+
+
+# ---- Predictions ---------------------------------------------------------------------------------
+
+
+def predict(
+    model: Classifier, images: np.ndarray | Sequence[Path | str] | Path | str, top_k: int = 3
+) -> list[TopClasses]:
+    """The top_k likeliest classes of each image with their confidence in [0, 1], the best first.
+
+    images: paths of image files, or uint8 (N, 3, S, S), S being model.image_size. Raises UserError
+    for a file that is not an image.
+    """
+    if isinstance(images, (str, Path)):
+        images = [images]
+    if len(images) == 0:
+        return []
+    if isinstance(images[0], (str, Path)):
+        images = np.stack([read_image(model, path) for path in images])
+    return top_classes(model, np.asarray(images), top_k)
 
 
 def probabilities(model: Classifier, images: np.ndarray) -> np.ndarray:
-    """Calibrated: of uint8 images (N, 3, S, S), float64 (N, classes), each row adding up to 1."""
+    """Calibrated probabilities: float64 (N, classes), whose rows add up to 1.
+
+    images: uint8 (N, 3, S, S).
+    """
     logits = model.logits(images).astype(np.float64) / (model.temperature or 1)
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
 
 
-def ranked(model: Classifier, images: np.ndarray, top_k: int) -> list[list[tuple[str, float]]]:
-    """Of each of the uint8 images (N, 3, S, S) the top_k likeliest classes with their probabilities, best first."""
-    shares = probabilities(model, images)
-    orders = (-shares).argsort(1, kind="stable")[:, :top_k]
-    return [[(model.classes[i], float(share[i])) for i in order] for order, share in zip(orders, shares, strict=True)]
+def top_classes(model: Classifier, images: np.ndarray, top_k: int) -> list[TopClasses]:
+    """As predict, for images in memory, uint8 (N, 3, S, S)."""
+    result = []
+    for confidences in probabilities(model, images):
+        best_first = (-confidences).argsort(kind="stable")[:top_k]
+        result.append([(model.classes[i], float(confidences[i])) for i in best_first])
+    return result
 
 
-def read(model: Classifier, paths: Sequence[Path | str]) -> Iterator[list[tuple[Path | str, np.ndarray | str]]]:
-    """In batches, each path with its image as the network wants it, uint8 (3, S, S), or with what is wrong with it."""
-
-    def attempt(path: Path | str) -> np.ndarray | str:
-        try:
-            return datasets.decode(Path(path), model.image_size).pixels.transpose(2, 0, 1)
-        except Exception as error:  # whatever a damaged file makes of Pillow
-            known: dict[type, str] = {FileNotFoundError: "there is no such file", IsADirectoryError: "it is a folder"}
-            return known.get(type(error), str(error) or type(error).__name__)
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each may be large
-        warnings.simplefilter("ignore")  # of Pillow, about files that it reads nevertheless
-        for start in range(0, len(paths), AT_ONCE):
-            some = paths[start : start + AT_ONCE]
-            yield list(zip(some, pool.map(attempt, some), strict=True))
+# ---- Image files ---------------------------------------------------------------------------------
 
 
-def read_one(model: Classifier, path: Path | str) -> np.ndarray:
-    """The image in a file as the network wants it, uint8 (3, S, S); InferenceError for a file that is none."""
-    (((_, found),),) = read(model, [path])
-    if isinstance(found, str):
-        raise InferenceError(f"{path}: {found}")
-    return found.copy()  # that can be written to, as torch asks for; Pillow's cannot
+class ImageFile(NamedTuple):
+    """An image file, decoded for a network.
 
-
-def predict(model: Classifier, images: Any, top_k: int = 3) -> list[list[tuple[str, float]]]:
-    """Of each image the likeliest classes with their probabilities in [0, 1], best first.
-
-    images: paths of image files, or uint8 (N, 3, S, S), S being model.image_size. Raises InferenceError for a file that
-    is no image.
+    Attributes:
+        path: the file.
+        pixels: uint8 (3, S, S), or None if the file cannot be read.
+        problem: why it cannot be read; empty if it can.
     """
-    if isinstance(images, (str, Path)):
-        images = [images]
-    if not len(images):
-        return []
-    if isinstance(images[0], (str, Path)):
-        images = np.stack([read_one(model, path) for path in images])
-    return ranked(model, np.asarray(images), top_k)
+
+    path: Path | str
+    pixels: np.ndarray | None
+    problem: str = ""
 
 
-def visualize_predictions(model: Classifier, path: Path | str, device: Any = None, top_k: int = 3) -> Any:
-    """A matplotlib figure of an image as the network sees it and its likeliest classes; moves to `device` if given."""
-    if device is not None and model.network:
-        model.network.to(device)
-    pixels = read_one(model, path)
-    return draw([(str(path), pixels, ranked(model, pixels[None], top_k)[0])])
+def read_file(path: Path | str, image_size: int) -> ImageFile:
+    """Decode a file to a square of image_size × image_size pixels."""
+    try:
+        pixels = decode.decode(Path(path), image_size).pixels
+    except FileNotFoundError:
+        return ImageFile(path, None, "there is no such file")
+    except IsADirectoryError:
+        return ImageFile(path, None, "it is a folder")
+    except Exception as error:  # Pillow may raise anything for a damaged file
+        return ImageFile(path, None, str(error) or type(error).__name__)
+    return ImageFile(path, pixels.transpose(2, 0, 1))
 
 
-def draw(shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]]) -> Any:
-    """A figure of images, uint8 (3, S, S), under their names, each beside bars of its classes' probabilities."""
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.6 * columns, 1.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
-    for each in axes:
-        each.axis("off")
-    for place, (name, pixels, classes) in enumerate(shown):
-        image, bars = axes[2 * place : 2 * place + 2]
-        image.imshow(pixels.transpose(1, 2, 0))
-        image.set_title(Path(name).name[-28:], fontsize=8, parse_math=False)
-        bars.barh(range(len(classes)), [share for _, share in classes], color=["#8fc1ea"] + ["#d5d5d5"] * len(classes))
-        for row, (label, share) in enumerate(classes):
-            bars.text(0.02, row, f"{label} {100 * share:.1f} %", va="center", fontsize=8, parse_math=False)
-        bars.set(xlim=(0, 1), ylim=(max(2, len(classes)) - 0.4, -0.6))
-    return figure
+def read_image(model: Classifier, path: Path | str) -> np.ndarray:
+    """The image in a file, uint8 (3, S, S). Raises UserError for a file that is not an image."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
+        file = read_file(path, model.image_size)
+    if file.pixels is None:
+        raise UserError(f"{path}: {file.problem}")
+    return file.pixels.copy()  # Pillow's array is read-only, which torch warns about
 
 
-def expand(name: str | Path) -> list[Path]:
-    """What a name or a pattern like *.jpg, which Windows leaves to the program, stands for; empty if nothing."""
-    path = Path(os.path.expanduser(name))
-    return [path] if path.exists() else [Path(each) for each in sorted(glob.glob(str(path)))]
+def read_in_batches(paths: Sequence[Path], image_size: int) -> Iterator[list[ImageFile]]:
+    """Decode files in several threads, BATCH_SIZE at a time."""
+    num_threads = min(8, os.cpu_count() or 1)  # few, as each image may be large
+    read = functools.partial(read_file, image_size=image_size)
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
+        for start in range(0, len(paths), BATCH_SIZE):
+            yield list(pool.map(read, paths[start : start + BATCH_SIZE]))
 
 
-def find(names: list[str]) -> tuple[list[Path], list[str]]:
-    """All files that are meant, folders walked, and a line for each folder without images."""
+def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files that names, patterns and folders stand for.
+
+    Returns their paths and a line for each folder without images. A file that does not exist is
+    among the paths.
+    """
     found: list[Path] = []
-    problems, known = [], datasets.extensions()
+    problems = []
     for name in names:
         path = Path(os.path.expanduser(name))
         if not path.is_dir():
             found += expand(name) or [path]
             continue
-        # unlike a data set, a folder within that cannot be read is passed over: the others are still to be had
-        inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
-        inside = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
-        images = [each for each in inside if each.suffix.lower() in known or datasets.is_image(each)]
-        problems += [] if images else [f"{name}: no image in this folder"]
+        images = images_below(path)
+        if not images:
+            problems.append(f"{name}: no image in this folder")
         found += images
     return found, problems
 
 
-def parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:
-    """A parser with what all tools that use a trained model take."""
-    common = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    newest = "the model file, or a folder with it (default: the newest model_*.pth)"
-    common.add_argument("--checkpoint", default=".", metavar="FILE", help=newest)
-    common.add_argument("--model", default="", metavar="FILE.py:FACTORY", help="the network, if it is one of your own")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if device:
-        common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    return common
+def expand(name: str | Path) -> list[Path]:
+    """The paths that a name or a pattern like *.jpg stands for; none if there is no such file.
+
+    Windows leaves patterns to the program.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return [path]
+    return [Path(match) for match in sorted(glob.glob(str(path)))]
 
 
-def run(tool: Callable[[], int]) -> int:
-    """Run a tool from the command line: its exit status, or one line about what is wrong."""
-    for console in (sys.stdout, sys.stderr):
-        if isinstance(console, io.TextIOWrapper):
-            console.reconfigure(errors="replace", line_buffering=True)  # what it cannot show becomes a ?
-    try:
-        return tool()
-    except KeyboardInterrupt:
-        print("\nStopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        script = sys.modules.get("image_classification")
-        text = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            text = f"no module named {error.name!r}: pip install -r requirements-extras.txt"
-        elif isinstance(error, OSError):
-            text = ": ".join(filter(None, [error.filename, error.strerror or text]))
-        elif not isinstance(error, (InferenceError, *([script.UserError] if script else []))):
-            text = f"{text[:500] or error!r} ({type(error).__name__}; --debug shows where)"
-        print(f"error: {text}", file=sys.stderr)
-        return 2 if script and isinstance(error, script.UsageError) else 1
+def images_below(folder: Path) -> list[Path]:
+    """All images in a folder and the folders in it, hidden ones aside.
+
+    A folder that cannot be read is skipped, unlike in a data set: the other images still count.
+    """
+    extensions = decode.extensions()
+    images = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        is_hidden = any(part.startswith(".") for part in parts)
+        if is_hidden or not path.is_file():
+            continue
+        if path.suffix.lower() in extensions or decode.is_image(path):
+            images.append(path)
+    return images
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """An image to draw.
+
+    Attributes:
+        title: its name.
+        pixels: uint8 (3, S, S).
+        classes: its likeliest classes.
+    """
+
+    title: str
+    pixels: np.ndarray
+    classes: TopClasses
+
+
+def visualize_predictions(
+    model: Classifier,
+    path: Path | str,
+    device: "torch.device | str | None" = None,
+    top_k: int = 3,
+) -> "Figure":
+    """A matplotlib figure of an image, as the network sees it, and its likeliest classes.
+
+    device: if given, the network is moved there.
+    """
+    if device is not None and model.network is not None:
+        model.network.to(device)
+    pixels = read_image(model, path)
+    (classes,) = top_classes(model, pixels[None], top_k)
+    return draw_predictions([Picture(Path(path).name, pixels, classes)])
+
+
+def draw_predictions(pictures: Sequence[Picture]) -> "Figure":
+    """A figure of images below their titles, each with a bar for each of its likeliest classes."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(3.6 * columns, 1.8 * rows), layout="constrained")
+    all_axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
+    for axes in all_axes:
+        axes.axis("off")
+    for i, picture in enumerate(pictures):
+        image_axes, bar_axes = all_axes[2 * i : 2 * i + 2]
+        image_axes.imshow(picture.pixels.transpose(1, 2, 0))
+        image_axes.set_title(picture.title[-28:], fontsize=8, parse_math=False)
+        _draw_bars(bar_axes, picture.classes)
+    return figure
+
+
+def _draw_bars(axes: "Axes", classes: TopClasses) -> None:
+    """Draw a bar for the confidence of each class; that of the likeliest class in blue."""
+    confidences = [confidence for _, confidence in classes]
+    colors = ["#8fc1ea"] + ["#d5d5d5"] * (len(classes) - 1)
+    axes.barh(range(len(classes)), confidences, color=colors)
+    for row, (name, confidence) in enumerate(classes):
+        text = f"{name} {percent(confidence)}"
+        axes.text(0.02, row, text, va="center", fontsize=8, parse_math=False)
+    axes.set(xlim=(0, 1), ylim=(max(2, len(classes)) - 0.4, -0.6))
+
+
+def save_pictures(pictures: Sequence[Picture], path: Path) -> None:
+    """Write a PNG file of images and their classes."""
+    buffer = io.BytesIO()
+    draw_predictions(pictures).savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """What is printed of an image.
+
+    Attributes:
+        file: its path.
+        answer: the likeliest class, or UNSURE.
+        classes: the likeliest classes.
+    """
+
+    file: str
+    answer: str
+    classes: TopClasses
+
+
+@dataclass
+class Results:
+    """What became of the files so far.
+
+    Attributes:
+        predictions: of the images that could be read.
+        pictures: the first MAX_PICTURES of these images.
+        problems: a line for each name that stands for no readable image.
+    """
+
+    predictions: list[Prediction] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def classify_files(
+    model: Classifier, paths: Sequence[Path], top_k: int, threshold: float, results: Results
+) -> None:
+    """Classify files and add what becomes of them to the results."""
+    batches = read_in_batches(paths, model.image_size)
+    with tqdm(
+        desc="Classifying", total=len(paths), unit="img", leave=False, disable=None
+    ) as progress_bar:
+        for batch in batches:
+            classify_batch(model, batch, top_k, threshold, results)
+            progress_bar.update(len(batch))
+
+
+def classify_batch(
+    model: Classifier, batch: list[ImageFile], top_k: int, threshold: float, results: Results
+) -> None:
+    """Classify the files of a batch together: see classify_files."""
+    names, images = [], []
+    for file in batch:
+        if file.pixels is None:
+            results.problems.append(f"{file.path}: {file.problem}")
+        else:
+            names.append(str(file.path))
+            images.append(file.pixels)
+    if not images:
+        return
+    predicted = top_classes(model, np.stack(images), top_k)
+    for name, pixels, classes in zip(names, images, predicted, strict=True):
+        prediction, confidence = classes[0]
+        title = Path(name).name
+        if confidence < threshold:
+            prediction = UNSURE
+            title += f": {UNSURE}"
+        results.predictions.append(Prediction(name, prediction, classes))
+        if len(results.pictures) < MAX_PICTURES:
+            results.pictures.append(Picture(title, pixels, classes))
+
+
+def print_predictions(format: str, predictions: Sequence[Prediction]) -> None:
+    """Print file, answer and likeliest classes of each image as table, csv or json."""
+    if format == "json":
+        print_json(predictions)
+    elif format == "csv":
+        print_csv(predictions)
+    else:
+        print_table(predictions)
+
+
+def print_json(predictions: Sequence[Prediction]) -> None:
+    entries = []
+    for file, answer, classes in predictions:
+        listed = [{"class": name, "confidence": confidence} for name, confidence in classes]
+        entries.append({"file": file, "answer": answer, "classes": listed})
+    print(json.dumps(entries, indent=1))
+
+
+def print_csv(predictions: Sequence[Prediction]) -> None:
+    num_classes = max((len(prediction.classes) for prediction in predictions), default=0)
+    header = ["file", "answer"]
+    for number in range(1, num_classes + 1):
+        header += [f"class_{number}", f"confidence_{number}"]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(header)
+    for file, answer, classes in predictions:
+        row = [file, answer]
+        for name, confidence in classes:
+            row += [name, f"{confidence:.6f}"]
+        writer.writerow(row)
+
+
+def print_table(predictions: Sequence[Prediction]) -> None:
+    width = max((len(prediction.file) for prediction in predictions), default=0)
+    for file, answer, classes in predictions:
+        listed = ", ".join(f"{name} {percent(confidence)}" for name, confidence in classes)
+        unsure = f"{UNSURE}: " if answer == UNSURE else ""
+        print(f"{file:{width}}  {unsure}{listed}")
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of this process; ends it with status 2 if they are wrong."""
+    parser = tool_parser(__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders")
+    parser.add_argument(
+        "--top-k", type=int, default=3, metavar="N", help="number of classes (default: 3)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="confidence below which the answer is unsure, in [0, 1] (default: 0)",
+    )
+    parser.add_argument(
+        "--format", default="table", choices=["table", "csv", "json"], help="(default: table)"
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE.png",
+        help=f"draw the first {MAX_PICTURES} images and their classes",
+    )
+    options = parser.parse_args()
+    if options.top_k < 1:
+        parser.error(f"--top-k {options.top_k}: must be at least 1")
+    if not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
+    return options
+
+
+def prepare_output(format: str) -> TextIO:
+    """Prepare standard output for this format; returns the stream for everything but the data."""
+    if format == "table":
+        return sys.stdout
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # on Windows it would be the console's encoding
+    return sys.stderr
 
 
 def main() -> int:
-    """Run as from the command line; returns the exit status: 1 if one of the images could not be classified."""
-    arguments = parser(__doc__)
-    arguments.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    arguments.add_argument("--top-k", type=int, default=3, metavar="N", help="classes to name (default: 3)")
-    arguments.add_argument("--threshold", type=float, default=0.0, metavar="F", help="below it say unsure, [0, 1]")
-    arguments.add_argument("--format", default="table", choices=["table", "csv", "json"], help="(default: table)")
-    arguments.add_argument("--save", metavar="FILE.png", help=f"draw the first {SHOWN} images and their classes")
-    options = arguments.parse_args()
-    if options.top_k < 1:
-        arguments.error(f"--top-k {options.top_k}: must be at least 1")
-    if not 0 <= options.threshold <= 1:
-        arguments.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
+    """Run as from the command line; returns the exit status, 1 if a file could not be read."""
+    options = parse_options()
     model = load_model(options.checkpoint, options.device, options.model)
-    to = sys.stdout if options.format == "table" else sys.stderr  # what is piped on is to be data only
-    if options.format != "table" and isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # Windows would write what its console can show
-    print(model.about(), file=to)
-    paths, problems = find(options.images)
-    rows: list[tuple[str, str, list[tuple[str, float]]]] = []
-    shown: list[tuple[str, np.ndarray, list[tuple[str, float]]]] = []
+    messages = prepare_output(options.format)
+    print(model.describe(), file=messages)
+
+    paths, problems = find_images(options.images)
+    results = Results(problems=problems)
     stopped = False
     try:
-        with tqdm(desc="Classifying", total=len(paths), unit="img", leave=False, disable=None) as bar:
-            for batch in read(model, paths):
-                problems += [f"{path}: {image}" for path, image in batch if isinstance(image, str)]
-                images = [(str(path), image) for path, image in batch if not isinstance(image, str)]
-                found = ranked(model, np.stack([image for _, image in images]), options.top_k) if images else []
-                for (name, image), classes in zip(images, found, strict=True):
-                    sure = classes[0][1] >= options.threshold
-                    rows.append((name, classes[0][0] if sure else "unsure", classes))
-                    if len(shown) < SHOWN:
-                        shown.append((name if sure else f"{name}: unsure", image, classes))
-                bar.update(len(batch))
-    except KeyboardInterrupt:
+        classify_files(model, paths, options.top_k, options.threshold, results)
+    except KeyboardInterrupt:  # print what was classified so far
         stopped = True
-    write(options.format, rows)
-    for problem in problems:
+
+    print_predictions(options.format, results.predictions)
+    for problem in results.problems:
         print(f"error: {problem}", file=sys.stderr)
-    if options.save and shown:
-        temporary = Path(f"{options.save}.{os.getpid()}.tmp")
-        draw(shown).savefig(temporary, format="png", dpi=110)
-        temporary.replace(options.save)
-        print(f"Picture of {len(shown)} of {len(rows)} images: {options.save}", file=to)
-    return 130 if stopped else int(bool(problems))
-
-
-def write(kind: str, rows: list[tuple[str, str, list[tuple[str, float]]]]) -> None:
-    """Print name, answer and classes of each image as a table, CSV or JSON."""
-    if kind == "json":
-        listed = []
-        for name, answer, classes in rows:
-            found = [{"class": label, "confidence": sure} for label, sure in classes]
-            listed.append({"file": name, "answer": answer, "classes": found})
-        print(json.dumps(listed, indent=1))
-    elif kind == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        numbers = range(1, 1 + max([len(classes) for *_, classes in rows], default=0))
-        writer.writerow(["file", "answer", *(f"{key}_{i}" for i in numbers for key in ("class", "confidence"))])
-        for name, answer, classes in rows:
-            writer.writerow([name, answer, *(value for label, sure in classes for value in (label, f"{sure:.6f}"))])
-    else:
-        width = max([len(name) for name, *_ in rows], default=0)
-        for name, answer, classes in rows:
-            cells = ", ".join(f"{label} {100 * sure:.1f} %" for label, sure in classes)
-            print(f"{name:{width}}  {'unsure: ' if answer == 'unsure' else ''}{cells}")
+    if options.save and results.pictures:
+        save_pictures(results.pictures, Path(options.save))
+        num_drawn, num_images = len(results.pictures), len(results.predictions)
+        print(f"Picture of {num_drawn} of {num_images} images: {options.save}", file=messages)
+    if stopped:
+        return 130
+    return 1 if results.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_tool(main))

@@ -1,127 +1,341 @@
-"""What each idea in the training program gives: the program with one thing changed, several seeds, alternating.
+"""What each idea in the program gives: the program with one thing changed, several seeds.
 
     python benchmarks/ablations.py --runs 2
     python benchmarks/ablations.py --only ReLU "no whitening" --runs 3 --epochs 10 --name relu
 
-Judged on validation images, never on the test set. A change is a replacement in the script's text or an option, so
-this file shows what was compared. Five epochs, not the default recipe's ten: small differences show as well, and
-all of it takes two hours. Prints a Markdown table; writes NAME.json with every run and NAME.png into results/.
+The variants alternate, and are judged on validation images, never on the test set. VARIANTS has all
+of them: each is options, or a snippet of Python that replaces a function of the program. Runs have
+five epochs, not the ten of the default recipe: small differences show as well, and all of it takes
+two hours. Prints a Markdown table; writes NAME.json with every run and NAME.png into results/.
+
+One variant up to version 0.9.1 is not here any more, because its snippet would be a page: "the
+easiest fifth of the images left out" saved 14 % of the time for 0.4 points (benchmarks/README.md).
 """
 
+import argparse
+import functools
 import math
-import shlex
 import statistics
+from typing import Any, NamedTuple
 
-import time_to_accuracy
+import harness
+from harness import mean_and_std
 from matplotlib.figure import Figure
-from time_to_accuracy import RESULTS, arguments, changed, grouped, in_turns, markdown, spread
+
+
+class Variant(NamedTuple):
+    """What is different from the default recipe.
+
+    options: of the program, as typed. snippet: Python that changes the program before it starts:
+    see `harness.variant_program`. environment: environment variables to add.
+    """
+
+    options: str = ""
+    snippet: str = ""
+    environment: dict[str, str] = {}
+
+
+# ---- Snippets: the network -----------------------------------------------------------------------
+
+NOT_RESIDUAL = """
+def forward(self, x):
+    x = F.max_pool2d(self.conv1(x), 2)
+    x = F.silu(self.norm1(x))
+    return F.silu(self.norm2(self.conv2(x)))
+
+replace(ic.Stage, "forward", forward)
+"""
+
+GLOBAL_MAX_POOLING = """
+def forward(self, images):
+    x = F.silu(self.whiten(images))
+    x = self.stages(x)
+    x = x.amax((2, 3))
+    x = F.dropout(x, self.dropout, self.training)
+    return self.classifier(x)
+
+replace(ic.CNN, "forward", forward)
+"""
+
+TRAIN_FIRST_LAYER = """
+instantiate = ic.instantiate
+
+def with_trained_first_layer(*arguments, **options):
+    model = instantiate(*arguments, **options)
+    model.whiten.weight.requires_grad_(True)
+    return model
+
+replace(ic, "instantiate", with_trained_first_layer)
+"""
+
+# Another first layer, which whitens patches of 3×3 pixels.
+FIRST_LAYER = """
+instantiate, unfold = ic.instantiate, F.unfold
+
+def with_larger_patches(*arguments, **options):
+    model = instantiate(*arguments, **options)
+    channels = model.whiten.in_channels
+    filters = 2 * channels * 3 * 3
+    model.whiten = torch.nn.Conv2d(channels, filters, 3, {stride}, {padding}, bias=False)
+    model.whiten.weight.requires_grad_(False)
+    model.stages[0] = ic.Stage(filters, model.stages[0].conv1.out_channels)
+    return model
+
+replace(ic, "instantiate", with_larger_patches)
+replace(F, "unfold", lambda images, size: unfold(images, 3))
+"""
+
+# ---- Snippets: images ----------------------------------------------------------------------------
+
+RANDOM_FLIPS = """
+plan_epoch = ic.plan_epoch
+
+def with_random_flips(num_images, seed, epoch, augment, *rest):
+    plan = plan_epoch(num_images, seed, epoch, augment, *rest)
+    generator = torch.Generator().manual_seed(1000 * seed + epoch + 500_000)
+    flips = torch.rand(len(plan.flips), generator=generator) < 0.5
+    return plan._replace(flips=flips.to(plan.flips.device) & augment.flip)
+
+replace(ic, "plan_epoch", with_random_flips)
+"""
+
+NOT_GATHERED = """
+replace(ic, "gather_augmented", lambda images, batch: images[batch.order])
+"""
+
+ONE_BY_ONE = """
+gather = ic.gather_augmented
+
+def gather_one_by_one(images, batch):
+    one_image_each = batch.split(len(batch.order))
+    return torch.cat([gather(images, part) for part in one_image_each])
+
+replace(ic, "gather_augmented", gather_one_by_one)
+"""
+
+VALIDATE_ONCE = """
+validate = ic.validate
+
+def validate_once(trainer):
+    valid_set = trainer.valid_set
+    if not trainer.state.progress.done:
+        trainer.valid_set = valid_set.first(0)
+    row = validate(trainer)
+    trainer.valid_set = valid_set
+    return row
+
+replace(ic, "validate", validate_once)
+"""
+
+# ---- Snippets: the optimiser ---------------------------------------------------------------------
+
+# One matrix after the other, in fp32, as the script's are not; the result is the same but for
+# rounding.
+NEWTON_SCHULZ = """
+def newton_schulz(matrices):
+    results = []
+    for matrix in matrices:
+        rows, columns = matrix.shape
+        x = matrix.float() / (matrix.norm() + 1e-7)
+        x = x.T if rows > columns else x
+        for _ in range({steps}):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        results.append(x.T if rows > columns else x)
+    return results
+
+replace(ic, "newton_schulz", newton_schulz)
+"""
+
+NEWTON_SCHULZ_FP32 = """
+build_optimizers = ic.build_optimizers
+
+def build_with_fp32(model, config, dtype, device):
+    return build_optimizers(model, config, torch.float32, device)
+
+replace(ic, "build_optimizers", build_with_fp32)
+"""
+
+FREEZE_FIRST_STAGE = """
+train_step = ic.Trainer.train_step
+
+def train_step_then_freeze(self, *arguments, **options):
+    stats = train_step(self, *arguments, **options)
+    is_trained = self.state.progress.fraction < 0.7
+    self.state.model.stages[0].requires_grad_(is_trained)
+    return stats
+
+replace(ic.Trainer, "train_step", train_step_then_freeze)
+"""
+
+# ---- The variants --------------------------------------------------------------------------------
 
 BASE = "as it is"
-LARGER = [("2 * channels * 2 * 2", "2 * channels * 3 * 3"), ("F.unfold(images, 2)", "F.unfold(images, 3)")]
-GATHER = "gather(self.images, chosen, flips, shifts)"
-# Name: (options, replacements in the script's text).
-VARIANTS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
-    BASE: ([], []),
-    "whole images from the start": (["--low-res", "0"], []),
-    "whole images from the start, 3 of 5 epochs": (["--low-res", "0", "--epochs", "3"], []),
-    "ReLU": ([], [("F.silu(", "F.relu(")]),
-    "GELU": ([], [("F.silu(", "F.gelu(")]),
-    "average pooling": ([], [("F.max_pool2d(", "F.avg_pool2d(")]),
-    "nothing added to": ([], [("return x + F.silu(", "return F.silu(")]),
-    "maximum over what remains": ([], [(".mean((2, 3))", ".amax((2, 3))")]),
-    "no whitening": ([], [("        set_whitening(", "        (")]),
-    "first layer trained, too": ([], [("self.whiten.weight.requires_grad_(False)", "")]),
-    "first layer of 3×3 pixels": ([], [*LARGER, ("* 3 * 3, 2, bias", "* 3 * 3, 3, bias")]),
-    "… and stride 2": ([], [*LARGER, ("* 3 * 3, 2, bias", "* 3 * 3, 3, 2, 1, bias")]),
-    "width 0.75": (["--width", "0.75"], []),
-    "width 1.25": (["--width", "1.25"], []),
-    "no identity initialisation": ([], [("nn.init.dirac_(", "(")]),
-    "random flips": ([], [("(first ^ bool(epoch % 2))", "(torch.rand(count, generator=generator) < 0.5)")]),
-    "shifts of 4 pixels": (["--augment", "flip,crop=4"], []),
-    "no augmentation": (["--augment", "none"], []),
-    "label smoothing 0": (["--label-smoothing", "0"], []),
-    "batch 250, lr as it is": (["--batch-size", "250"], []),
-    "batch 1000, lr as it is": (["--batch-size", "1000"], []),
-    "lr x 2": (["--lr", "0.24"], []),
-    "lr / 2": (["--lr", "0.06"], []),
-    "momentum 0.3": (["--momentum", "0.3"], []),
-    "momentum 0.9": (["--momentum", "0.9"], []),
-    "two Newton-Schulz steps": ([], [("in range(3)", "in range(2)")]),
-    "five Newton-Schulz steps": ([], [("in range(3)", "in range(5)")]),
-    "Newton-Schulz in fp32": ([], [("dtype = dtype if dtype == torch.bfloat16 else", "dtype =")]),
-    "AdamW": (["--optimizer", "adamw"], []),
-    "cosine": (["--scheduler", "cosine"], []),
-    "moving average of the weights": (["--ema"], []),
-    "first stage fixed in the last 30 %": (
-        [], [("self.step += 1", "self.step += 1\n        "
-              "self.model.stages[0].requires_grad_(self.step < 0.7 * self.total_steps)")],
+VARIANTS = {
+    BASE: Variant(),
+    "whole images from the start": Variant("--progressive-resizing 0"),
+    "whole images from the start, 3 of 5 epochs": Variant("--progressive-resizing 0 --epochs 3"),
+    "ReLU": Variant(snippet='replace(F, "silu", F.relu)'),
+    "GELU": Variant(snippet='replace(F, "silu", F.gelu)'),
+    "average pooling": Variant(snippet='replace(F, "max_pool2d", F.avg_pool2d)'),
+    "nothing added to": Variant(snippet=NOT_RESIDUAL),
+    "maximum over what remains": Variant(snippet=GLOBAL_MAX_POOLING),
+    "no whitening": Variant(snippet='replace(ic, "set_whitening", lambda layer, images: None)'),
+    "first layer trained, too": Variant(snippet=TRAIN_FIRST_LAYER),
+    "first layer of 3×3 pixels": Variant(snippet=FIRST_LAYER.format(stride=1, padding=0)),
+    "… and stride 2": Variant(snippet=FIRST_LAYER.format(stride=2, padding=1)),
+    "width 0.75": Variant("--width 0.75"),
+    "width 1.25": Variant("--width 1.25"),
+    "no identity initialisation": Variant(
+        snippet='replace(torch.nn.init, "dirac_", lambda weight: weight)'
     ),
-    "the easiest fifth of the images left out": (
-        [], [("config, drawn = self.config, None", "config, count = self.config, len(self.labels)\n        "
-              "self.recent = getattr(self, 'recent', torch.full((count,), math.inf))\n        "
-              "drawn = self.recent.topk(count * 4 // 5).indices"),
-             ("hits = (logits", "self.recent[chosen] = F.cross_entropy(logits, labels, reduction='none')\n"
-              + 16 * " " + "hits = (logits")],
+    "random flips": Variant(snippet=RANDOM_FLIPS),
+    "shifts of 4 pixels": Variant("--augment flip,crop=4"),
+    "no augmentation": Variant("--augment none"),
+    "label smoothing 0": Variant("--label-smoothing 0"),
+    "batch 250, lr as it is": Variant("--batch-size 250"),
+    "batch 1000, lr as it is": Variant("--batch-size 1000"),
+    "lr x 2": Variant("--lr 0.24"),
+    "lr / 2": Variant("--lr 0.06"),
+    "momentum 0.3": Variant("--momentum 0.3"),
+    "momentum 0.9": Variant("--momentum 0.9"),
+    "two Newton-Schulz steps": Variant(snippet=NEWTON_SCHULZ.format(steps=2)),
+    "five Newton-Schulz steps": Variant(snippet=NEWTON_SCHULZ.format(steps=5)),
+    "Newton-Schulz in fp32": Variant(snippet=NEWTON_SCHULZ_FP32),
+    "AdamW": Variant("--optimizer adamw"),
+    "cosine": Variant("--scheduler cosine"),
+    "moving average of the weights": Variant("--ema"),
+    "first stage fixed in the last 30 %": Variant(snippet=FREEZE_FIRST_STAGE),
+    "validation after the last epoch only": Variant(snippet=VALIDATE_ONCE),
+    "images taken as they are, nothing gathered": Variant(snippet=NOT_GATHERED),
+    "images prepared one by one": Variant(snippet=ONE_BY_ONE),
+    "fp32": Variant("--precision fp32"),
+    "colours one after the other in memory": Variant(
+        snippet='replace(torch, "channels_last", torch.contiguous_format)'
     ),
-    "validation after the last epoch only": (
-        [], [("if validation:", "if validation and trainer.step == trainer.total_steps:")],
+    "memory given back to the system": Variant(
+        snippet='replace(ic.devices, "keep_freed_memory", lambda: None)'
     ),
-    "images taken as they are, nothing gathered": ([], [(GATHER, "self.images[chosen]")]),
-    "images prepared one by one": (
-        [], [(GATHER, "torch.cat([gather(self.images, *each) for each in "
-              "zip(chosen.split(1), flips.split(1), shifts.split(1), strict=True)])")],
-    ),
-    "fp32": (["--precision", "fp32"], []),
-    "colours one after the other in memory": ([], [(".to(memory_format=torch.channels_last)", "")]),
-    "memory given back to the system": ([], [("        keep_freed_memory()", "        pass")]),
-    "torch.compile": (["--compile"], []),
-    "one thread": ([], [("def main(", "torch.set_num_threads(1)\n\n\ndef main(")]),
-    "threads bound to cores": (
-        [], [("    import torch\n", "    os.environ['OMP_PROC_BIND'] = 'true'\n    import torch\n")],
-    ),
-}  # fmt: skip
+    "torch.compile": Variant("--compile"),
+    "one thread": Variant(snippet="torch.set_num_threads(1)"),
+    "threads bound to cores": Variant(environment={"OMP_PROC_BIND": "true"}),
+}
 
 
-def run(name: str, seed: int, data_dir: str, epochs: int) -> dict:
+# ---- Runs, table and figure ----------------------------------------------------------------------
+
+
+def train(name: str, seed: int, data_dir: str, epochs: int) -> dict[str, Any]:
     """Train once: seconds of training, and the validation accuracy after the last epoch."""
-    options, replacements = VARIANTS[name]
-    variant = shlex.join(["default", "--epochs", str(epochs), *options])
-    result = time_to_accuracy.run(variant, seed, data_dir, changed(name, replacements))
-    figures = {name: result["epochs"][-1][name] for name in ("seconds", "valid_accuracy")}
-    return {"variant": name, "seed": seed, **figures, "hardware": result["hardware"], "versions": result["versions"]}
+    options, snippet, environment = VARIANTS[name]
+    result = harness.run(
+        f"default --epochs {epochs} {options}", seed, data_dir, snippet, environment
+    )
+    last_epoch = result["epochs"][-1]
+    return {
+        "variant": name,
+        "seed": seed,
+        "seconds": last_epoch["seconds"],
+        "valid_accuracy": last_epoch["valid_accuracy"],
+        "hardware": result["hardware"],
+        "versions": result["versions"],
+    }
+
+
+class Summary(NamedTuple):
+    """The runs of a variant.
+
+    Attributes:
+        seconds: of training, of each run.
+        accuracies: on the validation images, of each run, in [0, 1].
+    """
+
+    seconds: list[float]
+    accuracies: list[float]
+
+    def mean_seconds(self) -> float:
+        return statistics.mean(self.seconds)
+
+    def mean_accuracy(self) -> float:
+        return statistics.mean(self.accuracies)
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Summary]:
+    """The runs of each variant."""
+    summaries = {}
+    for name, runs in harness.group_by(results, "variant").items():
+        seconds = [run["seconds"] for run in runs]
+        accuracies = [run["valid_accuracy"] for run in runs]
+        summaries[name] = Summary(seconds, accuracies)
+    return summaries
+
+
+def table(summaries: dict[str, Summary]) -> str:
+    """A Markdown table, with a row for each variant."""
+    base = summaries[BASE]
+    rows = []
+    for name, summary in summaries.items():
+        slower = 100 * (summary.mean_seconds() / base.mean_seconds() - 1)
+        better = 100 * (summary.mean_accuracy() - base.mean_accuracy())
+        row = [name, mean_and_std(summary.seconds), f"{slower:+.0f} %"]
+        row += [mean_and_std(summary.accuracies, 100, 2), f"{better:+.2f}"]
+        row.append(str(len(summary.seconds)))
+        rows.append(row)
+    head = "change | training, s | against as it is | validation accuracy, % | against as it is"
+    return harness.markdown_table(f"{head} | runs", rows)
+
+
+def draw(summaries: dict[str, Summary]) -> Figure:
+    """Bars of seconds and accuracy, with a dot for each run."""
+    figure = Figure(figsize=(9, 1 + 0.3 * len(summaries)), layout="constrained")
+    seconds_axes, accuracy_axes = figure.subplots(1, 2, sharey=True)
+    for row, (name, summary) in enumerate(summaries.items()):
+        color = "C7" if name == BASE else "C0"
+        dots = [row] * len(summary.seconds)
+        accuracies = [100 * accuracy for accuracy in summary.accuracies]
+        seconds_axes.barh(row, summary.mean_seconds(), color=color)
+        seconds_axes.plot(summary.seconds, dots, "k.", markersize=4)
+        accuracy_axes.barh(row, 100 * summary.mean_accuracy(), color=color)
+        accuracy_axes.plot(accuracies, dots, "k.", markersize=4)
+
+    base = summaries[BASE]
+    seconds_axes.axvline(base.mean_seconds(), color="C7", linewidth=1)
+    accuracy_axes.axvline(100 * base.mean_accuracy(), color="C7", linewidth=1)
+    for axes in (seconds_axes, accuracy_axes):
+        axes.grid(axis="x", alpha=0.3)
+    lowest = 100 * min(min(summary.accuracies) for summary in summaries.values())
+    seconds_axes.set(xlabel="seconds of training")
+    seconds_axes.set(yticks=range(len(summaries)), yticklabels=list(summaries))
+    accuracy_axes.set(xlabel="validation accuracy, %", xlim=(math.floor(lowest - 1), None))
+    seconds_axes.invert_yaxis()
+    return figure
+
+
+def parse_options() -> argparse.Namespace:
+    parser = harness.new_parser(__doc__, runs=2)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(VARIANTS),
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help=f"variants to run besides {BASE!r} (default: all)",
+    )
+    epochs = "of each run (default: 5)"
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help=epochs)
+    name = "of the result files (default: ablations)"
+    parser.add_argument("--name", default="ablations", help=name)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = arguments(__doc__, runs=2)
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--epochs", type=int, default=5, help="of each run (default: 5)")
-    parser.add_argument("--name", default="ablations", help="of the result files (default: ablations)")
-    options = parser.parse_args()
-    names = list(dict.fromkeys([BASE, *options.only]))
-    results = in_turns(options.name, run, names, options.runs, options.data_dir, options.epochs)
-    own = grouped(results, "variant")
-    base = {key: statistics.mean(result[key] for result in own[BASE]) for key in ("seconds", "valid_accuracy")}
-    rows = []
-    for name, found in own.items():
-        seconds, accuracy = ([result[key] for result in found] for key in base)
-        slower = 100 * (statistics.mean(seconds) / base["seconds"] - 1)
-        better = 100 * (statistics.mean(accuracy) - base["valid_accuracy"])
-        rows.append([name, spread(seconds), f"{slower:+.0f} %", spread(accuracy, 100, 2), f"{better:+.2f}", len(found)])
-    print(markdown("change | training, s | against as it is | validation accuracy, % | against as it is | runs", rows))
-    figure = Figure(figsize=(9, 1 + 0.3 * len(own)), layout="constrained")
-    for axes, key, unit in zip(figure.subplots(1, 2, sharey=True), base, (1, 100), strict=True):
-        for row, found in enumerate(own.values()):
-            values = [unit * result[key] for result in found]
-            axes.barh(row, statistics.mean(values), color="C0" if row else "C7")
-            axes.plot(values, [row] * len(values), "k.", markersize=4)  # each run
-        axes.grid(axis="x", alpha=0.3)
-        axes.axvline(unit * base[key], color="C7", linewidth=1)
-    seconds_axes, accuracy_axes = figure.axes
-    seconds_axes.set(xlabel="seconds of training", yticks=range(len(own)), yticklabels=list(own))
-    low = 100 * min(result["valid_accuracy"] for result in results)
-    accuracy_axes.set(xlabel="validation accuracy, %", xlim=(math.floor(low - 1), None))
-    seconds_axes.invert_yaxis()
-    figure.savefig(RESULTS / f"{options.name}.png", dpi=110)
+    options = parse_options()
+    names = [BASE, *(name for name in options.only if name != BASE)]
+    run = functools.partial(train, data_dir=options.data_dir, epochs=options.epochs)
+    results = harness.run_in_turns(options.name, names, options.runs, run)
+    summaries = summarize(results)
+    print(table(summaries))
+    draw(summaries).savefig(harness.RESULTS / f"{options.name}.png", dpi=110)
 
 
 if __name__ == "__main__":

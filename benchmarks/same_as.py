@@ -103,8 +103,8 @@ sys.exit(ic.main(sys.argv[2:]))
 # the default recipe's optimisers, has made its step.
 FIRST_STEP = """
 import os
-import runpy
 import sys
+from importlib.machinery import SourceFileLoader
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -116,8 +116,13 @@ def exit_after_last_optimizer(optimizer, arguments, options):
 
 register_optimizer_step_post_hook(exit_after_last_optimizer)
 sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
+script = sys.argv[0]
+sys.path[0] = os.path.dirname(script)
+loader = SourceFileLoader("__main__", script)
+__main__ = sys.modules["__main__"]
+__main__.__file__ = script
+__main__.__loader__ = loader
+exec(loader.source_to_code(loader.get_data(script), script), vars(__main__))
 """
 
 
@@ -293,11 +298,16 @@ def compare(name: str, versions: list[Version], rounds: int, folders: dict[str, 
     return not found
 
 
-def compare_start_up(versions: list[Version], rounds: int, folders: dict[str, str]) -> None:
-    """Time both versions to the end of their first step and print the table."""
-    old, new = alternate(versions, rounds, lambda version: version.start_up(folders))
+def compare_start_up(versions: list[Version], rounds: int, folders: dict[str, str]) -> int:
+    """Time both versions to the end of their first step and print the table; the exit status."""
+    try:
+        old, new = alternate(versions, rounds, lambda version: version.start_up(folders))
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print("| runs of each | old, s | new, s | ratio |\n| --- | --- | --- | --- |")
     print(f"| {rounds} | {medians(old, new, 2)} |")
+    return 0
 
 
 def make_photos(folder: Path) -> None:
@@ -340,8 +350,7 @@ def main() -> int:
             Version(NEW_CHECKOUT, temporary / "new"),
         ]
         if options.start_up:
-            compare_start_up(versions, options.start_up, folders)
-            return 0
+            return compare_start_up(versions, options.start_up, folders)
 
         print("| training | figures that agree | old, s | new, s | ratio ", end="")
         print("| old, MiB | new, MiB | ratio |")

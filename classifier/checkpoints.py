@@ -95,6 +95,20 @@ def _is_checkpoint(content: Any) -> bool:
     )
 
 
+def read_state_dict(path: Path | str) -> dict[str, Any] | None:
+    """A plain state dict, such as torchvision publishes, or None if the file holds something else.
+
+    Nothing in it is executed. Raises OSError if it cannot be opened.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception:  # there are many ways in which a file can be damaged
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     """Raise UserError unless names and shapes of the weights are those of the model.
 

@@ -10,8 +10,9 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ METAVARS = {
     "out": "FILE.pth",
     "resume": "DIR",
 }
+PACKAGES = ["torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"]
 EPILOG = (
     "Defaults are for the network cnn on CIFAR-10. Other networks, optimisers and data sets\n"
     "have their own: docs/options.md"
@@ -223,9 +225,9 @@ def prepare_console() -> None:
             console.reconfigure(errors="replace", line_buffering=True)
 
 
-def check_installed(packages: Iterable[str]) -> None:
-    """Raise UserError if a package is missing: better before training than after it."""
-    for package in packages:
+def check_installed() -> None:
+    """Raise UserError if a package is missing: some are imported only after training."""
+    for package in PACKAGES:
         if not importlib.util.find_spec(package):
             raise UserError(f"No module named {package!r}: {INSTALL}")
 
@@ -293,6 +295,12 @@ def report_error(
     prog = Path(sys.argv[0]).name if parser is None else parser.prog
     usage = f"usage: {prog} [options]\n" if parser is None else parser.format_usage()
     print(f"{usage}{prog}: error: {message}", file=sys.stderr)
+
+
+def report_stopped(stopped: Stopped, command: list[str]) -> int:
+    """Print the command that resumes a stopped run; returns the exit status."""
+    print(f"\nStopped, and everything is saved. Resume with: {subprocess.list2cmdline(command)}")
+    return exit_status(stopped)
 
 
 def resume_command(run: Path | str, model: str) -> list[str]:

@@ -6,7 +6,7 @@ small network itself.
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,7 +29,7 @@ class Batch(Protocol):
 
     def __iter__(self) -> Iterator[torch.Tensor]: ...
 
-    def _make(self, iterable: Iterable[torch.Tensor]) -> Any: ...
+    def _make(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 BatchT = TypeVar("BatchT", bound=Batch)

@@ -6,8 +6,10 @@ does what a single process needs, which is mostly nothing. No other module asks 
 
 import contextlib
 import gc
+import io
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -44,6 +46,18 @@ T = TypeVar("T")
 def is_main_process() -> bool:
     """True if this is the process that prints and writes: rank 0, or the only one."""
     return not LAUNCHED or os.environ["RANK"] == "0"
+
+
+def silence_all_but_rank_0() -> None:
+    """Let only the main process print; for programs, not for library functions."""
+    if not is_main_process():
+        sys.stdout = io.StringIO()
+
+
+def wait_for_rank_0() -> None:
+    """Wait before printing an error: if rank 0 fails as well, torchrun ends this process first."""
+    if not is_main_process():
+        time.sleep(3)
 
 
 def begin(given: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +237,7 @@ class Group:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
-    def accumulate(self, forward: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def accumulate(self, forward: Callable[..., Any], last: bool) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of one micro-batch.
 
         Only in the `last` one of a step the processes exchange gradients.

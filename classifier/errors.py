@@ -23,6 +23,10 @@ class DatasetUnavailable(UserError):
     """A data set that is not on disk, and no source can be reached."""
 
 
+class Diverged(UserError):
+    """A loss, or a weight, that is no longer finite."""
+
+
 class Stopped(Exception):
     """A run that Ctrl-C or SIGTERM ended after its state was saved.
 

@@ -1,4 +1,4 @@
-"""What happens between the steps of an epoch: progress bar, checks, time budget, autosave, stopping."""
+"""What happens between the steps of an epoch: progress bar, time budget, autosave, stopping."""
 
 import contextlib
 import time
@@ -15,7 +15,9 @@ from classifier.progress import Progress
 from classifier.time_budget import NoBudget, TimeBudget
 from classifier.train_state import TrainState
 
-BAR_SECONDS = 0.5  # how often the loss is read on accelerators, where reading it waits for the device
+BAR_SECONDS = (
+    0.5  # how often the loss is read on accelerators, where reading it waits for the device
+)
 
 
 class Stop(Protocol):
@@ -33,6 +35,7 @@ class Heartbeat:
 
     state: what is trained; its step_stats and seconds are filled in here.
     batch_slices: the slice of an epoch's images that each step takes.
+    group: the processes that share each batch.
     progressive_resizing: see Config; for the time that is left.
     budget: --minutes, or NoBudget.
     stop: the request to stop, if one can come.
@@ -87,7 +90,7 @@ class Heartbeat:
             disable=None if self.group.is_main else True,
         ) as self.bar:
             yield self
-        self.state.check_finite(self.steps_done, saving=True)
+        self.state.check_finite(saving=True)
         self.progress.seconds = self.seconds_before + time.perf_counter() - self.started
 
     def images_per_second(self) -> float:
@@ -96,10 +99,10 @@ class Heartbeat:
         return num_images / (self.progress.seconds - self.seconds_before)
 
     def record(self, stats: torch.Tensor) -> None:
-        """Take down a step.
+        """Sum a step's statistics over all processes, store them, and update the bar.
 
-        stats: float32 (2,), summed cross-entropy and hits of this process's images; becomes the
-        sum over all processes.
+        stats: float32 (2,), summed cross-entropy and number of correct predictions of this
+        process's images; becomes the sum over all processes.
         """
         self.steps_done += 1
         poll = self.reading_is_free or self.steps_done % runs.STOP_POLL_STEPS == 0
@@ -113,7 +116,7 @@ class Heartbeat:
         self.bar.update(batch_size)
         if self.reading_is_free or now - self.loss_read_at > BAR_SECONDS:
             self.loss_read_at = now
-            self.state.check_finite(self.steps_done)
+            self.state.check_finite()
             loss = self.last_loss_sum() / batch_size
             self.bar.set_postfix_str(f"loss {loss:.3f}, run {self.eta()}", refresh=False)
 
@@ -133,7 +136,7 @@ class Heartbeat:
         """Save every few minutes, and when asked to stop, after which Stopped is raised."""
         overdue = time.perf_counter() - self.saved_at > runs.SAVE_EVERY
         if self.save is not None and (self.stopping or overdue):
-            self.state.check_finite(self.steps_done, saving=True)
+            self.state.check_finite(saving=True)
             self.save()
             self.saved_at = time.perf_counter()
         if self.stopping:

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,18 +25,22 @@ MAX_MISTAKES = 20
 MAX_CLASSES_WITH_NUMBERS = 30  # of a confusion matrix, whose numbers are readable up to here
 
 
-class Sample(NamedTuple):
-    """Some training images as the first epoch sees them; on the device of the images.
+class Sample(Protocol):
+    """Some training images as the first epoch sees them: a NamedTuple of tensors."""
 
-    Attributes:
-        order: int64 (N,), indices of the images.
-        flips: bool (N,), whether each is flipped left to right.
-        shifts: int64 (N, 2), by how many pixels each moves down and right.
-    """
+    @property
+    def order(self) -> torch.Tensor:
+        """Indices of the images, int64 (N,)."""
 
-    order: torch.Tensor
-    flips: torch.Tensor
-    shifts: torch.Tensor
+    @property
+    def flips(self) -> torch.Tensor:
+        """Whether each is mirrored, bool (N,)."""
+
+    @property
+    def shifts(self) -> torch.Tensor:
+        """By how many pixels each moves down and right, int64 (N, 2)."""
+
+    def _replace(self, *args: Any, **fields: Any) -> Any: ...
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> "Figure":
@@ -112,7 +116,7 @@ def _title_size(title: str) -> float:
 
 def draw_samples(
     sample: Sample,
-    gather: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    gather: Callable[[Any], torch.Tensor],
     labels: torch.Tensor,
     classes: list[str],
     augment: str | None,
@@ -120,8 +124,7 @@ def draw_samples(
     """Draw training images in rows: as they are, after each step of --augment, and after all.
 
     Args:
-        gather: picks, flips and shifts images: (order, flips, shifts) of N images to uint8
-            (N, C, H, W).
+        gather: picks, mirrors and shifts the images of a sample: uint8 (N, C, H, W).
         labels: int64, of all training images.
         augment: the setting of that name.
 
@@ -137,10 +140,10 @@ def draw_samples(
             flip, max_shift, _ = parse_augment(step)
             flips = torch.full_like(sample.flips, flip)
             shifts = sample.shifts if max_shift else torch.zeros_like(sample.shifts)
-            images = gather(sample.order, flips, shifts)
+            images = gather(sample._replace(flips=flips, shifts=shifts))
             augment_batch = build_augmentation(step, len(classes))
             rows[name], _ = augment_batch(images, sample_labels)
-        images = gather(*sample)
+        images = gather(sample)
         augment_batch = build_augmentation(augment, len(classes))
         rows["augmented"], _ = augment_batch(images, sample_labels)
 

@@ -23,7 +23,7 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        total_steps: optimiser steps of the whole run; a time budget changes it while the run goes on.
+        total_steps: optimiser steps of the whole run; a time budget may still change it.
         steps_per_epoch: steps of an epoch.
         step: steps done.
         seconds: time spent in training and validation, in s.
@@ -47,6 +47,11 @@ class Progress:
     def step_in_epoch(self) -> int:
         """Steps of that epoch that are done."""
         return self.step % self.steps_per_epoch
+
+    @property
+    def last_step_in_epoch(self) -> int:
+        """Index within its epoch of the latest step."""
+        return (self.step - 1) % self.steps_per_epoch
 
     @property
     def fraction(self) -> float:

@@ -16,8 +16,9 @@ from classifier import __version__, metrics, plots
 from classifier.checkpoints import save_checkpoint
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset, Split
+from classifier.devices import hardware_name
 from classifier.files import write_atomically, write_csv
-from classifier.progress import Row
+from classifier.progress import Progress, Row
 from classifier.run_log import RunLog
 from classifier.runs import Run
 from classifier.text import percent
@@ -42,6 +43,13 @@ class Report:
     history: list[Row]
     run: Path
     checkpoint: Path
+
+
+def source_of(spec: Any, loader: Any) -> str | None:
+    """The text of a module, from its __spec__ (None for a main program) and __loader__."""
+    name = spec.name if spec else "__main__"
+    get_source = getattr(loader, "get_source", None)
+    return get_source(name) if get_source else None
 
 
 def versions(script_source: str | None) -> dict[str, Any]:
@@ -79,29 +87,26 @@ def commit(script_path: Path | str) -> str | None:
 
 def run_facts(
     data: Dataset,
-    history: list[Row],
-    seconds: float,
+    progress: Progress,
     num_train_images: int,
-    hardware: str,
+    device: torch.device,
     versions: dict[str, Any],
-    commit: str | None,
+    script_path: str,
 ) -> dict[str, Any]:
-    """The part of report.json that says how, where and on what the model was trained.
+    """The part of report.json that tells how the result came about.
 
-    Args:
-        seconds: time spent in training and validation.
-        num_train_images: how many images were trained on, at least once.
-        versions, commit: see the functions of these names.
+    num_train_images: how many images were trained on, at least once. versions: see the function of
+    that name.
     """
     substituted_for = f"CIFAR10: {data.fallback_reason}" if data.fallback_reason else None
     return {
-        "seconds": seconds,
+        "seconds": progress.seconds,
         "dataset": data.name,
         "train_images": num_train_images,
-        "epochs": len(history),
+        "epochs": len(progress.history),
         "substituted_for": substituted_for,
-        "commit": commit,
-        "hardware": hardware,
+        "commit": commit(script_path),
+        "hardware": hardware_name(device),
         "versions": versions,
     }
 

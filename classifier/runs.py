@@ -150,33 +150,16 @@ class Run:
             path.mkdir(exist_ok=True)
         return Run(path, self.is_main)
 
-    def end_epoch(
-        self,
-        epoch: int,
-        payload: dict[str, Any],
-        state: dict[str, Any],
-        is_best: bool,
-        keep_epoch: bool,
-        write_log: Callable[[], None],
+    def save_epoch(
+        self, epoch: int, model_file: dict[str, Any], is_best: bool, keep_epoch: bool
     ) -> None:
-        """Write what an epoch leaves behind.
-
-        Args:
-            payload: content of a model file.
-            state: content of last.pth.
-            is_best: write best.pth as well.
-            keep_epoch: write epoch-NNNN.pth as well.
-            write_log: writes metrics.csv and TensorBoard's events.
-        """
+        """Write the model of an epoch: best.pth if it is the best, epoch-NNNN.pth if it is kept."""
         if not self.is_main:
             return
         if is_best:
-            save_checkpoint(self.best, payload)
+            save_checkpoint(self.best, model_file)
         if keep_epoch:
-            save_checkpoint(self.path / f"epoch-{epoch:04d}.pth", payload)
-        # before last.pth: a run killed between the two repeats the epoch and loses no row
-        write_log()
-        self.save_last(state)
+            save_checkpoint(self.path / f"epoch-{epoch:04d}.pth", model_file)
 
     def save_last(self, state: dict[str, Any]) -> None:
         """Write last.pth. Raises OSError if that fails; the old file is then still there."""

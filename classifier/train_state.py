@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 from classifier.checkpoints import load_weights, read_checkpoint
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
-from classifier.errors import UserError
+from classifier.errors import Diverged
 from classifier.networks.pretrained import ImageNetClassifier
-from classifier.progress import Progress
+from classifier.progress import Progress, Row
 
 
 @dataclass
@@ -30,7 +30,9 @@ class TrainState:
         step_stats: float32 (steps_per_epoch, 2), summed cross-entropy and number of hits of each
             step of this epoch.
         micro_batches: how many parts each process computes a batch of whole images in.
-        environment: what has to be the same for a resumed run to repeat an unbroken one bit for bit.
+        environment: hardware, precision and torch; if they differ, a resumed run is not
+            bit-identical to an unbroken one.
+        nonfinite_buffers: names of the buffers that hold infinities on purpose, such as masks.
     """
 
     model: nn.Module
@@ -47,7 +49,6 @@ class TrainState:
         for group in self.param_groups():
             group["initial_lr"] = float(group["lr"])  # the peak, of which schedules take a share
 
-        # a network may hold infinities on purpose, in a mask for example
         self.nonfinite_buffers = set()
         for name, buffer in self.model.named_buffers():
             if not buffer.isfinite().all():
@@ -66,7 +67,7 @@ class TrainState:
             optimizer.zero_grad()
 
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors that the device part of a step changes: weights, buffers, optimiser states."""
+        """All tensors that a step changes on the device: weights, buffers, optimiser states."""
         return [*self.model.state_dict().values(), *self._optimizer_tensors()]
 
     def _optimizer_tensors(self) -> list[torch.Tensor]:
@@ -78,11 +79,12 @@ class TrainState:
                 ]
         return tensors
 
-    def check_finite(self, steps: int, saving: bool = False, valid_loss: float = 0.0) -> None:
-        """Raise UserError if a loss, or with `saving` anything that is to be saved, is not finite.
+    def check_finite(self, saving: bool = False, valid_loss: float = 0.0) -> None:
+        """Raise Diverged if a loss, or with `saving` anything that is to be saved, is not finite.
 
-        steps: how many steps of this epoch are done; their losses are checked.
+        The losses of this epoch's steps are checked in any case.
         """
+        steps = self.progress.last_step_in_epoch + 1
         bad_steps = (~self.step_stats[:steps, 0].isfinite()).nonzero()
         kept: list[torch.Tensor] = []
         if saving:
@@ -100,10 +102,33 @@ class TrainState:
             step = progress.step - steps + int(bad_steps[0])
         epoch = step // progress.steps_per_epoch
         lower_lr = group["initial_lr"] / 10
-        raise UserError(
+        raise Diverged(
             f"the loss is no longer finite at step {step} (epoch {epoch}, lr "
             f"{float(group['lr']):.3g}): try --lr {lower_lr:.2g} or --grad-clip 1"
         )
+
+    def end_epoch(
+        self, num_images: int, valid_loss: float | None, valid_accuracy: float | None
+    ) -> Row:
+        """Append the row of the epoch that is over to the history, and return it.
+
+        num_images: training images of the epoch, or of the part of it that a time budget left.
+        """
+        progress = self.progress
+        step_stats = self.step_stats[: progress.last_step_in_epoch + 1]
+        train_loss, train_accuracy = (step_stats.sum(0) / num_images).tolist()
+        earlier_seconds = sum(earlier["seconds"] for earlier in progress.history)
+        row = {
+            "epoch": (progress.step - 1) // progress.steps_per_epoch,
+            "train_loss": train_loss,
+            "valid_loss": valid_loss,
+            "train_accuracy": train_accuracy,
+            "valid_accuracy": valid_accuracy,
+            "learning_rate": float(self.param_groups()[0]["lr"]),
+            "seconds": progress.seconds - earlier_seconds,
+        }
+        progress.history.append(row)
+        return row
 
     # ---- files ----
 
@@ -153,7 +178,7 @@ class TrainState:
         }
 
     def load(self, path: Path, classes: list[str], keep_total_steps: bool) -> None:
-        """Go on from a last.pth; prints a note if the last digits will differ for it.
+        """Load a last.pth; prints a note if results will not be bit-identical to an unbroken run.
 
         classes: those that the file has to be for. keep_total_steps: take over the number of steps
         that a time budget had found. Raises UserError for a file that does not fit.

@@ -1,5 +1,6 @@
-"""What the tests share: the program as a user runs it, real data where there is some, folders with awkward names."""
+"""What the tests share: the program as users run it, real data if there is any, and odd folders."""
 
+import contextlib
 import csv
 import functools
 import importlib
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,9 +26,12 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "image_classification.py"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
+# background jobs of a shell ignore SIGINT, and so would their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import image_classification as ic
-import inference
+from classifier.cli import run_tool
+from classifier.datasets.load import dataset_settings
+from classifier.resolve import resolve_defaults
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
 SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
@@ -37,20 +42,27 @@ def pytest_xdist_auto_num_workers():
     return min(4, (os.cpu_count() or 1) + 1)  # some tests wait more than they compute
 
 
+# ---- What a run has written ----------------------------------------------------------------------
+
+
 def only_run(folder):
+    """The folder of the one run below this folder."""
     (path,) = folder.glob("runs/*/*/config.json")
     return path.parent
 
 
 def weights(path):
+    """The weights in a model file."""
     return torch.load(path, weights_only=True, map_location="cpu")["model"]
 
 
 def state_of(run):
+    """The content of last.pth."""
     return torch.load(run / "last.pth", weights_only=True, map_location="cpu")
 
 
 def report_of(run):
+    """The content of report.json."""
     return json.loads((run / "report.json").read_text())
 
 
@@ -60,19 +72,12 @@ def table_of(text):
 
 
 def rows_of(run):
+    """The rows of metrics.csv."""
     return table_of((run / "metrics.csv").read_text())
 
 
-def same(first, second):
-    """Have two networks the same weights?"""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def without_time(history):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
 def epochs_of(run):
+    """The numbers of the epochs in metrics.csv."""
     return [int(row["epoch"]) for row in rows_of(run)]
 
 
@@ -83,13 +88,31 @@ def events_of(path):
     return EventAccumulator(str(path), size_guidance={"images": 0}).Reload()
 
 
+def same(first, second):
+    """Whether two networks have the same weights."""
+    if first.keys() != second.keys():
+        return False
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def without_time(history):
+    """The rows of a history without what depends on the machine's speed."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+
 def trainer_of(**settings):
     """A trainer for the digits, on the CPU, with these settings."""
+    config = ic.Config(dataset="digits", **settings)
     data = ic.load_data(ic.Config(dataset="digits"))
-    return ic.Trainer(ic.settle(ic.Config(dataset="digits", **settings), data), data, torch.device("cpu"))
+    config = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
+    return ic.Trainer(config, data, torch.device("cpu"))
 
 
 def wait_for(condition, seconds=60):
+    """Wait until the condition is true."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -97,25 +120,86 @@ def wait_for(condition, seconds=60):
 
 
 def beforehand(owner, name, do):
-    """In a block with this, `do` goes before every call of that function or method, with its arguments."""
+    """Within this context, `do` is called before that function or method, with its arguments."""
     original = getattr(owner, name)
-    return mock.patch.object(owner, name, lambda *given: (do(*given), original(*given))[1])
+
+    def do_first(*args, **kwargs):
+        do(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return mock.patch.object(owner, name, do_first)
+
+
+def save(image, path, **options):
+    """Write an image, uint8 (3, H, W), to a file; returns its path."""
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
+    return path
+
+
+def write_images(folder, counts, size=(48, 36), seed=0):
+    """Write folders of different images, one for each class, that a network can tell apart.
+
+    counts: number of images of each class.
+    """
+    random = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        colour = [120 * (number == channel) for channel in range(3)]
+        for i in range(count):
+            pixels = random.integers(0, 120, (6, 8, 3)) + colour
+            image = Image.fromarray(pixels.astype(np.uint8))
+            image.resize(size).save(folder / name / f"{i}.png")
+
+
+def load_photos(**settings):
+    """The data set in the folder photos/ of the current one."""
+    return ic.load_data(ic.Config(dataset="photos", **settings))
+
+
+# ---- Programs ------------------------------------------------------------------------------------
 
 
 class Program:
-    """image_classification.py in a folder of its own, run in a process of its own."""
+    """image_classification.py, or another script, in a process of its own.
+
+    Attributes:
+        folder: its current folder.
+        script: the file.
+        launcher: what stands between Python and the script, such as -m torch.distributed.run.
+    """
 
     def __init__(self, folder: Path, script: Path = SCRIPT, launcher: tuple[str, ...] = ()):
-        self.folder, self.script, self.launcher = folder, script, launcher
+        self.folder = folder
+        self.script = script
+        self.launcher = launcher
 
     def start(self, *arguments, patch="", env=None, **options):
-        """Start the program; `patch` is Python that changes constants of the module `ic` first."""
-        code = f"import sys, image_classification as ic\n{patch}\nsys.exit(ic.main(sys.argv[1:]))"
-        command = [sys.executable, *(["-c", code] if patch else [*self.launcher, self.script]), *arguments]
-        paths = filter(None, [str(self.script.parent), os.environ.get("PYTHONPATH")])
+        """Start the program.
+
+        patch: Python code that runs first, with the script imported as `ic`; it changes constants
+        through their modules.
+        """
+        run = [*self.launcher, self.script]
+        if patch:
+            code = [
+                "import sys, image_classification as ic",
+                patch,
+                "sys.exit(ic.main(sys.argv[1:]))",
+            ]
+            run = ["-c", "\n".join(code)]
+        command = [sys.executable, *run, *arguments]
+        paths = [str(self.script.parent)]
+        if "PYTHONPATH" in os.environ:
+            paths.append(os.environ["PYTHONPATH"])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (env or {})
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.folder} | options
-        return subprocess.Popen(list(map(str, command)), env=environment, **options)
+        defaults = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "cwd": self.folder,
+        }
+        options = defaults | options
+        return subprocess.Popen([str(each) for each in command], env=environment, **options)
 
     def __call__(self, *arguments, status=0, timeout=200, **options):
         """Run it to its end, as `finish` does."""
@@ -129,45 +213,44 @@ class Program:
         return out, err
 
     def error(self, *arguments, status=1, **options):
-        """Run it, expecting it to fail with one line, after how to use it if that is wrong; returns that line."""
+        """Run it, expecting it to fail with one line; returns that line.
+
+        After wrong usage the line comes below the usage.
+        """
         _, err = self(*arguments, status=status, **options)
         *usage, line = err.strip().splitlines()
         assert "error: " in line and bool(usage) == (status == 2), err
-        assert all(each.startswith("       " if i else "usage: ") for i, each in enumerate(usage)), err
+        for number, usage_line in enumerate(usage):
+            assert usage_line.startswith("       " if number else "usage: "), err
         return line
 
 
 class Inside:
-    """A program in this process, where that is as good: it saves the seconds that importing takes."""
+    """A program in this process, which saves the seconds that importing takes."""
 
     def __init__(self, capsys, monkeypatch, name):
-        self.capsys, self.monkeypatch, self.name = capsys, monkeypatch, name
+        self.capsys = capsys
+        self.monkeypatch = monkeypatch
+        self.name = name
 
     def __call__(self, *arguments, status=0):
         module = importlib.import_module(self.name)
         self.monkeypatch.setattr(sys, "argv", [f"{self.name}.py", *map(str, arguments)])
         self.capsys.readouterr()
         try:
-            got = module.run(module.main) if hasattr(module, "run") else module.main()
+            returned = module.main() if module is ic else run_tool(module.main)
         except SystemExit as exit:
-            got = exit.code
+            returned = exit.code
         out, err = self.capsys.readouterr()
-        assert (got or 0) == status, f"status {got}\n{out}\n{err}"
+        assert (returned or 0) == status, f"status {returned}\n{out}\n{err}"
         return out, err
 
     error = Program.error
 
 
-@pytest.fixture
-def tool_inside(capsys, folder, monkeypatch):
-    """A tool in this process, by its name."""
-    return functools.partial(Inside, capsys, monkeypatch)
-
-
-@pytest.fixture
-def inside(tool_inside):
-    """The program in this process."""
-    return tool_inside("image_classification")
+def tool(name, folder):
+    """One of the tools, to be run in that folder."""
+    return Program(folder, REPOSITORY / f"{name}.py")
 
 
 @pytest.fixture
@@ -181,79 +264,110 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def program(folder):
+    """The program in a process of its own."""
     return Program(folder)
 
 
+@pytest.fixture
+def tool_inside(capsys, folder, monkeypatch) -> Callable[[str], Inside]:
+    """A tool in this process, by its name."""
+    return functools.partial(Inside, capsys, monkeypatch)
+
+
+@pytest.fixture
+def inside(tool_inside):
+    """The program in this process."""
+    return tool_inside("image_classification")
+
+
+# ---- Data and models -----------------------------------------------------------------------------
+
+
 def find_cifar10():
-    """The folder to give as --data-dir for real CIFAR-10, if there is one."""
-    places = map(Path, filter(None, [os.environ.get("CIFAR10_DIR"), REPOSITORY / "data"]))
-    return next((place for place in places if (place / "cifar-10-batches-py" / "test_batch").exists()), None)
+    """The folder to give as --data-dir for real CIFAR-10, or None."""
+    places = [REPOSITORY / "data"]
+    if os.environ.get("CIFAR10_DIR"):
+        places.insert(0, Path(os.environ["CIFAR10_DIR"]))
+    for place in places:
+        if (place / "cifar-10-batches-py" / "test_batch").exists():
+            return place
+    return None
 
 
 @pytest.fixture(scope="session")
 def cifar10():
-    """The same, for tests that need it."""
-    return find_cifar10() or pytest.skip("no CIFAR-10 in data/ or in the folder that CIFAR10_DIR names")
+    """The folder to give as --data-dir for real CIFAR-10; without it the test is skipped."""
+    place = find_cifar10()
+    if place is None:
+        pytest.skip("no CIFAR-10 in data/ or in the folder that CIFAR10_DIR names")
+    return place
+
+
+@contextlib.contextmanager
+def shared_folder(tmp_path_factory, name):
+    """A folder that all processes of this test run share, locked: the first one fills it."""
+    own = tmp_path_factory.getbasetemp()
+    test_run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = own.parent / f"{name}-{test_run}" if test_run else own / name
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        yield folder
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with a model_*.pth and its run, whose epochs are kept; of all processes that test, one trains it."""
-    shared, own = os.environ.get("PYTEST_XDIST_TESTRUNUID"), tmp_path_factory.getbasetemp()
-    folder = own.parent / f"trained-{shared}" if shared else own / "trained"
-    folder.mkdir(exist_ok=True)
+    """A folder with a model_*.pth, and in run/ its run with --keep-epochs."""
     data = ["--dataset", "digits"]
-    if place := find_cifar10():
-        data = ["--dataset", "cifar10", "--data-dir", place, "--subset", "5000", "--batch-size", "250"]
-    with FileLock(folder / ".lock"):
+    place = find_cifar10()
+    if place:
+        data = ["--dataset", "cifar10", "--data-dir", place]
+        data += ["--subset", "5000", "--batch-size", "250"]
+    settings = ["--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run"]
+    with shared_folder(tmp_path_factory, "trained") as folder:
         if not list(folder.glob("model_*.pth")):
-            Program(folder)(*data, "--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run")
+            Program(folder)(*data, *settings)
     return folder
 
 
 @pytest.fixture(scope="session")
 def model(trained):
     """That model, as inference.py loads it."""
+    import inference
+
     (path,) = trained.glob("model_*.pth")
     return inference.load_model(path, "cpu")
 
 
 @pytest.fixture(scope="session")
-def data(model):
+def data(trained):
     """Its data set."""
-    return inference.load_its_data(model)
-
-
-def tool(name, folder):
-    """One of the tools, to be run in that folder."""
-    return Program(folder, REPOSITORY / f"{name}.py")
-
-
-def save(image, path, **options):
-    """Write an image, uint8 (3, H, W), to a file; returns its path."""
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
-    return path
-
-
-def write_images(folder, counts, size=(48, 36), seed=0):
-    """Class folders of images that a network can tell apart, each image another one."""
-    random = np.random.default_rng(seed)
-    for number, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            small = random.integers(0, 120, (6, 8, 3)) + [120 * (number == 0), 120 * (number == 1), 120 * (number == 2)]
-            Image.fromarray(small.astype(np.uint8)).resize(size).save(folder / name / f"{i}.png")
+    (path,) = trained.glob("model_*.pth")
+    _, content = ic.load_checkpoint(path)
+    settings, _ = dataset_settings(content["config"], content["image_size"])
+    return ic.load_data(ic.Config(**settings))
 
 
 @pytest.fixture
 def photos(folder):
+    """A folder of 110 images of three classes, photos/ in the current folder."""
     write_images(folder / "photos", {"red": 40, "green": 40, "blue": 30})
     return folder / "photos"
 
 
-def load_photos(**settings):
-    """The data set in the folder photos/ of the current one."""
-    return ic.load_data(ic.Config(dataset="photos", **settings))
+@pytest.fixture
+def imagenet(folder, monkeypatch):
+    """torchvision's SqueezeNet weights as if downloaded before: real names and shapes, random."""
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
+    torch.manual_seed(1)
+    path = folder / "hub" / "hub" / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name
+    path.parent.mkdir(parents=True)
+    torch.save(squeezenet1_1().state_dict(), path)
+    return path
+
+
+# ---- Disks ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -263,8 +377,10 @@ def small_disk(folder, request):
     def mount(size):
         disk = folder / "disk"
         disk.mkdir()
+        if os.name != "posix":
+            pytest.skip("no way to mount a small file system")
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]
-        if os.name != "posix" or subprocess.run(command, capture_output=True).returncode:
+        if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("no right to mount a small file system")
         request.addfinalizer(lambda: subprocess.run(["umount", disk], check=True))
         return disk
@@ -274,30 +390,19 @@ def small_disk(folder, request):
 
 @pytest.fixture
 def unwritable(folder, request):
-    """A function that takes every right to write to a file or folder away, from root as well."""
+    """A function that makes a file or folder read-only, for root as well."""
 
     def protect(path):
         if os.name != "posix":
             pytest.skip("Windows protects no folder this way")
-        if os.geteuid():
+        if os.geteuid() != 0:
             path.chmod(0o555)
             request.addfinalizer(lambda: path.chmod(0o755))
-        elif shutil.which("chattr") and not subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
-            request.addfinalizer(lambda: subprocess.run(["chattr", "-i", path], capture_output=True))
-        else:
+            return
+        if not shutil.which("chattr"):
+            pytest.skip("root can write everywhere here, and there is no chattr")
+        if subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
             pytest.skip("root can write everywhere here, and chattr +i does not work")
+        request.addfinalizer(lambda: subprocess.run(["chattr", "-i", path], capture_output=True))
 
     return protect
-
-
-@pytest.fixture
-def imagenet(folder, monkeypatch):
-    """torchvision's SqueezeNet weights as if downloaded before: of the real names and shapes, drawn at random."""
-    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
-
-    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
-    torch.manual_seed(1)
-    path = folder / "hub" / "hub" / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name
-    path.parent.mkdir(parents=True)
-    torch.save(squeezenet1_1().state_dict(), path)
-    return path

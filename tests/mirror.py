@@ -1,11 +1,15 @@
-"""A real HTTP server on 127.0.0.1 that serves one archive, well or badly, by the first part of the path."""
+"""A real HTTP server that serves one archive, well or badly, by the first part of the path."""
 
 import contextlib
 import http.server
 import threading
 import time
 
-STOPS = {"silent": 0, "stall": 50_000, "tire": 700_000}  # bytes, then nothing; tire: more than a probe takes
+STOPS = {
+    "silent": 0,
+    "stall": 50_000,
+    "tire": 700_000,
+}  # bytes before it stalls
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

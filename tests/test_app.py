@@ -1,5 +1,6 @@
-"""The web page, in a real browser."""
+"""app.py: the web page, in a real browser."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -11,59 +12,68 @@ import socket
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from urllib.parse import quote
 
+import gradio
 import pytest
 from conftest import REPOSITORY, save, tool
 from mirror import Mirror
 from PIL import Image
 from playwright import sync_api as playwright
 
+import app
 import inference
+from classifier.errors import UserError
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
+BROWSER = next((found for found in map(shutil.which, BROWSERS) if found), None)
+TIMEOUT = 60  # s, for an answer of the page
+NOT_A_PICTURE = "not a picture that can be read"
 
 
 @contextlib.contextmanager
-def served(folder, model, host, *options):
-    """The page of a model, served by app.py in a process of its own."""
+def serve(folder, model, host, *options):
+    """The page of a model, served by app.py in a process of its own: its address, the process."""
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
-    process = tool("app", folder).start("--checkpoint", model.path, "--port", port, *options)
+    arguments = ["--checkpoint", model.path, "--port", port, *options]
+    process = tool("app", folder).start(*arguments)
     try:
         if not any(line.startswith("Open ") for line in process.stdout):
             pytest.fail(process.stderr.read())
         yield f"http://{host}:{port}", process
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
 def address(model, tmp_path_factory):
-    with served(tmp_path_factory.mktemp("app"), model, "127.0.0.1") as (address, _):
+    with serve(tmp_path_factory.mktemp("app"), model, "127.0.0.1") as (address, _):
         yield address
 
 
 @pytest.fixture
 def page(address):
-    """A browser on the page; what it asks other machines for is refused and counted."""
+    """A browser on the page; requests to other machines are refused and make the test fail."""
     if not BROWSER:
         assert not os.environ.get("CI"), "CI is to have a browser"
         pytest.skip("no Chromium: apt-get install chromium")
     elsewhere = []
 
-    def route(request):
-        if request.request.url.startswith((address, "data:", "blob:")):
-            return request.continue_()
-        elsewhere.append(request.request.url)
-        return request.abort()
+    def route(route):
+        url = route.request.url
+        if url.startswith((address, "data:", "blob:")):
+            return route.continue_()
+        elsewhere.append(url)
+        return route.abort()
 
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 900})
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(1000 * TIMEOUT)
         page.route("**/*", route)
         page.goto(address)
         page.wait_for_selector("#picture")
@@ -72,128 +82,257 @@ def page(address):
     assert not elsewhere
 
 
-def top(page, text=""):
-    """What the page says that a picture shows, once it says so."""
+def top_class(page, expected=""):
+    """What the page says that a picture shows, once it says so, or says what is expected."""
     heading = page.locator("#answer [data-testid='label-output-value']")
-    playwright.expect(heading).to_have_text(re.compile(text or r"\S"), timeout=20_000)
+    text = re.compile(expected or r"\S")
+    playwright.expect(heading).to_have_text(text, timeout=1000 * TIMEOUT)
     return heading.inner_text().strip()
 
 
 def upload(page, path):
-    remove = page.locator("#picture button[aria-label='Remove Image'], #picture button[title='Remove Image']")
+    """Put a file in the place of the picture that is there."""
+    button = "#picture button[{}='Remove Image']"
+    remove = page.locator(f"{button.format('aria-label')}, {button.format('title')}")
     if remove.count():
         remove.first.click()
     page.set_input_files("#picture input[type=file]", str(path))
 
 
+# ---- in the browser ----
+
+
+@pytest.mark.slow
 def test_picture_rubbish_and_picture_again(page, folder, model, data):
-    answers = [classes[0][0] for classes in inference.predict(model, data.test.images[:30].numpy())]
+    predicted = inference.predict(model, data.test.images[:30].numpy(), top_k=1)
+    answers = [name for ((name, _),) in predicted]
     second = next(i for i, answer in enumerate(answers) if answer != answers[0])
+
     upload(page, save(data.test.images[0], folder / "first.png"))
-    assert top(page, answers[0]) == answers[0]
+    assert top_class(page, answers[0]) == answers[0]
     playwright.expect(page.locator("#seen img").first).to_be_visible()
+
     (folder / "rubbish.jpg").write_text("no image at all")
     upload(page, folder / "rubbish.jpg")
-    playwright.expect(page.get_by_text("no picture that can be read").first).to_be_visible()
+    playwright.expect(page.get_by_text(NOT_A_PICTURE).first).to_be_visible()
+
     upload(page, save(data.test.images[second], folder / "second.png"))
-    assert top(page, answers[second]) == answers[second]
+    assert top_class(page, answers[second]) == answers[second]
     page.screenshot(path=os.environ.get("SCREENSHOT") or folder / "page.png")
 
 
+@pytest.mark.slow
 def test_too_large_a_file_is_refused_and_the_page_goes_on(page, folder, model, data):
     (folder / "big.png").write_bytes(os.urandom(31 * 2**20))
     upload(page, folder / "big.png")
-    playwright.expect(page.get_by_text(re.compile("exceeds|maximum|too large", re.IGNORECASE)).first).to_be_visible()
+    message = page.get_by_text(re.compile("exceeds|maximum|too large", re.IGNORECASE))
+    playwright.expect(message.first).to_be_visible()
     page.reload()
     page.wait_for_selector("#picture")
     upload(page, save(data.test.images[0], folder / "first.png"))
-    assert top(page) in model.classes
+    assert top_class(page) in model.classes
 
 
+@pytest.mark.slow
 def test_examples_are_there_to_click_on(page, model):
     page.locator(".gallery button, .gallery-item").first.click()
-    assert top(page) in model.classes
+    assert top_class(page) in model.classes
 
 
-def test_only_this_machine_and_only_what_is_meant_is_served(address):
+# ---- what is served ----
+
+
+def status_and_body(port, path):
+    """The answer to a request for a path, which is sent as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+@pytest.mark.slow
+def test_only_this_machine_is_served(address):
     port = int(address.rpartition(":")[2])
+    assert status_and_body(port, "/")[0] == 200
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=2)
+
+
+@pytest.mark.slow
+def test_no_other_file_is_served(address):
+    port = int(address.rpartition(":")[2])
     up = "../" * 12
-    files = ["/etc/passwd", f"{up}etc/passwd", str(REPOSITORY / "app.py"), f"http://127.0.0.1:{port}/"]
-    routes = [f"gradio_api/file={path}" for path in [*files, "https://example.com/", "%2e%2e/" * 12 + "etc/passwd"]]
-    routes += [f"{kind}/{up}etc/passwd" for kind in ("static", "assets", "gradio_api/deep_link", "svelte", "theme.css")]
-    for route in routes:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)  # sends the path as it is
-        connection.request("GET", f"/{route}")
-        answer = connection.getresponse()
-        assert answer.status >= 400 and b"root:" not in answer.read(), route
+    files = ["/etc/passwd", f"{up}etc/passwd", str(REPOSITORY / "app.py")]
+    files += [f"http://127.0.0.1:{port}/", "https://example.com/", "%2e%2e/" * 12 + "etc/passwd"]
+    paths = [f"/gradio_api/file={file}" for file in files]
+    for route in ("static", "assets", "gradio_api/deep_link", "svelte", "theme.css"):
+        paths.append(f"/{route}/{up}etc/passwd")
+    for path in paths:
+        status, body = status_and_body(port, path)
+        assert status >= 400 and b"root:" not in body, path
 
 
+@pytest.mark.slow
 def test_own_examples_and_another_address(folder, model, data):
     if sys.platform == "darwin":
         pytest.skip("macOS has no address 127.0.0.2 unless told")
-    (folder / "mine").mkdir()
-    pictures = {save(data.test.images[i], folder / "mine" / f"{i}.png").name for i in range(3)}
-    with served(folder, model, "127.0.0.2", "--host", "127.0.0.2", "--examples", folder / "mine") as (address, process):
-        assert "whoever reaches this machine" in process.stdout.readline()
-        components = json.load(urllib.request.urlopen(f"{address}/config", timeout=20))["components"]
-        (shown,) = (each["props"]["samples"] for each in components if each["type"] == "dataset")
-        paths = [sample[0]["path"] for sample in shown]
-        assert {os.path.basename(path) for path in paths} == pictures
-        served_picture = urllib.request.urlopen(f"{address}/gradio_api/file={quote(paths[0])}", timeout=20).read()
-        assert served_picture == (folder / "mine" / os.path.basename(paths[0])).read_bytes()
+    mine = folder / "mine"
+    mine.mkdir()
+    names = {save(data.test.images[i], mine / f"{i}.png").name for i in range(3)}
+    options = ["--host", "127.0.0.2", "--examples", mine]
+    with serve(folder, model, "127.0.0.2", *options) as (address, process):
+        assert process.stdout.readline().startswith("note: ")
+        config = json.load(urllib.request.urlopen(f"{address}/config", timeout=TIMEOUT))
+        (examples,) = (each for each in config["components"] if each["type"] == "dataset")
+        paths = [sample[0]["path"] for sample in examples["props"]["samples"]]
+        assert {os.path.basename(path) for path in paths} == names
+        url = f"{address}/gradio_api/file={quote(paths[0])}"
+        picture = urllib.request.urlopen(url, timeout=TIMEOUT).read()
+        assert picture == (mine / os.path.basename(paths[0])).read_bytes()
 
 
-def answer_to(address, path, seconds=60):
-    """The page's answer to a picture at a path, as its own JavaScript asks for it."""
-    call = f"{address}/gradio_api/call/classify"
+# ---- as the page's JavaScript asks ----
+
+
+def answer_to_path(address, path):
+    """The page's answer to a picture at a path."""
+    url = f"{address}/gradio_api/call/classify"
     body = json.dumps({"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}).encode()
-    request = urllib.request.Request(call, body, {"Content-Type": "application/json"})
-    event = json.load(urllib.request.urlopen(request, timeout=seconds))["event_id"]
-    return urllib.request.urlopen(f"{call}/{event}", timeout=seconds).read().decode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request, timeout=TIMEOUT))["event_id"]
+    return urllib.request.urlopen(f"{url}/{event}", timeout=TIMEOUT).read().decode()
 
 
-def ask(address, picture):
-    """The page's answer to the content of a file."""
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n' + picture + b"\r\n--x--\r\n"
+def answer_to_content(address, content):
+    """The page's answer to the content of a file, which is uploaded first."""
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="p.png"\r\n\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    body = head + content + b"\r\n--x--\r\n"
     request = urllib.request.Request(f"{address}/gradio_api/upload", body, headers)
-    (path,) = json.load(urllib.request.urlopen(request, timeout=60))
-    return answer_to(address, path)
+    (path,) = json.load(urllib.request.urlopen(request, timeout=TIMEOUT))
+    return answer_to_path(address, path)
 
 
+@pytest.mark.slow
 def test_page_fetches_nothing(address):
     """Asked to classify what lies at an address elsewhere, it does not go there."""
     with Mirror(b"") as elsewhere:
-        answer = answer_to(address, f"{elsewhere.url}/cat.png", seconds=20)
-    assert "this page fetches nothing, not from 127.0.0.1 either" in answer and not elsewhere.requests
+        answer = answer_to_path(address, f"{elsewhere.url}/cat.png")
+    assert "fetches nothing" in answer and not elsewhere.requests
 
 
+@pytest.mark.slow
 def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, folder):
-    images = [save(data.test.images[i], folder / f"{i}.png").read_bytes() for i in range(5)]
-    whole, chance = images[0], random.Random(0)
-    rubbish = [b"", b"x" * 1000, whole[:50], bytes(chance.randrange(256) for _ in range(5000)), b"GIF89a" + bytes(20)]
-    with ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(lambda picture: ask(address, picture), (images + rubbish) * 5))
-    expected = [classes[0][0] for classes in inference.predict(model, data.test.images[:5].numpy())]
-    for place, answer in enumerate(answers):
-        if place % 10 < 5:
-            assert f'"label": "{expected[place % 10]}"' in answer
+    images = []
+    for i in range(5):
+        images.append(save(data.test.images[i], folder / f"{i}.png").read_bytes())
+    chance = random.Random(0)
+    noise = bytes(chance.randrange(256) for _ in range(5000))
+    rubbish = [b"", b"x" * 1000, images[0][:50], noise, b"GIF89a" + bytes(20)]
+    contents = (images + rubbish) * 5
+    with ThreadPoolExecutor(len(contents)) as pool:
+        answers = list(pool.map(lambda content: answer_to_content(address, content), contents))
+
+    predicted = inference.predict(model, data.test.images[:5].numpy(), top_k=1)
+    expected = [name for ((name, _),) in predicted]
+    for i, answer in enumerate(answers):
+        kind = i % 10
+        if kind < 5:
+            assert f'"label": "{expected[kind]}"' in answer
         else:
-            assert "event: error" in answer and "no picture that can be read" in answer
+            assert "event: error" in answer and NOT_A_PICTURE in answer
 
 
-def test_what_cannot_be_had_is_named(address, model, tool_inside):
-    app = tool_inside("app")
-    assert "--port" in app.error("--checkpoint", model.path, "--port", address.rpartition(":")[2])
-    assert "there is no such" in app.error("--checkpoint", model.path, "--examples", "nowhere")
+# ---- without a server ----
 
 
-def test_page_without_a_browser(model, folder):
-    import app
-
+def test_confidences_and_heat_map(model, folder):
     Image.new("RGB", (300, 200), "green").save(folder / "green.png")
-    shares, picture = app.classify(model, str(folder / "green.png"))
-    assert sum(shares.values()) == pytest.approx(1) and picture.shape == (app.SIDE, app.SIDE, 3)
+    confidences, picture = app.classify(model, str(folder / "green.png"))
+    (expected,) = inference.predict(model, folder / "green.png", top_k=len(model.classes))
+    assert confidences == pytest.approx(dict(expected))
+    assert picture.shape == (app.PICTURE_SIZE, app.PICTURE_SIZE, 3) and picture.dtype == "uint8"
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) > 10  # no longer plain green
+
+
+def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypatch):
+    def no_feature_maps(*arguments):
+        raise UserError("no feature maps")
+
+    monkeypatch.setattr(app, "grad_cam", no_feature_maps)
+    Image.new("RGB", (300, 200), "green").save(folder / "green.png")
+    confidences, picture = app.classify(model, str(folder / "green.png"))
+    assert sum(confidences.values()) == pytest.approx(1)
+    assert {tuple(pixel) for pixel in picture.reshape(-1, 3)} == {(0, 128, 0)}
+
+
+def test_no_picture_has_no_answer(model):
     assert app.classify(model, None) == (None, None)
+    assert app.uploaded_path(None) is None
+
+
+def test_rubbish_is_an_error_without_the_path(model, folder):
+    (folder / "rubbish.jpg").write_text("no image")
+    with pytest.raises(gradio.Error, match=NOT_A_PICTURE) as caught:
+        app.classify(model, str(folder / "rubbish.jpg"))
+    assert "rubbish" not in str(caught.value)  # it is a temporary name
+
+
+def test_example_of_each_class(model, data, folder):
+    paths = app.write_test_images(model, None, folder)
+    labels = data.test.labels.tolist()
+    for label, path in enumerate(paths):
+        with Image.open(path) as picture:
+            expected = data.test.images[labels.index(label)].permute(1, 2, 0).numpy()
+            assert (expected == picture).all()
+    assert len(paths) == len(model.classes)
+
+
+def test_no_examples_where_the_data_set_is_not(model, folder):
+    elsewhere = replace(model, settings={"dataset": "cifar10", "data_dir": "nowhere"})
+    assert app.write_test_images(elsewhere, None, folder) == []
+    (folder / "nowhere").mkdir()
+    (folder / "nowhere" / "test_batch").write_text("damaged")
+    assert app.write_test_images(elsewhere, None, folder) == []
+
+
+def test_own_examples(folder):
+    (folder / "many").mkdir()
+    for i in range(25):
+        Image.new("RGB", (2, 2)).save(folder / "many" / f"{i:02}.png")
+    paths = app.example_pictures("many")
+    assert paths == [str((folder / "many" / f"{i:02}.png").resolve()) for i in range(20)]
+
+
+def test_addresses_are_not_looked_up():
+    with pytest.raises(ValueError, match=r"example\.com"):
+        asyncio.run(app.refuse_to_fetch("example.com"))
+
+
+# ---- the program ----
+
+
+def test_what_is_not_available_is_named(model, folder, tool_inside, monkeypatch):
+    # the program sets these for its process: afterwards they are restored
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setattr(app.safehttpx, "async_validate_url", app.safehttpx.async_validate_url)
+    run = tool_inside("app")
+    assert "nowhere" in run.error("--checkpoint", model.path, "--examples", "nowhere")
+    (folder / "empty").mkdir()
+    assert "empty" in run.error("--checkpoint", model.path, "--examples", "empty")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "--port" in run.error("--checkpoint", model.path, "--port", port)
+
+
+def test_help(tool_inside):
+    text, _ = tool_inside("app")("--help")
+    assert "python app.py" in text and "--checkpoint" in text
+
+
+def test_missing_package_is_named(folder):
+    (folder / "gradio.py").write_text("raise ModuleNotFoundError('no gradio here', name='gradio')")
+    error = tool("app", folder).error(env={"PYTHONPATH": str(folder)})
+    assert "gradio" in error and "pip install -r requirements-extras.txt" in error

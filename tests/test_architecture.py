@@ -27,7 +27,16 @@ WITHOUT_TORCH = [
     "classifier.datasets.decode",
     "classifier.networks",
 ]
-SLOW = {"sklearn", "scipy", "matplotlib", "tensorboard", "kornia", "captum", "pandas", "torchvision"}
+SLOW = {
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "tensorboard",
+    "kornia",
+    "captum",
+    "pandas",
+    "torchvision",
+}
 
 
 def module_name(path):

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from classifier.config import Config
-from classifier.datasets.folder import load_folder
+from conftest import write_images
 from PIL import Image
 
-from conftest import write_images
+from classifier.config import Config
+from classifier.datasets.folder import load_folder
 
 
 def report_of(**settings):

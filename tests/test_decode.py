@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from classifier.datasets import decode
 from PIL import Image
+
+from classifier.datasets import decode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

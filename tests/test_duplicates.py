@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
 from classifier.config import Config
 from classifier.datasets import duplicates
 from classifier.datasets.dataset import stratified_split
 from classifier.datasets.folder import load_folder
 from classifier.datasets.folder_layout import list_images
 from classifier.datasets.image_cache import open_cache
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
-
-from conftest import write_images
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)

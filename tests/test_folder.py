@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
+from PIL import Image
+
 from classifier.config import Config
 from classifier.datasets import decode, image_cache
 from classifier.datasets import folder as folder_module
 from classifier.datasets.dataset import Split, resize
 from classifier.datasets.folder import load_folder
 from classifier.errors import UsageError, UserError
-from PIL import Image
-
-from conftest import write_images
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="Windows lets few make links")
 

@@ -15,14 +15,14 @@ import numpy as np
 import PIL
 import pytest
 import torch
+from conftest import wait_for, write_images
+from PIL import Image
+
 from classifier.config import Config
 from classifier.datasets import decode, image_cache
 from classifier.datasets import folder as folder_module
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
-from PIL import Image
-
-from conftest import wait_for, write_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOAD_SLOWLY = """

@@ -1,12 +1,13 @@
 """Pictures: what is in them, and that drawing changes nothing else."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from classifier.plots import (
-    Sample,
     draw_confusion_matrix,
     draw_curves,
     draw_images,
@@ -60,6 +61,14 @@ def test_images_are_below_their_titles(folder, size, count):
 # ---- samples ----
 
 
+class Sample(NamedTuple):
+    """Images of an epoch, like the script's Batch."""
+
+    order: torch.Tensor
+    flips: torch.Tensor
+    shifts: torch.Tensor
+
+
 @pytest.fixture
 def sample():
     torch.manual_seed(0)
@@ -75,7 +84,8 @@ def test_samples_show_each_step_and_all_together(sample):
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     gathered = []
 
-    def gather(order, flips, shifts):
+    def gather(sample):
+        order, flips, shifts = sample
         gathered.append((order.tolist(), flips.tolist(), shifts.tolist()))
         return images[order]
 
@@ -100,7 +110,8 @@ def test_samples_show_each_step_and_all_together(sample):
 def test_samples_leave_the_random_state(sample):
     pytest.importorskip("kornia")
 
-    def gather(order, flips, shifts):
+    def gather(sample):
+        order = sample.order
         torch.rand(7)
         return torch.zeros(len(order), 3, 32, 32, dtype=torch.uint8)
 

@@ -145,32 +145,21 @@ def test_beginning_marks_a_run_as_unfinished(run, data):
 
 @pytest.mark.parametrize("is_best", [True, False])
 @pytest.mark.parametrize("keep_epoch", [True, False])
-def test_epoch_is_logged_before_the_state_that_a_resume_goes_on_from(run, is_best, keep_epoch):
-    before = []
-    network = make_network()
-    run.end_epoch(
-        epoch=3,
-        payload=make_content(network),
-        state=make_content(network, step=7),
-        is_best=is_best,
-        keep_epoch=keep_epoch,
-        write_log=lambda: before.extend(path.name for path in run.path.iterdir()),
-    )
+def test_models_of_an_epoch(run, is_best, keep_epoch):
+    run.save_epoch(3, make_content(make_network()), is_best, keep_epoch)
     expected = {"best.pth"} if is_best else set()
     if keep_epoch:
         expected.add("epoch-0003.pth")
-    assert set(before) == expected
-    assert {path.name for path in run.path.iterdir()} == expected | {"last.pth"}
-    assert read_checkpoint(run.last)["step"] == 7
+    assert {path.name for path in run.path.iterdir()} == expected
     for name in expected:
-        assert "step" not in read_checkpoint(run.path / name)
+        assert read_checkpoint(run.path / name)
 
 
 def test_best_weights_come_back(run):
     best, latest = make_network(), make_network()
     content = make_content(best, epoch=1)
-    run.end_epoch(0, content, make_content(latest), True, False, write_log=lambda: None)
-    run.end_epoch(1, make_content(latest), make_content(latest), False, False, lambda: None)
+    run.save_epoch(0, content, is_best=True, keep_epoch=False)
+    run.save_epoch(1, make_content(latest), is_best=False, keep_epoch=False)
     model = make_network()
     assert run.load_best(model)["epoch"] == 1
     assert torch.equal(model.weight, best.weight)
@@ -186,7 +175,7 @@ def test_other_processes_write_nothing(folder, data):
     content = make_content(make_network())
     with other:
         other.begin(Config(), data)
-        other.end_epoch(0, content, content, True, True, lambda: pytest.fail("logged"))
+        other.save_epoch(0, content, is_best=True, keep_epoch=True)
         other.save_last(content)
         other.seed_run(3)
         other.finish({})

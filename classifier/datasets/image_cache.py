@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from classifier.datasets import decode
+from classifier.datasets.memmap_images import MemmapImages
 from classifier.errors import UserError
 from classifier.files import NOT_WRITABLE, write_atomically
 from classifier.text import pluralize
@@ -81,54 +82,6 @@ THREADS = min(32, usable_cores())  # each holds a whole photograph
 def file_key(path: str, status: os.stat_result) -> int:
     """Key of a file in a cache: a hash of its path in the data set, size and modification time."""
     return decode.hash64(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}"))
-
-
-class MemmapImages:
-    """Images of a cache that stay on disk; used like a tensor, uint8 (N, 3, S, S).
-
-    A slice, and `select`, give another such view; any other index gives a tensor.
-
-    Attributes:
-        store: all images of the cache, uint8 (M, 3, S, S), mapped from its file.
-        rows: which of them these are, int64 (N,).
-        mapping: the memory map under `store`.
-    """
-
-    def __init__(self, store: Tensor, rows: Tensor, mapping: mmap.mmap):
-        self.store = store
-        self.rows = rows
-        self.mapping = mapping
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self), *self.store.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def select(self, indices: Tensor | slice) -> "MemmapImages":
-        """A view of the images at these indices."""
-        return MemmapImages(self.store, self.rows[indices], self.mapping)
-
-    def __getitem__(self, index: Tensor | slice | int) -> "Tensor | MemmapImages":
-        if isinstance(index, slice):
-            return self.select(index)
-        return self.store[self.rows[index]]
-
-    def split(self, count: int) -> Iterator[Tensor]:
-        """Tensors of `count` images each; the last one may hold fewer."""
-        for rows in self.rows.split(count):
-            yield self.store[rows]
-
-    def to(self, device: torch.device | str) -> "MemmapImages":
-        """The images stay where they are: only batches are moved to the device.
-
-        From now on they are read in random order, so the system is told not to read ahead. Where
-        memory was short, reading ahead made that fifteen times slower.
-        """
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.mapping.madvise(mmap.MADV_RANDOM)
-        return self
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from classifier.checkpoints import load_weights, read_checkpoint
+from classifier.checkpoints import load_weights, read_checkpoint, read_state_dict
 from classifier.config import Config, flag, is_custom_model
 from classifier.datasets.dataset import Dataset
 from classifier.errors import UsageError, UserError
@@ -207,7 +207,9 @@ def _read_pretrained_file(path: str) -> tuple[dict[str, torch.Tensor], list[str]
     try:
         checkpoint = read_checkpoint(path)
     except UserError as error:
-        content = pretrained.read_torchvision_file(path)
+        content = read_state_dict(path)
+        if content is None:
+            raise pretrained.damaged_weights(path) from None
         if "classes" in content:  # a checkpoint after all
             raise UserError(f"--pretrained: {error}") from None
         return pretrained.rename_torchvision_weights(content), None

@@ -161,22 +161,6 @@ def download_imagenet_weights(network: ImageNetClassifier) -> dict[str, torch.Te
     return rename_torchvision_weights(weights)
 
 
-def read_torchvision_file(path: str) -> dict[str, Any]:
-    """A state dict that torchvision published, from a file.
-
-    Raises UserError if it is damaged or something else, OSError if it cannot be opened.
-    """
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError:
-        raise
-    except Exception as error:
-        raise damaged_weights(path) from error
-    if not isinstance(content, dict):
-        raise damaged_weights(path)
-    return content
-
-
 def damaged_weights(source: str) -> UserError:
     """The error for a file, or the URL of one, that holds no weights."""
     return UserError(f"--pretrained: {source} is damaged or not a file of weights")

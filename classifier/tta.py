@@ -1,0 +1,28 @@
+"""Test-time augmentation: the mean prediction over several views of an image."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def mean_logits(model: nn.Module, images: torch.Tensor, tta: int) -> torch.Tensor:
+    """Mean logits over `tta` views of each image: float32 (N, classes).
+
+    tta: 1: the image itself; 2: also its mirror image; 6: also both shifted by (-1, -1) and by
+    (1, 1) pixels, where the unshifted views have a weight of 1/4 and the shifted ones of 1/8, as
+    in cifar10-airbench (Jordan, 2024). images: normalised, float (N, C, H, W).
+    """
+    if tta == 1:
+        return model(images).float()
+    if tta == 2:
+        views = [(0.5, images)]
+    else:
+        padded = F.pad(images, (1, 1, 1, 1), "reflect")
+        up_left, down_right = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
+        views = [(0.25, images), (0.125, up_left), (0.125, down_right)]
+
+    weighted = []
+    for weight, view in views:
+        weighted.append(weight * model(view).float())
+        weighted.append(weight * model(view.flip(3)).float())
+    return torch.stack(weighted).sum(0)

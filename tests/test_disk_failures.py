@@ -1,0 +1,101 @@
+"""Files of a run: never half written, and one clear line when the disk refuses."""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import QUICK, beforehand, weights
+
+from classifier.files import write_atomically
+from classifier.run_log import RunLog
+
+
+def test_writers_leave_old_or_new_but_never_half(folder):
+    path = folder / "file"
+    contents = [bytes([i]) * 300_000 for i in range(4)]
+    path.write_bytes(contents[0])
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(write_atomically, path, content) for content in 10 * contents]
+        while not all(writer.done() for writer in writers):
+            assert path.read_bytes() in contents
+    assert all(writer.exception() is None for writer in writers)
+    assert list(folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("out", ["nowhere/model.pth", "."])
+def test_model_that_cannot_be_written_is_named_before_training(inside, folder, out):
+    error = inside.error(*QUICK, "--out", out)
+    assert "--out" in error and out in error
+    assert list(folder.iterdir()) == []
+
+
+def test_folder_of_runs_that_cannot_be_written(inside, folder, unwritable):
+    (folder / "runs").mkdir()
+    unwritable(folder / "runs")
+    error = inside.error(*QUICK)
+    assert "runs" in error and "right to write" in error
+
+
+def test_current_folder_that_cannot_be_written(inside, folder, unwritable):
+    (folder / "elsewhere").mkdir()
+    unwritable(folder)
+    assert "--out" in inside.error(*QUICK, "--run-dir", folder / "elsewhere")
+    assert list((folder / "elsewhere").iterdir()) == []
+
+
+def test_full_disk_while_saving(inside, small_disk):
+    disk = small_disk(2600)
+    options = ["--dataset", "digits", "--epochs", "1", "--width", "0.8"]
+    error = inside.error(*options, "--run-dir", "disk/run")
+    assert "No space left on device" in error and ".pth" in error
+    assert weights(disk / "run" / "best.pth")  # the last good one is intact
+    assert list(disk.rglob("*.tmp")) == []
+
+
+def test_locked_metrics_do_not_stop_a_run(inside, folder, unwritable):
+    run = folder / "run"
+    run.mkdir()
+    (run / "metrics.csv").write_text("locked")
+    unwritable(run / "metrics.csv")
+    if os.name == "posix" and os.geteuid() != 0:
+        pytest.skip("a file's rights do not stop it from being replaced here")
+    out, _ = inside(*QUICK, "--epochs", "1", "--run-dir", "run")
+    assert "metrics.csv is locked" in out
+    assert "Done in" in out and (run / "report.json").exists()
+    assert (run / "metrics.csv").read_text() == "locked"
+
+
+def test_run_folder_that_vanishes(inside):
+    with beforehand(RunLog, "end_epoch", lambda log, *_: shutil.rmtree(log.run)):
+        error = inside.error(*QUICK)
+    assert "runs" in error and "no such file or folder" in error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows lets few users make links")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("run", [*QUICK, "--run-dir", "run"]),
+        ("data", ["--dataset", "cifar10", "--data-dir", "data"]),
+    ],
+)
+def test_link_to_nowhere_is_named(inside, folder, name, options):
+    (folder / name).symlink_to(folder / "nowhere" / name)
+    assert f"{name}: File exists" in inside.error(*options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Windows lets few users make links")
+def test_model_file_that_is_a_link_is_replaced(inside, folder):
+    (folder / "model.pth").symlink_to(folder / "nowhere" / "model.pth")
+    inside(*QUICK, "--epochs", "1", "--out", "model.pth")
+    assert weights(folder / "model.pth") and not (folder / "model.pth").is_symlink()
+
+
+@pytest.mark.slow
+def test_two_runs_started_together_both_finish(program, folder):
+    for process in [program.start(*QUICK) for _ in range(2)]:
+        program.finish(process)
+    assert len(list(folder.glob("runs/*/*/report.json"))) == 2
+    assert weights(folder / "model_cnn_digits.pth")

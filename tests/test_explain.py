@@ -1,0 +1,389 @@
+"""explain.py: galleries, Grad-CAM, feature maps, animations, and labels that are probably wrong."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save, table_of, tool
+from PIL import Image
+from torch import nn
+
+import explain
+import image_classification as ic
+import inference
+from classifier.config import Config
+from classifier.errors import UserError
+from classifier.progress import COLUMNS
+from classifier.resolve import resolve_defaults
+
+TINY = """
+from torch import nn
+
+def tiny(classes=10, channels=3, image_size=32):
+    features = channels * image_size**2 // 16
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(features, classes))
+"""
+
+
+def untrained(**settings):
+    """A Trainer for some of the digits that has not made a step."""
+    config = ic.Config(dataset="digits", subset=200, **settings)
+    data = ic.load_data(config)
+    config = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
+    return ic.Trainer(config, data, torch.device("cpu"))
+
+
+def save_model(trainer, path):
+    """Write a model file with the weights of this moment."""
+    trainer.state.progress.history.append(dict.fromkeys(COLUMNS))
+    ic.save_checkpoint(path, trainer.model_file())
+
+
+# ---- feature maps and Grad-CAM ----
+
+
+class ThreeSizes(nn.Module):
+    """Feature maps of 8, 4, 8 and 4 pixels, then a vector and maps of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.AvgPool2d(2)
+        self.up = nn.Upsample(scale_factor=2)
+        self.down_again = nn.AvgPool2d(2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("pixel_mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("pixel_scale", torch.ones(1, 3, 1, 1) / 255)
+
+    def forward(self, images):
+        maps = self.down_again(self.up(self.down(images * self.scale)))
+        return self.flatten(self.pool(maps))
+
+
+def test_stages_are_the_last_layers_of_each_size():
+    image = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    network = ThreeSizes()
+    stages = explain.find_stages(network, image)
+    assert [stage.name for stage in stages] == ["up", "down_again"]
+    assert [stage.layer for stage in stages] == [network.up, network.down_again]
+    assert [tuple(stage.output.shape) for stage in stages] == [(1, 3, 8, 8), (1, 3, 4, 4)]
+    assert all((stage.output == 1).all() for stage in stages)
+    assert not any(layer._forward_hooks for layer in network.modules())
+
+
+def test_heat_is_where_the_class_is():
+    """The logit of a class is the mean of a colour: the heat lies on the half with that colour."""
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images[:, 0, :, :4] = 255  # red on the left
+    images[:, 2, :, 4:] = 255  # blue on the right
+    heat = explain.grad_cam(ThreeSizes().eval(), images, torch.tensor([0, 2]))
+    assert heat.shape == (2, 8, 8) and heat.dtype == torch.float32
+    assert heat[0, :, :2].min() == 1 and heat[0, :, 6:].max() == 0
+    assert heat[1, :, 6:].min() == 1 and heat[1, :, :2].max() == 0
+
+
+def test_grad_cam_of_many_images_is_that_of_each(model, data, monkeypatch):
+    images, labels = data.test.first(5)
+    monkeypatch.setattr(explain, "CAM_BATCH_SIZE", 2)
+    together = explain.grad_cam(model.network, images, labels)
+    for i in range(5):
+        alone = explain.grad_cam(model.network, images[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-3, atol=1e-3)
+
+
+def test_network_without_feature_maps_has_no_grad_cam(folder, capsys):
+    trainer = untrained(model="fcn")
+    save_model(trainer, folder / "model.pth")
+    model = inference.load_model(folder / "model.pth", "cpu")
+    images, labels = trainer.data.test.first(2)
+    with pytest.raises(UserError):
+        explain.grad_cam(model.network, images, labels)
+    explain.draw_filters(model.network, folder)
+    explain.draw_feature_maps(model, images[:1], folder / "feature_maps.png")
+    explain.draw_galleries(model, trainer.data.test.first(30), folder)
+    out = capsys.readouterr().out
+    assert "No filters.png" in out and "No gallery_incorrect_cam.png" in out
+    assert {path.name for path in folder.glob("*.png")} >= {
+        "feature_maps.png",
+        "gallery_incorrect.png",
+    }
+
+
+def test_heat_lies_on_what_is_there(model, data):
+    """An image in a corner of an otherwise grey canvas has most of the heat."""
+    size = data.test.images.shape[-1]
+    predictions = ic.evaluate(model.network, *data.test.first(300)).logits.argmax(1)
+    is_correct = predictions == data.test.labels[:300]
+    shares = []
+    for number, i in enumerate(is_correct.nonzero()[:40, 0]):
+        top, left = size * (number % 2), size * (number // 2 % 2)
+        corner = (..., slice(top, top + size), slice(left, left + size))
+        canvas = torch.full((1, 3, 2 * size, 2 * size), 128, dtype=torch.uint8)
+        canvas[corner] = data.test.images[i]
+        heat = explain.grad_cam(model.network, canvas, predictions[i][None])
+        shares.append(float(heat[corner].sum() / heat.sum().clamp(min=1e-9)))
+    assert np.mean(shares) > 0.5  # of a quarter of the canvas
+    assert np.mean(np.array(shares) > 0.5) > 0.7
+
+
+def test_overlay_hides_more_where_it_is_hot():
+    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 255)]).byte()
+    heat = torch.zeros(2, 4, 4)
+    heat[:, :, 2:] = 1
+    black, white = explain.overlay(images, heat).float()
+    opacity = 1 - (white - black) / 255
+    assert opacity[:, :, :2].numpy() == pytest.approx(0.15, abs=0.01)
+    assert opacity[:, :, 2:].numpy() == pytest.approx(0.55, abs=0.01)
+
+
+# ---- pictures of a model ----
+
+
+@pytest.mark.slow
+def test_pictures_of_what_a_model_sees(model, data, folder, tool_inside):
+    out, _ = tool_inside("explain")("--checkpoint", model.path, "--device", "cpu")
+    found = folder / "explained"
+    galleries = ["gallery_correct", "gallery_incorrect"]
+    names = [*galleries, *(f"{name}_cam" for name in galleries), "filters", "feature_maps"]
+    for name in names:
+        with Image.open(found / f"{name}.png") as picture:
+            assert picture.width > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50, name
+    rows = table_of((found / "confused.csv").read_text())
+    counts = [int(row["confused"]) for row in rows]
+    predictions = ic.evaluate(model.network, *data.test).logits.argmax(1)
+    assert sum(counts) == int((predictions != data.test.labels).sum())
+    assert counts == sorted(counts, reverse=True)
+    assert f"{rows[0]['class']} and {rows[0]['other']}" in out
+
+
+def test_confused_classes(folder, capsys):
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    predictions = torch.tensor([0, 1, 1, 1, 0, 2, 2, 1])
+    explain.list_confused_classes(["cat", "dog", "car"], labels, predictions, folder)
+    first, second = table_of((folder / "confused.csv").read_text())
+    assert list(first.values()) == ["cat", "dog", "3", "2", "1", "0.6"]
+    assert list(second.values()) == ["dog", "car", "1", "0", "1", "0.2"]
+    assert "cat and dog: 3 confused, 60.0 % of both (2 cat as dog, 1 dog as cat)" in (
+        capsys.readouterr().out
+    )
+
+
+def test_galleries_are_sorted_by_confidence(model, data, folder, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        explain,
+        "save_grid",
+        lambda images, titles, columns, path: shown.update({path.stem: titles}),
+    )
+    monkeypatch.setattr(explain, "GALLERY_SIZE", 5)
+    test = data.test.first(1000)
+    predictions = explain.draw_galleries(model, test, folder)
+    logits = ic.evaluate(model.network, *test).logits / model.temperature
+    confidences = logits.softmax(1).amax(1)
+    is_correct = predictions == test.labels
+    for kind, chosen in (("correct", is_correct), ("incorrect", ~is_correct)):
+        best = confidences[chosen].sort(descending=True).values[:5].tolist()
+        titles = shown[f"gallery_{kind}"]
+        assert shown[f"gallery_{kind}_cam"] == titles
+        for title, confidence in zip(titles, best, strict=True):
+            assert title.endswith(f"{100 * confidence:.1f} %")
+            assert ("taken for" in title) == (kind == "incorrect")
+
+
+def test_gallery_of_nothing_is_said(model, data, folder, capsys):
+    predictions = ic.evaluate(model.network, *data.test.first(200)).logits.argmax(1)
+    is_correct = predictions == data.test.labels[:200]
+    explain.draw_galleries(model, data.test.first(200).select(is_correct), folder)
+    assert "No gallery_incorrect.png" in capsys.readouterr().out
+    assert not (folder / "gallery_incorrect.png").exists()
+
+
+def test_feature_maps_of_a_picture(model, data, folder, tool_inside):
+    save(data.test.images[0], folder / "my cat.png")
+    arguments = ["--checkpoint", model.path, "--image", "my cat.png", "--out", "seen/here"]
+    out, _ = tool_inside("explain")(*arguments)
+    ((prediction, _),) = inference.predict(model, "my cat.png", top_k=1)[0]
+    assert f": {prediction} " in out
+    assert [path.name for path in Path("seen", "here").iterdir()] == ["feature_maps_my cat.png"]
+    error = tool_inside("explain").error("--checkpoint", model.path, "--image", "nowhere.png")
+    assert "nowhere.png" in error
+
+
+# ---- animations ----
+
+
+@pytest.mark.slow
+def test_epochs_become_an_animation(trained, model, folder, tool_inside):
+    tool_inside("explain")("--animate", trained / "run", "--device", "cpu")
+    paths = list((folder / "explained").glob("cam_*.gif"))
+    assert {path.stem for path in paths} == {f"cam_{name}" for name in model.classes}
+    with Image.open(paths[0]) as picture:
+        assert picture.n_frames == 4 and picture.info["loop"] == 0
+        assert picture.info["duration"] == explain.FRAME_MS
+
+
+def test_run_without_its_epochs_is_refused(folder, tool_inside):
+    run = tool_inside("explain")
+    assert "--keep-epochs" in run.error("--animate", folder)
+    (folder / "run" / "seed-0").mkdir(parents=True)
+    (folder / "run" / "seed-0" / "epoch-0000.pth").touch()
+    assert "seed" in run.error("--animate", "run")
+
+
+def test_example_of_each_class_is_a_correct_one_if_there_is_one(model, data):
+    test = data.test.first(500)
+    chosen = explain.choose_examples(model.network, test)
+    is_correct = ic.evaluate(model.network, *test).logits.argmax(1) == test.labels
+    assert test.labels[chosen].tolist() == list(range(len(model.classes)))
+    for label, index in enumerate(chosen.tolist()):
+        of_class = (test.labels == label) & is_correct
+        if of_class.any():
+            assert index == int(of_class.nonzero()[0])
+
+
+# ---- labels that are probably wrong ----
+
+
+def test_label_issues_of_data_that_moved(folder, inside, tool_inside):
+    """A folder of digits, some in the wrong class, moved after the training."""
+    digits = ic.load_data(ic.Config(dataset="digits", subset=900))
+    for i, (image, label) in enumerate(zip(*digits.train, strict=True)):
+        is_wrong = i % 60 == 0
+        shown = (int(label) + 1) % 10 if is_wrong else int(label)
+        place = folder / "here" / f"number {shown}"
+        place.mkdir(parents=True, exist_ok=True)
+        save(image, place / f"{i}.png")
+    settings = ["--epochs", "4", "--width", "0.5", "--augment", "none", "--image-size", "16"]
+    inside("--dataset", "here", *settings)
+    (folder / "here").rename(folder / "there")
+    run = tool_inside("explain")
+    assert "--data-dir" in run.error("--label-issues")
+
+    before = torch.get_rng_state()
+    out, _ = run("--label-issues", "--data-dir", "there", "--device", "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "note" not in out
+    rows = table_of((folder / "explained" / "label_issues.csv").read_text())
+    assert all((folder / row["file"]).exists() for row in rows)
+    for row in rows:
+        assert Path(row["file"]).parent.name == row["label"] != row["looks_like"]
+    assert sum(int(Path(row["file"]).stem) % 60 == 0 for row in rows[:10]) >= 7  # by chance none
+    assert (folder / "explained" / "label_issues.png").exists()
+
+
+def test_label_issues_of_a_custom_network(folder, inside, tool_inside):
+    (folder / "net.py").write_text(TINY)
+    settings = ["--dataset", "digits", "--subset", "200", "--epochs", "1"]
+    inside(*settings, "--model", "net.py:tiny", "--out", "model.pth")
+    arguments = ["--label-issues", "--checkpoint", "model.pth", "--model", "net.py:tiny"]
+    out, _ = tool_inside("explain")(*arguments)
+    rows = table_of((folder / "explained" / "label_issues.csv").read_text())
+    assert f"{len(rows)} of 200 labels" in out
+    # the digits are no files; the index is that among all training images
+    assert {row["file"] for row in rows} <= {""}
+    assert max(int(row["index_in_training_set"]) for row in rows) > 200
+
+
+def test_each_image_is_judged_by_a_network_that_has_not_seen_it(monkeypatch):
+    data = ic.load_data(ic.Config(dataset="digits", subset=300))
+    seen = []
+
+    def train_and_predict(config, fold, device):
+        seen.append((fold.train, fold.valid))
+        return torch.nn.functional.one_hot(fold.valid.labels, 10).float()
+
+    monkeypatch.setattr(explain, "train_and_predict", train_and_predict)
+    config = Config(dataset="digits")
+    probabilities = explain.out_of_fold_probabilities(config, data, torch.device("cpu"))
+    assert torch.equal(probabilities.argmax(1), data.train.labels)
+    assert (probabilities.sum(1) == 1).all()
+    assert len(seen) == explain.NUM_FOLDS
+    for train, valid in seen:
+        assert len(train.labels) + len(valid.labels) == 300
+        assert set(valid.labels.tolist()) == set(train.labels.tolist()) == set(range(10))
+
+
+def test_folds_are_those_of_version_0_9_1():
+    """The same images are held out together, so that its results stay the same."""
+    from sklearn.model_selection import StratifiedKFold
+
+    labels = torch.tensor([0, 0, 0, 1, 3] + [0, 1, 2, 3] * 10)
+    expected = StratifiedKFold(3, shuffle=True, random_state=0)
+    expected_folds = list(expected.split(np.zeros(len(labels)), labels.numpy()))
+    folds = list(explain.stratified_folds(labels))
+    for (train, held_out), (expected_train, expected_held_out) in zip(
+        folds, expected_folds, strict=True
+    ):
+        assert train.tolist() == expected_train.tolist()
+        assert held_out.tolist() == expected_held_out.tolist()
+
+
+def test_class_with_too_few_images_is_refused():
+    data = ic.load_data(ic.Config(dataset="digits", subset=100))
+    rare = data.train.labels == 3
+    rare[rare.nonzero()[:2]] = False
+    data = replace(data, train=data.train.select(~rare))
+    with pytest.raises(UserError, match="3 training images"):
+        config = Config(dataset="digits")
+        explain.out_of_fold_probabilities(config, data, torch.device("cpu"))
+
+
+# ---- the program ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        "beginner-cnn",
+        "coursework-cnn",
+        "notebook-cnn",
+        "fftnet",
+        "convnet",
+        "resnet18",
+        "resnet50",
+        "resnet18-dropout",
+        "airbench94",
+        "torchvision:squeezenet1_1",
+        "torchvision:mobilenet_v3_small",
+    ],
+)
+def test_every_network_is_explained(name, folder):
+    any_size = ["resnet18", "resnet50", "resnet18-dropout", "airbench94"]
+    size = 16 if name in any_size else 32
+    if name.startswith("torchvision:"):
+        size = 64
+    trainer = untrained(model=name, image_size=size, batch_size=20)
+    save_model(trainer, folder / "model.pth")
+    model = inference.load_model(folder / "model.pth", "cpu")
+    images, labels = trainer.data.test.first(2)
+    heat = explain.grad_cam(model.network, images, labels)
+    assert heat.shape == (2, size, size) and heat.min() >= 0 and heat.max() <= 1
+    explain.draw_feature_maps(model, images[:1], folder / "feature_maps.png")
+    explain.draw_filters(model.network, folder)
+
+
+def test_help(tool_inside):
+    text, _ = tool_inside("explain")("--help")
+    assert "python explain.py" in text and "--checkpoint" in text
+
+
+def test_missing_package_is_named(folder):
+    (folder / "captum.py").write_text("raise ModuleNotFoundError('no captum here', name='captum')")
+    error = tool("explain", folder).error(env={"PYTHONPATH": str(folder)})
+    assert "captum" in error and "pip install -r requirements-extras.txt" in error
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_pictures_on_cuda(model, folder, tool_inside):
+    tool_inside("explain")("--checkpoint", model.path, "--device", "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_label_issues_on_cuda(folder, inside, tool_inside):
+    inside("--dataset", "digits", "--subset", "300", "--epochs", "1", "--out", "model.pth")
+    tool_inside("explain")("--label-issues", "--checkpoint", "model.pth", "--device", "cuda")

@@ -1,0 +1,531 @@
+"""inference.py: predictions from model files, on the command line and from Python."""
+
+import json
+import lzma
+import os
+import shutil
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, REPOSITORY, Program, beforehand, load_photos, save, table_of, tool
+from PIL import Image
+
+import image_classification as ic
+import inference
+from classifier.datasets import decode
+from classifier.errors import UserError
+
+OLD_FILES = Path(__file__).resolve().parent / "fixtures" / "0.9.1"
+TINY = """
+from torch import nn
+
+def tiny(classes=10, channels=3, image_size=32):
+    features = channels * image_size**2 // 16
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(features, classes))
+"""
+
+
+@pytest.fixture
+def pictures(folder, model, data):
+    """The current folder, with the newest model in it, and test images in the folder images/."""
+    shutil.copy(model.path, folder)
+    (folder / "images" / "deeper").mkdir(parents=True)
+    for i in range(6):
+        place = folder / "images" / ("deeper" if i % 2 else "")
+        save(data.test.images[i], place / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def onnx_file(folder):
+    """An ONNX file as export.py writes it; its logits are 10 times the mean of each channel."""
+    from onnx import TensorProto, helper, save_model
+
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
+    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1], [10.0])
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["flat"]),
+        helper.make_node("Mul", ["flat", "ten"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "colours", [images], [logits], [ten])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    about = {
+        "classes": ["red", "green", "blue"],
+        "image_size": 8,
+        "temperature": 2.0,
+        "dataset": "colours",
+        "test_accuracy": None,
+    }
+    helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
+    save_model(model, str(folder / "model.onnx"))
+    for colour in ("blue", "lime"):
+        Image.new("RGB", (20, 10), colour).save(folder / f"{colour}.png")
+    return folder / "model.onnx"
+
+
+# ---- predictions ----
+
+
+def test_same_pixels_same_probabilities_in_any_batch(model, data):
+    """As in the evaluation of the whole test set: within 1e-5."""
+    logits = ic.evaluate(model.network, *data.test.first(500)).logits
+    expected = (logits / model.temperature).softmax(1)[:120].numpy()
+    images = data.test.images[:120].numpy()
+    assert np.abs(inference.probabilities(model, images) - expected).max() < 1e-5
+    for i in range(7):
+        alone = inference.probabilities(model, images[i : i + 1])
+        assert np.abs(alone - expected[i]).max() < 1e-5
+
+
+def test_turned_files_are_turned_back(model, data, folder):
+    image = data.test.images[3].numpy()
+    expected = inference.probabilities(model, image[None])[0]
+    paths = []
+    for orientation, undo in enumerate([None, 0, 3, 1, 5, 2, 6, 4], 1):
+        exif = Image.Exif()
+        exif[274] = orientation
+        picture = Image.fromarray(image.transpose(1, 2, 0))
+        if undo is not None:
+            picture = picture.transpose(Image.Transpose(undo))
+        paths.append(folder / f"{orientation}.png")
+        picture.save(paths[-1], exif=exif)
+    expected_classes = dict(zip(model.classes, expected, strict=True))
+    for classes in inference.predict(model, paths, top_k=len(model.classes)):
+        assert dict(classes) == pytest.approx(expected_classes, rel=0, abs=1e-5)
+
+
+def test_predictions_are_sorted_and_name_the_classes(model, data):
+    images = data.test.images[:20].numpy()
+    probabilities = inference.probabilities(model, images)
+    for classes, row in zip(inference.predict(model, images, top_k=4), probabilities, strict=True):
+        assert len(classes) == 4
+        confidences = [confidence for _, confidence in classes]
+        assert confidences == sorted(row, reverse=True)[:4]
+        for name, confidence in classes:
+            assert row[model.classes.index(name)] == confidence
+
+
+def test_predict_takes_paths_and_arrays(model, data, folder):
+    path = save(data.test.images[0], folder / "a.png")
+    expected = inference.predict(model, data.test.images[:1].numpy())
+    for images in (path, str(path), [path], [str(path)]):
+        assert inference.predict(model, images) == expected
+    assert inference.predict(model, []) == []
+    (folder / "b.png").write_text("no")
+    with pytest.raises(UserError, match=r"b\.png"):
+        inference.predict(model, [path, folder / "b.png"])
+
+
+def test_picture_of_an_image_and_its_classes(model, data, folder):
+    path = save(data.test.images[0], folder / "a.png")
+    figure = inference.visualize_predictions(model, path, torch.device("cpu"), top_k=2)
+    image_axes, bar_axes = figure.axes
+    assert image_axes.get_title() == "a.png"
+    (classes,) = inference.predict(model, path, top_k=2)
+    assert [text.get_text().split()[0] for text in bar_axes.texts] == [name for name, _ in classes]
+    figure.savefig(folder / "seen.png")
+    assert (folder / "seen.png").stat().st_size > 3000
+
+
+# ---- the command line ----
+
+
+def test_images_and_folders_are_classified(pictures, model, data, tool_inside):
+    out, err = tool_inside("inference")("images", "images/0.png", "--top-k", "2")
+    description, *lines = out.splitlines()
+    assert "trained on" in description and f"{100 * model.test_accuracy:.1f} %" in description
+    assert all(name in description for name in model.classes)
+    assert len(lines) == 7 and not err
+    (classes,) = inference.predict(model, data.test.images[:1].numpy(), 2)
+    expected = ", ".join(f"{name} {100 * confidence:.1f} %" for name, confidence in classes)
+    assert lines[-1].split("  ")[-1].strip() == expected
+
+
+def test_formats_are_data_only(pictures, model, tool_inside):
+    out, err = tool_inside("inference")("images", "--format", "csv", "--top-k", "10")
+    rows = table_of(out)
+    assert len(rows) == 6 and "trained on" in err
+    for row in rows:
+        assert row["answer"] == row["class_1"] in model.classes
+        confidences = [float(row[f"confidence_{i}"]) for i in range(1, 11)]
+        assert sum(confidences) == pytest.approx(1, abs=1e-4)
+    out, err = tool_inside("inference")("images", "--format", "json", "--top-k", "1")
+    entries = json.loads(out)
+    assert "trained on" in err
+    assert [entry["file"] for entry in entries] == [row["file"] for row in rows]
+    for entry, row in zip(entries, rows, strict=True):
+        assert entry["answer"] == row["answer"]
+        assert entry["classes"][0]["confidence"] == pytest.approx(
+            float(row["confidence_1"]), abs=1e-6
+        )
+
+
+def test_answer_below_the_threshold_is_unsure(pictures, tool_inside, monkeypatch):
+    drawn = []
+    with beforehand(inference, "draw_predictions", drawn.extend):
+        options = ["--format", "json", "--threshold", "1.0", "--save", "look.png"]
+        out, _ = tool_inside("inference")("images", *options)
+    entries = json.loads(out)
+    is_unsure = [entry["classes"][0]["confidence"] < 1 for entry in entries]
+    assert any(is_unsure)
+    assert [entry["answer"] == "unsure" for entry in entries] == is_unsure
+    assert [picture.title.endswith(": unsure") for picture in drawn] == is_unsure
+    with Image.open(pictures / "look.png") as picture:
+        assert picture.width > 500 and len(picture.convert("RGB").getcolors(2**24)) > 100
+    table, _ = tool_inside("inference")("images", "--threshold", "1.0")
+    assert sum("unsure: " in line for line in table.splitlines()) == sum(is_unsure)
+
+
+def test_files_that_cannot_be_read_cost_a_line_each(pictures, tool_inside):
+    bad = pictures / "bad"
+    (bad / "none").mkdir(parents=True)
+    good = (pictures / "images" / "0.png").read_bytes()
+    (bad / "cut.png").write_bytes(good[: len(good) // 2])
+    (bad / "text.jpg").write_text("no image")
+    (bad / "empty.png").write_bytes(b"")
+    (bad / "notes.txt").write_text("not meant")
+    Image.new("1", (14_000, 14_000)).save(bad / "bomb.png")
+    names = ["images/0.png", "bad", "bad/none", "missing.jpg", "images/2.png"]
+    out, err = tool_inside("inference")(*names, "--format", "csv", status=1)
+    assert [row["file"] for row in table_of(out)] == ["images/0.png", "images/2.png"]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 6 and "notes.txt" not in err
+    for name in ("cut.png", "text.jpg", "empty.png", "bomb.png", "none", "missing.jpg"):
+        assert sum(name in line for line in errors) == 1, name
+    assert str(bad / "text.jpg") not in out
+
+
+def test_hidden_files_and_others_in_a_folder(folder):
+    for name in ("a.png", "b.unknown", ".hidden.png", ".hidden/c.png", "deeper/d.PNG"):
+        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / "photos" / name, format="png")
+    (folder / "photos" / "notes.txt").write_text("no image")
+    found, problems = inference.find_images(["photos"])
+    assert [path.name for path in found] == ["a.png", "b.unknown", "d.PNG"]
+    assert not problems
+
+
+def test_patterns_and_names_that_look_like_something_else(pictures, tool_inside):
+    for name in ("$a_b$.png", "~tmp.png"):
+        shutil.copy(pictures / "images" / "0.png", pictures / name)
+    run = tool_inside("inference")
+    out, _ = run("$a_b$.png", "~tmp.png", "--save", "seen.png")
+    assert "$a_b$.png" in out and "~tmp.png" in out and (pictures / "seen.png").exists()
+    out, _ = run("images/*.png", "--format", "csv")
+    assert len(table_of(out)) == len(list(pictures.glob("images/*.png")))
+
+
+def test_postscript_is_no_image(model, folder):
+    """Pillow would start another program, Ghostscript, on it."""
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    (folder / "cat.png").write_bytes(text)
+    with Image.open(folder / "cat.png") as picture:
+        assert picture.format == "EPS"  # by its content
+    with pytest.raises(UserError, match=r"cat\.png"):
+        inference.read_image(model, folder / "cat.png")
+    assert not decode.is_image(folder / "cat.png")
+
+
+def test_images_are_classified_in_batches(pictures, tool_inside, monkeypatch):
+    """So that thousands need no more memory than a few."""
+    decoded, batches, earlier = [], [], []
+
+    def watch(model, images, top_k):
+        assert not any(batch() is not None for batch in earlier)  # they are gone
+        earlier.append(weakref.ref(images))
+        batches.append((len(images), len(decoded)))
+
+    monkeypatch.setattr(inference, "BATCH_SIZE", 4)
+    with (
+        beforehand(decode, "decode", lambda path, size: decoded.append(path)),
+        beforehand(inference, "top_classes", watch),
+    ):
+        out, _ = tool_inside("inference")("images", "--format", "csv")
+    assert batches == [(4, 4), (2, 6)] and len(table_of(out)) == 6
+
+
+def test_ctrl_c_prints_what_is_classified_so_far(pictures, tool_inside, monkeypatch):
+    batches = []
+
+    def stop_in_the_second_batch(model, images, top_k):
+        batches.append(images)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "BATCH_SIZE", 4)
+    with beforehand(inference, "top_classes", stop_in_the_second_batch):
+        out, _ = tool_inside("inference")("images", "--format", "csv", status=130)
+    assert len(table_of(out)) == 4
+
+
+def test_picture_that_cannot_be_written_leaves_the_old_one(pictures, tool_inside, unwritable):
+    (pictures / "kept").mkdir()
+    (pictures / "kept" / "look.png").write_text("the old one")
+    unwritable(pictures / "kept")
+    error = tool_inside("inference").error("images", "--save", "kept/look.png")
+    assert "look.png" in error
+    assert (pictures / "kept" / "look.png").read_text() == "the old one"
+
+
+def test_wrong_usage(pictures, folder, model, tool_inside):
+    run = tool_inside("inference")
+    assert "IMAGE" in run.error(status=2)
+    assert "--top-k" in run.error("images", "--top-k", "0", status=2)
+    assert "--threshold" in run.error("images", "--threshold", "2", status=2)
+    assert "--format" in run.error("images", "--format", "xml", status=2)
+    assert "--device" in run.error("images", "--device", "gpu")
+
+
+def test_files_that_are_no_models(pictures, folder, model, tool_inside):
+    run = tool_inside("inference")
+    for suffix in (".pth", ".onnx"):
+        assert f"nowhere{suffix}" in run.error("images", "--checkpoint", f"nowhere{suffix}")
+        (folder / f"rubbish{suffix}").write_bytes(b"rubbish")
+        assert f"rubbish{suffix}" in run.error("images", "--checkpoint", f"rubbish{suffix}")
+    (folder / model.path.name).unlink()
+    assert "--checkpoint" in run.error("images")
+
+
+# ---- which model, and what is said about it ----
+
+
+def test_newest_model_of_a_folder_is_used(pictures, model, tool_inside):
+    run = tool_inside("inference")
+    out, _ = run("images/0.png", "--checkpoint", model.path.parent)
+    assert out.startswith(model.path.stem)
+    old = pictures / "model_old.pth"
+    shutil.copy(model.path, old)
+    os.utime(old, (0, 0))
+    folder_of_run = pictures / "runs" / "CIFAR10" / "now"
+    folder_of_run.mkdir(parents=True)
+    shutil.copy(model.path, folder_of_run / "model_other.pth")
+    out, err = run("images/0.png")
+    assert out.startswith(f"{model.path.name} ")
+    assert model.path.name in err and "--checkpoint" in err
+    for path in pictures.glob("model_*.pth"):
+        path.unlink()
+    assert run("images/0.png")[0].startswith("model_other")
+
+
+def test_confidence_that_is_not_calibrated_is_said(pictures, model, tool_inside):
+    content = torch.load(model.path, weights_only=True)
+    assert "not calibrated" not in tool_inside("inference")("images/0.png")[0]
+    del content["metrics"]["temperature"]
+    torch.save(content, pictures / model.path.name)
+    assert "not calibrated" in tool_inside("inference")("images/0.png")[0]
+
+
+def test_note_on_a_model_of_a_changed_script(folder, tool_inside, model, data):
+    content = torch.load(model.path, weights_only=True)
+    save(data.test.images[0], folder / "0.png")
+    version = ic.VERSIONS["image_classification"]
+    cases = [
+        (version, ic.VERSIONS["script"], False),
+        (version, "other", True),
+        ("99.0", "other", False),
+    ]
+    for program_version, script, is_changed in cases:
+        inference.print_note_once.cache_clear()
+        content["versions"] |= {"image_classification": program_version, "script": script}
+        torch.save(content, folder / "changed.pth")
+        _, err = tool_inside("inference")("0.png", "--checkpoint", "changed.pth")
+        assert ("image_classification.py" in err) == is_changed
+    inference.print_note_once.cache_clear()
+
+
+def test_custom_network_has_to_be_named_again(folder, inside, tool_inside, data):
+    """A model file never makes a tool run the file that it names."""
+    (folder / "net.py").write_text(TINY)
+    inside(*QUICK[:4], "--epochs", "1", "--model", "net.py:tiny", "--out", "model.pth")
+    (folder / "net.py").rename(folder / "moved.py")
+    save(data.test.images[0], folder / "a.png")
+    run = tool_inside("inference")
+    assert "--model net.py:tiny" in run.error("a.png", "--checkpoint", "model.pth")
+    run("a.png", "--checkpoint", "model.pth", "--model", "moved.py:tiny")
+    assert "moved.py" in run.error("a.png", "--checkpoint", "model.pth", "--model", "moved.py:big")
+    loaded = inference.load_model("model.pth", "cpu", "moved.py:tiny")
+    assert loaded.settings["model"] == "moved.py:tiny"
+
+
+# ---- version 0.9.1 ----
+
+
+def old_model(name, folder):
+    """The path of a model file that version 0.9.1 wrote."""
+    path = OLD_FILES / name
+    if path.suffix != ".xz":
+        return path
+    unpacked = folder / path.stem
+    unpacked.write_bytes(lzma.decompress(path.read_bytes()))
+    return unpacked
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_cnn_digits.pth",
+        "model_convnet_digits.pth.xz",
+        "model_airbench94_digits.pth.xz",
+    ],
+)
+def test_model_of_version_0_9_1_has_the_logits_it_had(name, folder, capsys):
+    expected = json.loads((OLD_FILES / "expected.json").read_text())["logits"][name]
+    old = inference.load_model(old_model(name, folder), "cpu")
+    assert not {"low_res", "test_views", "depth", "make_imbalanced"} & old.settings.keys()
+    images = inference.load_dataset_of(old).test.images[:20].numpy()
+    assert np.abs(old.logits(images) - np.array(expected)).max() < 1e-3
+    assert capsys.readouterr().err == ""  # no note on another script
+
+
+def test_model_that_this_version_cannot_build_names_the_version_that_can(folder, tool_inside):
+    path = old_model("model_convnet_3_digits.pth.xz", folder)
+    assert "0.9.1" in tool_inside("inference").error("a.png", "--checkpoint", path)
+
+
+# ---- the data set of a model ----
+
+
+def test_model_that_names_no_data_set_is_taken_for_cifar10(model, folder):
+    nameless = replace(model, settings={})
+    assert not inference.dataset_available(nameless)
+    assert not inference.dataset_available(nameless, "elsewhere")
+    (folder / "data").mkdir()
+    (folder / "data" / "test_batch").touch()
+    assert inference.dataset_available(nameless)
+    assert inference.dataset_available(nameless, "data")
+
+
+def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
+    inside("--dataset", "photos", "--epochs", "1", "--width", "0.25", "--out", "model.pth")
+    model = inference.load_model("model.pth", "cpu")
+    assert inference.load_dataset_of(model).mean == load_photos().mean
+    assert "note" not in capsys.readouterr().out
+
+    photos.rename("moved")
+    assert not inference.dataset_available(model)
+    with pytest.raises(UserError, match="--data-dir"):
+        inference.load_dataset_of(model)
+    assert inference.dataset_available(model, "moved")
+    inference.load_dataset_of(model, "moved")
+    assert "note" not in capsys.readouterr().out
+
+    for path in list(Path("moved", "red").iterdir())[:10]:
+        path.unlink()
+    inference.load_dataset_of(model, "moved")
+    assert "note: the images in moved" in capsys.readouterr().out
+    pretrained = replace(model, settings=model.settings | {"pretrained": True})
+    assert not inference.images_have_changed(pretrained, inference.load_dataset_of(model, "moved"))
+
+    Path("moved", "red").rename(Path("moved", "pink"))
+    with pytest.raises(UserError, match=r"model\.pth"):
+        inference.load_dataset_of(model, "moved")
+
+
+# ---- ONNX ----
+
+
+def test_onnx_file_without_torch(onnx_file, folder, model):
+    """Where torch cannot be imported, an ONNX file is classified, and a .pth asks for torch."""
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    for name in ("torch", "torchvision", "sklearn", "scipy"):
+        text = f"raise ModuleNotFoundError('no {name} here', name={name!r})"
+        (hidden / f"{name}.py").write_text(text)
+    environment = {"PYTHONPATH": str(hidden)}
+    run = tool("inference", folder)
+    out, err = run(
+        *["lime.png", "blue.png", "--checkpoint", onnx_file, "--format", "csv"],
+        *["--save", "seen.png"],
+        env=environment,
+    )
+    assert [row["class_1"] for row in table_of(out)] == ["green", "blue"]
+    assert (folder / "seen.png").exists() and "colours" in err
+    error = run.error("lime.png", "--checkpoint", model.path, env=environment)
+    assert "pip install -r requirements.txt" in error
+
+
+def test_onnx_probabilities(onnx_file, monkeypatch):
+    monkeypatch.setattr(inference, "ONNX_BATCH_SIZE", 2)
+    model = inference.load_model(onnx_file)
+    assert (model.network, model.settings, model.image_size) == (None, {}, 8)
+    images = np.zeros((5, 3, 8, 8), np.uint8)
+    for i in range(5):
+        images[i, i % 3] = 255
+    logits = model.logits(images)
+    assert logits.dtype == np.float32
+    assert logits == pytest.approx(10 * images.mean((2, 3)) / 255)
+    confidence = np.exp(5) / (np.exp(5) + 2)  # 10 over the temperature of 2
+    assert inference.probabilities(model, images).max(1) == pytest.approx([confidence] * 5)
+    with pytest.raises(UserError, match=r"model\.onnx"):
+        model.require_network()
+
+
+def test_onnx_devices(onnx_file, tool_inside):
+    for device in ("mps", "cuda:x", "tpu"):
+        error = tool_inside("inference").error(
+            "blue.png", "--checkpoint", onnx_file, "--device", device
+        )
+        assert f"--device {device}" in error
+    ((name, options),) = inference.onnx_providers("cuda:1", ["CUDAExecutionProvider"])
+    assert name == "CUDAExecutionProvider"
+    assert options == {"use_tf32": 0, "device_id": 1}
+    for device in ("auto", "cpu"):
+        available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        assert inference.onnx_providers(device, available) == ["CPUExecutionProvider"]
+
+
+def test_onnx_file_of_another_program_is_refused(onnx_file, tool_inside):
+    import onnx
+
+    proto = onnx.load(str(onnx_file))
+    del proto.metadata_props[:]
+    onnx.save_model(proto, str(onnx_file))
+    error = tool_inside("inference").error("blue.png", "--checkpoint", onnx_file)
+    assert "model.onnx" in error and "export.py" in error
+
+
+def test_missing_onnx_runtime_is_named(onnx_file, tool_inside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    error = tool_inside("inference").error("blue.png", "--checkpoint", onnx_file)
+    assert "pip install onnxruntime" in error
+
+
+# ---- the start of the program ----
+
+
+def test_help(tool_inside):
+    text, _ = tool_inside("inference")("--help")
+    assert "python inference.py" in text and "--checkpoint" in text
+
+
+def test_missing_package_is_named(folder):
+    (folder / "PIL.py").write_text("raise ModuleNotFoundError('no PIL here', name='PIL')")
+    error = tool("inference", folder).error(env={"PYTHONPATH": str(folder)})
+    assert "PIL" in error and "pip install -r requirements.txt" in error
+
+
+def test_copy_without_the_package_says_so(folder):
+    script = shutil.copy(REPOSITORY / "inference.py", folder / "inference.py")
+    error = Program(folder, script).error("cat.jpg")
+    assert "classifier" in error
+
+
+def test_importing_it_needs_no_torch(folder):
+    program = Program(folder, folder / "check.py")
+    (folder / "check.py").write_text("import sys, inference\nassert 'torch' not in sys.modules\n")
+    program(env={"PYTHONPATH": str(REPOSITORY)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_same_predictions_on_cuda(model, data):
+    on_cuda = inference.load_model(model.path, "cuda")
+    images = data.test.images[:100].numpy()
+    difference = inference.probabilities(on_cuda, images) - inference.probabilities(model, images)
+    assert np.abs(difference).max() < 1e-4

@@ -1,0 +1,93 @@
+"""Runs with --repeat: several seeds, one after the other."""
+
+import itertools
+import signal
+
+import pytest
+import torch
+from conftest import (
+    QUICK,
+    beforehand,
+    epochs_of,
+    only_run,
+    report_of,
+    rows_of,
+    same,
+    state_of,
+    weights,
+)
+
+import image_classification as ic
+
+BRIEF = [*QUICK, "--image-size", "16"]
+
+
+def test_mean_spread_and_the_best_model(inside, folder):
+    out, _ = inside(*BRIEF, "--repeat", "3")
+    run = only_run(folder)
+    report = report_of(run)
+    seed_runs = [run / f"seed-{seed}" for seed in range(3)]
+    seed_reports = [report_of(seed_run) for seed_run in seed_runs]
+    accuracies = [each["test_accuracy"] for each in seed_reports]
+    scores = torch.tensor(accuracies, dtype=torch.float64)
+    mean, std = scores.mean().item(), scores.std().item()
+    assert std > 0
+    assert report["test_accuracy"] == pytest.approx(mean)
+    assert report["test_accuracy_std"] == pytest.approx(std)
+    half = 4.302653 * std / 3**0.5  # Student's t, 2 degrees of freedom
+    interval = [max(0, mean - half), min(1, mean + half)]
+    assert report["test_accuracy_interval"] == pytest.approx(interval)
+    assert report["repeats"] == seed_reports
+    assert report["seconds"] == pytest.approx(sum(each["seconds"] for each in seed_reports))
+
+    assert f"Mean test accuracy of 3 seeds: {100 * mean:.2f} %" in out
+    assert out.count("Accuracy of the network") == 3
+    assert out.count("Accuracy for class 3 ") == 1  # of the kept model
+    losses = [min(float(row["valid_loss"]) for row in rows_of(each)) for each in seed_runs]
+    best = seed_runs[losses.index(min(losses))]
+    assert report["kept"] == best.name
+    assert same(weights(folder / "model_cnn_digits.pth"), weights(best / "best.pth"))
+
+
+def test_seed_of_several_learns_what_it_learns_alone(inside, folder):
+    briefly = [*BRIEF, "--subset", "200", "--epochs", "1", "--device", "cpu"]
+    inside(*briefly, "--repeat", "2", "--seed", "6", "--run-dir", "both")
+    inside(*briefly, "--seed", "7", "--run-dir", "alone")
+    alone = folder / "alone" / "best.pth"
+    assert same(weights(folder / "both" / "seed-7" / "best.pth"), weights(alone))
+
+
+def test_accuracy_with_several_views_is_a_score_of_its_own(folder, capsys):
+    data = ic.load_data(ic.Config(dataset="digits", image_size=16))
+    data.flip_keeps_label = True
+    settings = {"width": 0.25, "epochs": 1, "precision": "fp32", "tta": 6, "repeat": 2}
+    report = ic.train(ic.Config(dataset="digits", **settings), data)
+    model, _ = ic.load_checkpoint(report.checkpoint)
+    plain = ic.evaluate(model, *data.test).accuracy
+    with_tta = ic.evaluate(model, *data.test, tta=6).accuracy
+    repeats = report.results["repeats"]
+    kept = repeats[int(report.results["kept"][-1])]
+    assert kept["test_accuracy"] == pytest.approx(plain)
+    assert kept["test_views_accuracy"] == pytest.approx(with_tta) != plain
+    mean = sum(each["test_views_accuracy"] for each in repeats) / 2
+    assert report.results["test_views_accuracy"] == pytest.approx(mean)
+    out = capsys.readouterr().out
+    assert f"Mean test accuracy of 2 seeds with 6 views: {100 * mean:.2f} %" in out
+
+
+def test_interrupted_seed_goes_on(inside, folder):
+    steps = itertools.count(1)
+
+    def interrupt(*_):
+        if next(steps) == 20:  # in the second seed: each has 16
+            signal.raise_signal(signal.SIGINT)
+
+    with beforehand(ic.Trainer, "train_step", interrupt):
+        inside(*BRIEF, "--repeat", "3", status=130)
+    run = only_run(folder)
+    first = weights(run / "seed-0" / "best.pth")
+    assert state_of(run / "seed-1")["step"] == 4 and not (run / "seed-2").exists()
+    out, _ = inside("--resume", run)
+    assert "Mean test accuracy of 3 seeds" in out
+    assert [epochs_of(run / f"seed-{seed}") for seed in range(3)] == [[0, 1]] * 3
+    assert same(weights(run / "seed-0" / "best.pth"), first)
