@@ -918,6 +918,7 @@ def train(
     data: Dataset | None = None,
     *,
     begun: float | None = None,
+    before_training: Callable[[torch.device], None] | None = None,
     on_second_interrupt: Callable[[], None] | None = None,
 ) -> Report:
     """The whole job: data, network, training, test, files; with --repeat for several seeds.
@@ -927,13 +928,14 @@ def train(
     Args:
         data: None: load_data(config).
         begun: when the job began, on time.perf_counter(), for --minutes. None: now.
+        before_training: called when data and network are there, for what cannot be undone.
         on_second_interrupt: called at a second Ctrl-C. None: raise KeyboardInterrupt.
 
     Raises:
         UserError: for everything that the user can fix.
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
     """
-    begun = begun or time.perf_counter()
+    begun = time.perf_counter() if begun is None else begun
     resolve.check_before_data(config)
     device = devices.choose_device(distributed.device_name(config.device))
     if data is None:
@@ -948,6 +950,8 @@ def train(
         first_model, folder = begin_run(config, data, group)
         models = [first_model]  # others are built when their turn comes
         print(f"Writing to {folder}")
+        if before_training is not None:
+            before_training(device)
         with runs.Run(folder, group.is_main) as run, runs.StopRequest(on_second_interrupt) as stop:
             run.begin(config, data)
             if run.is_main:
@@ -1019,12 +1023,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.build_parser(description, DEFAULT_RECIPE, version)
     given = cli.parse_settings(parser, arguments)
 
+    def tune_process(device: torch.device) -> None:
+        if device.type == "cpu":  # not earlier: reading the data is better off without it
+            devices.keep_freed_memory()
+
     def run() -> int:
         config = configure(**distributed.begin(given))
         cli.check_installed()
-        devices.keep_freed_memory()
         try:
-            train(config, begun=START, on_second_interrupt=lambda: os._exit(130))
+            train(
+                config,
+                begun=START,
+                before_training=tune_process,
+                on_second_interrupt=lambda: os._exit(130),
+            )
         except Stopped as stopped:
             command = cli.resume_command(str(stopped.run), config.model)
             return cli.report_stopped(stopped, distributed.resume_command(command))

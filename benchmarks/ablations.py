@@ -131,22 +131,6 @@ replace(ic, "validate", validate_once)
 
 # One matrix after the other, in fp32, as the script's are not; the result is the same but for
 # rounding.
-NEWTON_SCHULZ = """
-def newton_schulz(matrices):
-    results = []
-    for matrix in matrices:
-        rows, columns = matrix.shape
-        x = matrix.float() / (matrix.norm() + 1e-7)
-        x = x.T if rows > columns else x
-        for _ in range({steps}):
-            gram = x @ x.T
-            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
-        results.append(x.T if rows > columns else x)
-    return results
-
-replace(ic, "newton_schulz", newton_schulz)
-"""
-
 NEWTON_SCHULZ_FP32 = """
 build_optimizers = ic.build_optimizers
 
@@ -199,8 +183,8 @@ VARIANTS = {
     "lr / 2": Variant("--lr 0.06"),
     "momentum 0.3": Variant("--momentum 0.3"),
     "momentum 0.9": Variant("--momentum 0.9"),
-    "two Newton-Schulz steps": Variant(snippet=NEWTON_SCHULZ.format(steps=2)),
-    "five Newton-Schulz steps": Variant(snippet=NEWTON_SCHULZ.format(steps=5)),
+    "two Newton-Schulz steps": Variant(snippet='replace(ic, "NEWTON_SCHULZ_STEPS", 2)'),
+    "five Newton-Schulz steps": Variant(snippet='replace(ic, "NEWTON_SCHULZ_STEPS", 5)'),
     "Newton-Schulz in fp32": Variant(snippet=NEWTON_SCHULZ_FP32),
     "AdamW": Variant("--optimizer adamw"),
     "cosine": Variant("--scheduler cosine"),

@@ -34,6 +34,7 @@ def test_each_step_has_a_row_in_the_picture_of_samples(inside, folder):
     assert augmented == pytest.approx(5 / 3 * plain, rel=0.05)
 
 
+@pytest.mark.slow
 def test_augmented_run_resumes_bit_for_bit(inside, folder):
     options = [*QUICK, "--subset", "200", "--device", "cpu", "--augment", "crop,rotate,mixup"]
     options += ["--ema", "--class-balance", "oversample"]

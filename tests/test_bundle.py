@@ -52,6 +52,7 @@ def test_it_trains_and_says_what_it_is_made_of(bundled, folder):
     assert (folder / "model_cnn_digits.pth").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 def test_it_is_resumed_by_the_command_that_it_prints(bundled, folder):
     process = bundled.start(*QUICK, "--epochs", "50", env={"PYTHONPATH": ""})

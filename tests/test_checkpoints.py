@@ -230,6 +230,7 @@ for name in {names!r}:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 def test_checkpoints_that_claim_to_be_huge_cost_nothing(folder):
     content = make_content()

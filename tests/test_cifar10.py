@@ -117,6 +117,7 @@ def test_batch_files_are_found_in_the_folder_or_in_its_own(folder, batch_folder,
     assert not list(folder.rglob("*.lock"))  # nothing is written, so the folder may be read-only
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_download_and_unpack_only_the_batches(folder, archive, constants):
     (folder / "data").mkdir()
     lock = FileLock(folder / "data" / ".cifar-10.lock")

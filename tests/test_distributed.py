@@ -392,6 +392,7 @@ Path(f"rank-{rank}.json").write_text(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun there needs a build with libuv")
 def test_two_processes(folder):
     results, _ = torchrun(folder, TOGETHER)
@@ -456,6 +457,7 @@ Path(f"rank-{group.rank}.json").write_text(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_processes_meet_again_after_a_restart(folder):
     results, _ = torchrun(folder, RESTARTED, "--max-restarts=1")

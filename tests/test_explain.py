@@ -247,6 +247,7 @@ def test_example_of_each_class_is_a_correct_one_if_there_is_one(model, data):
 # ---- labels that are probably wrong ----
 
 
+@pytest.mark.slow
 def test_label_issues_of_data_that_moved(folder, inside, tool_inside):
     """A folder of digits, some in the wrong class, moved after the training."""
     digits = ic.load_data(ic.Config(dataset="digits", subset=900))

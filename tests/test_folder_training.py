@@ -216,6 +216,7 @@ image_cache.THREADS = 2
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_decoding_that_was_killed_goes_on(program, inside, folder, photos, decoded):
     process = program.start(*BRIEFLY, patch=DECODE_SLOWLY)

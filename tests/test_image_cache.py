@@ -209,6 +209,7 @@ def test_changed_files_are_decoded_again(folder, photos, decoded):
     check_images(folder, data)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_decoding_that_was_killed_is_continued(folder, photos, decoded):
     process = start_slow_process(folder)
@@ -235,6 +236,7 @@ def test_half_written_cache_is_completed(folder, photos, decoded):
     check_images(folder, data)
 
 
+@pytest.mark.slow
 def test_two_processes_decode_each_image_once(folder, photos):
     processes = [start_slow_process(folder) for _ in range(2)]
     outputs = [process.communicate(timeout=200) for process in processes]

@@ -71,6 +71,7 @@ CALLERS = {
     "old_api": prepare_old_api,
     "new_api": prepare_new_api,
 }
+OTHER_CALLERS = [name for name in CALLERS if name != "untouched"]
 
 
 def precision_flags():
@@ -190,7 +191,10 @@ def main(caller, path):
 # ---- the tests ----
 
 
-@pytest.fixture(scope="module", params=CALLERS)
+@pytest.fixture(
+    scope="module",
+    params=["untouched", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_CALLERS)],
+)
 def found(request, tmp_path_factory):
     """What came of each call in the process of a caller."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -75,6 +75,7 @@ def test_accuracy_with_several_views_is_a_score_of_its_own(folder, capsys):
     assert f"Mean test accuracy of 2 seeds with 6 views: {100 * mean:.2f} %" in out
 
 
+@pytest.mark.slow
 def test_interrupted_seed_goes_on(inside, folder):
     steps = itertools.count(1)
 

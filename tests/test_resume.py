@@ -96,7 +96,10 @@ def check_same_state(first, second):
 
 
 @no_signals
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_stopped_run_goes_on_bit_for_bit(program, inside, folder, unbroken, signum, status):
     process = program.start(*LONGER)
     next(line for line in process.stdout if line.startswith("Epoch 0000"))
@@ -113,7 +116,9 @@ def test_stopped_run_goes_on_bit_for_bit(program, inside, folder, unbroken, sign
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
-@pytest.mark.parametrize("moment", ["config.json", "last.pth"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("config.json", marks=pytest.mark.slow), "last.pth"]
+)
 def test_killed_run_goes_on_bit_for_bit(program, inside, folder, unbroken, moment):
     # last.pth comes after the first step
     process = program.start(*LONGER, patch="from classifier import runs; runs.SAVE_EVERY = 0.0")
