@@ -76,7 +76,7 @@ try:
     from classifier.errors import Stopped
     from classifier.heartbeat import Heartbeat
     from classifier.networks import build, pretrained
-    from classifier.progress import Progress, Row
+    from classifier.progress import STEP_COST, Progress, Row
     from classifier.reports import Report
     from classifier.resolve import configure
     from classifier.run_log import RunLog
@@ -117,6 +117,7 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "label_smoothing": 0.2,  # share of the target spread evenly over the classes
     "epochs": 10,
     "batch_size": 500,
+    "micro_batch": 500,  # images in one forward pass: batch norm sees the whole batch
     "augment": "flip,crop=2",  # mirror every other epoch, shift by up to 2 pixels
     "progressive_resizing": 0.7,  # of the run on smaller images: first 16 × 16, then 24 × 24
 }
@@ -455,7 +456,7 @@ def build_optimizers(
     muon_ids = {id(weight) for weight in muon_weights}
     adamw_weights = [weight for weight in weights if id(weight) not in muon_ids]
     on_cuda = device.type == "cuda"
-    # a CUDA graph reads a tensor anew each time it is replayed; a number would be recorded
+    # a CUDA graph reads a tensor again at each replay; a number would be captured as it is
     muon_lr = torch.tensor(lr, dtype=torch.float64, device=device) if on_cuda else lr
     adamw_lr = muon_lr / 12  # AdamW's steps are not relative: 0.01 where Muon's rate is 0.12
     adamw = torch.optim.AdamW(
@@ -555,8 +556,9 @@ class Trainer:
             ema=optimizers.moving_average(model, steps) if config.ema else None,
             progress=Progress(total_steps=steps * (config.epochs or 1), steps_per_epoch=steps),
             step_stats=torch.zeros(steps, 2, device=device),
-            micro_batches=1,
-            environment=devices.environment(device, self.dtype),
+            micro_batches={},
+            environment=devices.environment(device, self.dtype, self.group.world_size),
+            peak_lr=config.lr or 0.0,
         )
 
         # order matters: the memory probe and last.pth need the network before it is wrapped
@@ -567,24 +569,24 @@ class Trainer:
 
     def fit_micro_batches(self) -> bool:
         """Find how many micro-batches fit into memory; True if weights get no gradient."""
-        image_size = pretrained.input_size(self.state.model, self.train_set.images.shape[-1])
-        local_batch_size = math.ceil(self.batch_slices[0].stop / self.group.world_size)
+        first_batch = self.plan(0).take(self.batch_slices[0])
         fit = micro_batches.fit(
             self.forward_backward,
             self.state.model,
-            self.plan(0).take(self.batch_slices[0]),
-            micro_batches.default_count(local_batch_size, image_size, self.device),
-            world_size=self.group.world_size,
+            first_batch,
+            self.config,
+            image_size=self.train_set.images.shape[-1],
             device=self.device,
-            is_default_network=self.config.model == "cnn",
+            world_size=self.group.world_size,
         )
-        self.state.micro_batches = fit.count
+        self.state.micro_batches = dict.fromkeys(STEP_COST, fit.count)
         return fit.has_unused_params
 
     def wrap_network(self, has_unused_params: bool) -> None:
         """Wrap the network in DDP, torch.compile and a CUDA graph, where these apply."""
         config, state, group = self.config, self.state, self.group
-        state.micro_batches = group.max(state.micro_batches)
+        for scale, count in state.micro_batches.items():
+            state.micro_batches[scale] = group.max(count)
         state.model, self.forward = group.wrap(state.model, has_unused_params)
         group.seed_ranks(config.seed, state.progress.step)
         self.compiled_forward = torch.compile(self.forward) if config.compile else None
@@ -639,9 +641,7 @@ class Trainer:
         forward: Callable[..., torch.Tensor] = self.forward
         if self.compiled_forward is not None and scale > 0.5:
             forward = self.compiled_forward  # at half the size torch 2.11's compiler fails on CUDA
-        parts = micro_batches.count_at_scale(
-            state.micro_batches, scale, len(batch.order), self.group.world_size
-        )
+        parts = min(state.micro_batches[scale], len(batch.order) // self.group.world_size)
         stats = self.forward_backward(forward, batch, scale, parts)
         if self.config.grad_clip:
             optimizers.clip_gradients(
@@ -948,7 +948,8 @@ def train(
 
     with devices.training_process(device, config.deterministic):
         first_model, folder = begin_run(config, data, group)
-        models = [first_model]  # others are built when their turn comes
+        models = [first_model]  # those of other seeds are built when it is their turn
+        del first_model  # so that its memory is free when its seed is done
         print(f"Writing to {folder}")
         if before_training is not None:
             before_training(device)
@@ -994,7 +995,8 @@ def begin_run(config: Config, data: Dataset, group: Group) -> tuple[nn.Module | 
 # ---- From Python and from the command line -------------------------------------------------------
 
 # in each model file and report; __loader__ knows the text of this file within a .pyz, too
-VERSIONS = reports.versions(reports.source_of(__spec__, __loader__))  # type: ignore[name-defined]
+SOURCE = reports.source_of(globals().get("__spec__"), globals().get("__loader__"), __file__)
+VERSIONS = reports.versions(SOURCE)
 
 
 def load_data(config: Config) -> Dataset:

@@ -64,9 +64,9 @@ def time_work(work: Callable[[], object], device: torch.device) -> float:
 
 def count_operations(trainer: ic.Trainer, batch: ic.Batch, scale: float) -> int:
     """Floating-point operations of a forward and backward pass."""
-    micro_batches = trainer.state.micro_batches
+    parts = min(trainer.state.micro_batches[scale], len(batch.order))
     with FlopCounterMode(display=False) as counter:
-        trainer.forward_backward(trainer.forward, batch, scale, micro_batches)
+        trainer.forward_backward(trainer.forward, batch, scale, parts)
     trainer.state.zero_grad()
     return counter.get_total_flops()
 

@@ -110,6 +110,7 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
     write_atomically(options.out, build_bundle(Path(__file__).resolve().parent.parent))
+    options.out.chmod(0o755)
     print(f"{options.out}: use it like the script: python {options.out} --help")
     return 0
 

@@ -253,7 +253,7 @@ def run_program(
     Args:
         main: the program.
         parser: whose usage is printed after wrong usage.
-        debug: raise errors again, wrong usage aside.
+        debug: raise errors again, except for wrong usage.
         install: how to install what is missing, for the error message.
         before_report: called before an error is printed.
     """

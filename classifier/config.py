@@ -81,6 +81,12 @@ class Config:
         0.0, "wall-clock budget for the whole run, in minutes; 0: use --epochs", minimum=0
     )
     batch_size: int | None = setting(None, "images in one optimiser step", minimum=1)
+    micro_batch: int | None = setting(
+        None,
+        "images that a process computes in one forward pass, at every resolution, and so what "
+        "batch norm sees (with several GPUs: those of all); fewer if memory is too small",
+        minimum=1,
+    )
     optimizer: str | None = setting(
         None, "optimiser", choices=("muon", "sgd", "adam", "adamw", "rmsprop")
     )

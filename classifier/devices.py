@@ -87,12 +87,13 @@ def hardware_name(device: torch.device) -> str:
     return f"{name} {device.type}"
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, str]:
     """What has to be the same for a resumed run to repeat an unbroken one bit for bit."""
     return {
         "torch": str(torch.__version__),
         "hardware": hardware_name(device),
         "precision": str(dtype),
+        "number of processes": str(world_size),
     }
 
 

@@ -59,8 +59,18 @@ class Heartbeat:
         self.budget = NoBudget() if budget is None else budget
         self.stop = stop
         self.save = save
-        # reading a loss on a CPU is free; on accelerators it waits for the steps that are queued
-        self.reading_is_free = state.step_stats.device.type == "cpu"
+        # to read a loss on an accelerator means to wait for the steps that are queued
+        self.is_cpu = state.step_stats.device.type == "cpu"
+
+        # of the current epoch
+        self.bar = tqdm(disable=True)
+        self.started = 0.0
+        self.saved_at = 0.0
+        self.loss_read_at = 0.0
+        self.seconds_before = 0.0
+        self.first_image = 0
+        self.steps_done = 0
+        self.stopping = False
 
     @property
     def progress(self) -> Progress:
@@ -105,7 +115,7 @@ class Heartbeat:
         process's images; becomes the sum over all processes.
         """
         self.steps_done += 1
-        poll = self.reading_is_free or self.steps_done % runs.STOP_POLL_STEPS == 0
+        poll = self.is_cpu or self.steps_done % runs.STOP_POLL_STEPS == 0
         self.stopping = self.group.all_reduce_and_poll(stats, self.stop_requested, poll)
         self.state.step_stats[self.steps_done - 1] = stats
 
@@ -114,7 +124,7 @@ class Heartbeat:
         batch_slice = self.batch_slices[self.steps_done - 1]
         batch_size = batch_slice.stop - batch_slice.start
         self.bar.update(batch_size)
-        if self.reading_is_free or now - self.loss_read_at > BAR_SECONDS:
+        if self.is_cpu or now - self.loss_read_at > BAR_SECONDS:
             self.loss_read_at = now
             self.state.check_finite()
             loss = self.last_loss_sum() / batch_size
@@ -129,7 +139,7 @@ class Heartbeat:
         self.last_loss_sum()
 
     def total_steps(self, scale: float) -> int:
-        """Steps of the whole run, which a time budget counts anew after a step at this scale."""
+        """Steps of the whole run, which a time budget recomputes after a step at this scale."""
         return self.budget.total_steps(self.progress, scale, self.wait_for_device)
 
     def save_or_stop(self) -> None:

@@ -1,9 +1,11 @@
 """Settings, weights and states of version 0.9, in the names of this version."""
 
+import math
 import re
 from typing import Any
 
 from classifier.errors import UserError
+from classifier.progress import STEP_COST
 
 RENAMED_OPTIONS = {"low_res": "progressive_resizing", "test_views": "tta"}
 RENAMED_CHOICES = {("scheduler", "onecycle"): "linear"}
@@ -16,7 +18,6 @@ REMOVED_OPTIONS = {  # and why
 _RENAMED_STATE = {
     "average": "ema",
     "sums": "step_stats",
-    "parts": "micro_batches",
     "measured": "fingerprint",
 }
 # Layers of a stage of the network "cnn".
@@ -73,6 +74,9 @@ def translate_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
     """
     translated = {_RENAMED_STATE.get(name, name): value for name, value in content.items()}
     translated["config"] = translate_settings(content["config"])
+    if "parts" in content:
+        parts = translated.pop("parts")  # for whole images; there were fewer for smaller ones
+        translated["micro_batches"] = {scale: math.ceil(parts * scale**2) for scale in STEP_COST}
     if translated["config"].get("model", "cnn") == "cnn":
         translated["model"] = _translate_weights(content["model"])
         if translated.get("ema"):

@@ -8,10 +8,11 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import nn
 
+from classifier.config import Config
 from classifier.errors import UserError
 
-CPU_MICRO_BATCH = 170  # images of 32×32 at once on a CPU: all 500 of a batch take more memory
 MIN_MICRO_BATCH = 16  # images: batch norm needs some
+SMALL_IMAGE, SMALL_MICRO_BATCH = 32, 500  # pixels and images for which memory is not measured
 CPU_BYTES = 2 * 2**30  # that a CPU may keep for the backward pass: laptops have 8 GiB
 
 
@@ -38,7 +39,7 @@ class Fit(NamedTuple):
     """What a trial step found.
 
     Attributes:
-        count: number of micro-batches in a batch of whole images.
+        count: number of micro-batches in a batch.
         has_unused_params: True if the network has weights that get no gradient.
     """
 
@@ -46,60 +47,49 @@ class Fit(NamedTuple):
     has_unused_params: bool
 
 
-def default_count(local_batch_size: int, image_size: int, device: torch.device) -> int:
-    """How many micro-batches a process computes its share of a batch in, by default.
-
-    local_batch_size: images of a batch for this process.
-    image_size: their width and height, in pixels.
-    """
-    if device.type != "cpu":
-        return 1
-    at_once = max(MIN_MICRO_BATCH, CPU_MICRO_BATCH * 32**2 // image_size**2)
-    return math.ceil(local_batch_size / at_once)
-
-
-def count_at_scale(count: int, scale: float, batch_size: int, world_size: int) -> int:
-    """How many micro-batches for images that are smaller by `scale`: memory grows with the pixels.
-
-    count: number of micro-batches for whole images.
-    batch_size: images of the batch, over all processes: no more micro-batches than images.
-    """
-    return min(math.ceil(count * scale**2), batch_size // world_size)
-
-
 def fit(
     forward_backward: ForwardBackward[BatchT],
     model: nn.Module,
     batch: BatchT,
-    count: int,
+    config: Config,
     *,
-    world_size: int,
+    image_size: int,
     device: torch.device,
-    is_default_network: bool,
+    world_size: int,
 ) -> Fit:
-    """Find a number of micro-batches, `count` or more, with which a step fits into memory.
+    """Find how many micro-batches of --micro-batch images, or of fewer, fit into memory.
 
     Tries steps on copies of the network, which draw random numbers as a step does, and prints a
-    note if `count` has to grow. The default network is not tried on a CPU: it fits every machine
-    that torch fits. Raises UserError if not even one image fits.
+    note if the micro-batches have to be smaller than asked for. On a CPU the default network is not
+    tried: as it is by default it fits every machine that torch fits, and larger it is measured.
+    Raises UserError if not even one image fits.
 
-    batch: the first batch of the run, for all processes.
+    batch: the first batch of the run, for all processes. image_size: width of the images, in
+    pixels.
     """
-    if device.type == "cpu" and is_default_network:
-        return Fit(count, has_unused_params=False)
     local_batch_size = math.ceil(len(batch.order) / world_size)
-    if device.type == "cpu" and local_batch_size >= 2 * MIN_MICRO_BATCH:
+    micro_batch = config.micro_batch or local_batch_size
+    count = math.ceil(local_batch_size / micro_batch)
+    on_cpu = device.type == "cpu"
+    is_default_network = config.model == "cnn"
+    is_small = (config.width or 1.0) <= 1 and image_size <= SMALL_IMAGE
+    if on_cpu and is_default_network and is_small and micro_batch <= SMALL_MICRO_BATCH:
+        return Fit(count, has_unused_params=False)
+    if on_cpu and local_batch_size >= 2 * MIN_MICRO_BATCH:
         count = _fit_cpu(forward_backward, model, batch, count, world_size)
+    if on_cpu and is_default_network:
+        return Fit(count, has_unused_params=False)
     while True:
         try:
-            micro_batches = count_at_scale(count, 1.0, len(batch.order), world_size)
+            micro_batches = min(count, len(batch.order) // world_size)
             has_unused_params = _trial_step(forward_backward, model, batch, micro_batches)
             return Fit(count, has_unused_params)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
         if count >= local_batch_size:
-            raise UserError("memory is too small for even a single image: try --device cpu")
+            remedy = "--image-size or a smaller network" if on_cpu else "--device cpu"
+            raise UserError(f"memory is too small for even a single image: try {remedy}")
         count = min(2 * count, local_batch_size)
         _print_note("out of memory", count, local_batch_size)
 

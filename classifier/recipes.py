@@ -184,6 +184,7 @@ RECIPES: dict[str, Settings] = {
         "model": "airbench94",
         "epochs": 8,
         "batch_size": 1000,
+        "micro_batch": 1000,
         "lr": 0.24,
         "val_fraction": 0.0,
         "tta": 6,

@@ -45,11 +45,16 @@ class Report:
     checkpoint: Path
 
 
-def source_of(spec: Any, loader: Any) -> str | None:
-    """The text of a module, from its __spec__ (None for a main program) and __loader__."""
-    name = spec.name if spec else "__main__"
-    get_source = getattr(loader, "get_source", None)
-    return get_source(name) if get_source else None
+def source_of(spec: Any, loader: Any, path: str) -> str | None:
+    """The text of a module, also within a .pyz; None if there is none.
+
+    spec, loader, path: its __spec__ (None for a main program), __loader__ and __file__.
+    """
+    if hasattr(loader, "get_source"):
+        return loader.get_source(spec.name if spec else "__main__")
+    with contextlib.suppress(OSError):  # a profiler or debugger runs it, without a loader
+        return Path(path).read_text(encoding="utf-8")
+    return None
 
 
 def versions(script_source: str | None) -> dict[str, Any]:

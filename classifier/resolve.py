@@ -113,7 +113,7 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
         )
 
     # Later updates override earlier ones.
-    defaults = _pick(default_recipe, "scheduler", "label_smoothing")
+    defaults = _pick(default_recipe, "scheduler", "label_smoothing", "micro_batch")
     defaults.update(of_dataset)
     if optimizer == of_network["optimizer"]:
         defaults.update(of_optimizer)
@@ -124,6 +124,7 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
     defaults["batch_size"] = min(defaults["batch_size"], of_dataset["batch_size"])
 
     batch_size = min(config.batch_size or defaults["batch_size"], len(data.train.labels))
+    batch_size = min(batch_size, config.micro_batch or batch_size)  # batch norm sees no more
     if _image_size(data) < MIN_IMAGE_SIZE or batch_size < MIN_BATCH_SIZE:
         defaults["progressive_resizing"] = 0.0
     return defaults

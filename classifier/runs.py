@@ -235,6 +235,8 @@ def resume_config(resume: str, **changes: Any) -> Config:
         raise UserError(
             f"{saved.folder} uses a network of your own: add --model {settings['model']}"
         )
+    if settings["micro_batch"] is None:  # version 0.9: its own numbers are in last.pth
+        settings["micro_batch"] = settings["batch_size"]
     if "epochs" in changes:
         settings["minutes"] = 0.0
     if saved.is_finished:
@@ -291,7 +293,7 @@ def _find_resumable(resume: str, epochs: int) -> _SavedRun:
         saved = _read_run(config_file)
         if saved.can_resume(epochs, is_named):
             return saved
-    where = str(folder) if is_named else f"{folder} (trial runs aside)"
+    where = str(folder) if is_named else f"{folder} (not counting trial runs)"
     raise UserError(
         f"--resume {resume}: no unfinished run in {where}; --epochs N trains a finished run, "
         "unless it was a trial run, on to N epochs"

@@ -1,5 +1,6 @@
 """--repeat: train with several seeds, and sum up their results."""
 
+import gc
 import math
 import statistics
 import time
@@ -38,12 +39,15 @@ def train_seeds(
         seconds_left = begun + 60 * config.minutes - now
         deadline = now + seconds_left / seeds_left
         if config.repeat == 1:
-            return train_seed(config, run, deadline)
+            report = train_seed(config, run, deadline)
+            gc.collect()
+            return report
 
         seed = config.seed + len(reports)
         print(f"\nSeed {seed}, {seeds_left} to go\n")
         seed_run = run.seed_run(seed)
         report = train_seed(replace(config, seed=seed, repeat=1), seed_run, deadline)
+        gc.collect()  # torch's optimisers keep the frames that made them, and so all of a trainer
         seed_run.finish(report.results)
         reports.append(report)
         if seeds_left > 1 and group.broadcast_from_rank0(lambda: stop.requested):
@@ -82,7 +86,7 @@ def summarize(reports: list[Report], run: Path) -> Report:
         interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
         spread = f"standard deviation {100 * std:.2f}, {interval}"
         print(f"Mean test accuracy of {seeds}: {100 * mean:.2f} %, {spread}")
-    print(f"All other results but the time are those of the kept model: {kept.run.name}")
+    print(f"All other results except the time are from the kept model: {kept.run.name}")
     results["repeats"] = [report.results for report in reports]
     return replace(kept, results=results, run=run)
 

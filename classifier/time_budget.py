@@ -1,4 +1,4 @@
-"""--minutes: as many steps as fit into the time, planned anew as the run shows its speed."""
+"""--minutes: as many steps as fit into the time, replanned as the run shows its speed."""
 
 import bisect
 import collections

@@ -29,9 +29,11 @@ class TrainState:
         progress: steps, epochs and history.
         step_stats: float32 (steps_per_epoch, 2), summed cross-entropy and number of hits of each
             step of this epoch.
-        micro_batches: how many parts each process computes a batch of whole images in.
+        micro_batches: in how many micro-batches each process computes a batch, for each image
+            scale; the same at every scale, except in runs that version 0.9 began.
         environment: hardware, precision and torch; if they differ, a resumed run is not
             bit-identical to an unbroken one.
+        peak_lr: --lr.
         nonfinite_buffers: names of the buffers that hold infinities on purpose, such as masks.
     """
 
@@ -41,8 +43,9 @@ class TrainState:
     ema: AveragedModel | None
     progress: Progress
     step_stats: torch.Tensor
-    micro_batches: int
+    micro_batches: dict[float, int]
     environment: dict[str, str]
+    peak_lr: float
     nonfinite_buffers: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +104,7 @@ class TrainState:
         if len(bad_steps):
             step = progress.step - steps + int(bad_steps[0])
         epoch = step // progress.steps_per_epoch
-        lower_lr = group["initial_lr"] / 10
+        lower_lr = self.peak_lr / 10
         raise Diverged(
             f"the loss is no longer finite at step {step} (epoch {epoch}, lr "
             f"{float(group['lr']):.3g}): try --lr {lower_lr:.2g} or --grad-clip 1"
@@ -199,7 +202,7 @@ class TrainState:
         progress.history = saved["history"]
         if keep_total_steps:
             progress.total_steps = saved["total_steps"]
-        if not progress.done:  # an epoch that ended early and now goes on gets its row anew
+        if not progress.done:  # an epoch that ended early and now continues gets a new row
             del progress.history[progress.epoch :]
         self.step_stats.copy_(saved["step_stats"])
 
@@ -208,18 +211,20 @@ class TrainState:
         if device.type == "cuda" and saved["random_cuda"] is not None:
             torch.cuda.set_rng_state(saved["random_cuda"], device)
 
+        then = saved["environment"]
         changed = [
             name
             for name in self.environment
-            if saved["environment"][name] != self.environment[name]
+            if then.get(name) not in (None, self.environment[name])
         ]
         for name in changed:
             print(
-                f"note: {name} was {saved['environment'][name]}, is {self.environment[name]}: "
+                f"note: {name} was {then[name]}, is {self.environment[name]}: "
                 "the last digits will differ from those of an unbroken run"
             )
         if not changed:  # elsewhere there may be more memory
-            self.micro_batches = max(self.micro_batches, saved["micro_batches"])
+            for scale, count in saved["micro_batches"].items():
+                self.micro_batches[scale] = max(count, self.micro_batches[scale])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ DEFAULT_RECIPE = {
     "width": 1.0,
     "epochs": 10,
     "batch_size": 500,
+    "micro_batch": 500,
     "augment": "flip,crop=2",
     "progressive_resizing": 0.7,
     "label_smoothing": 0.2,

@@ -78,7 +78,7 @@ def test_hardware_name():
 
 
 def test_environment_is_plain_text():
-    found = devices.environment(CPU, torch.bfloat16)
+    found = devices.environment(CPU, torch.bfloat16, 2)
     assert found["precision"] == "torch.bfloat16"
     assert found["hardware"] == devices.hardware_name(CPU)
     assert all(type(value) is str for value in found.values())  # torch.load reads no more

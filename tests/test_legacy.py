@@ -137,7 +137,8 @@ def test_state_of_a_run():
     before = copy.copy(content)
     new = translate_checkpoint(content)
     assert new["config"] == {"progressive_resizing": 0.7, "scheduler": "linear"}
-    assert new["step_stats"] == "sums" and new["micro_batches"] == 3
+    assert new["step_stats"] == "sums"
+    assert new["micro_batches"] == {0.5: 1, 0.75: 2, 1.0: 3}  # as 0.9 computed smaller images
     assert new["fingerprint"] == [1.0, 2.0] and new["step"] == 7
     assert not new.keys() & {"sums", "parts", "measured", "average"}
     assert new["ema"]["module.stages.2.norm2.weight"] == "stages.2.second_norm.weight"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from classifier import micro_batches
+from classifier.config import Config
 from classifier.errors import UserError
 
 CPU = torch.device("cpu")
@@ -61,47 +62,33 @@ def batch_of(count):
     return Batch(torch.arange(count), torch.zeros(count, 2))
 
 
-def fit(step, model, count_images, count=1, device=CPU, is_default_network=False):
+def fit(
+    step, model, num_images, micro_batch=500, device=CPU, is_default_network=False, image_size=32
+):
+    config = Config(model="cnn" if is_default_network else "fcn", micro_batch=micro_batch)
     return micro_batches.fit(
         step,
         model,
-        batch_of(count_images),
-        count,
-        world_size=step.world_size,
+        batch_of(num_images),
+        config,
+        image_size=image_size,
         device=device,
-        is_default_network=is_default_network,
+        world_size=step.world_size,
     )
 
 
 @pytest.mark.parametrize(
-    ("local_batch_size", "image_size", "expected"),
-    [(500, 32, 3), (170, 32, 1), (171, 32, 2), (500, 64, 12), (500, 256, 32), (1, 32, 1)],
+    ("images", "micro_batch", "expected"), [(500, 500, 1), (500, 250, 2), (500, 170, 3), (7, 2, 4)]
 )
-def test_default_count_on_a_cpu_follows_the_pixels(local_batch_size, image_size, expected):
-    assert micro_batches.default_count(local_batch_size, image_size, CPU) == expected
-
-
-def test_default_count_on_a_gpu():
-    assert micro_batches.default_count(5000, 224, torch.device("cuda")) == 1
-
-
-def test_default_count_reads_the_constant(monkeypatch):
-    monkeypatch.setattr(micro_batches, "CPU_MICRO_BATCH", 50)
-    assert micro_batches.default_count(500, 32, CPU) == 10
-
-
-@pytest.mark.parametrize(
-    ("count", "scale", "batch_size", "world_size", "expected"),
-    [(8, 1.0, 500, 1, 8), (8, 0.75, 500, 1, 5), (8, 0.5, 500, 1, 2), (3, 0.5, 500, 1, 1),
-     (8, 1.0, 5, 1, 5), (8, 1.0, 11, 2, 5)],
-)  # fmt: skip
-def test_count_at_scale(count, scale, batch_size, world_size, expected):
-    assert micro_batches.count_at_scale(count, scale, batch_size, world_size) == expected
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_micro_batches_have_at_most_so_many_images(images, micro_batch, expected, device):
+    found = fit(Step(), Hungry(1000), images, micro_batch, device=torch.device(device))
+    assert found.count == expected
 
 
 def test_default_network_is_not_tried_on_a_cpu():
     step = Step()
-    found = fit(step, Hungry(0), 100, count=3, is_default_network=True)
+    found = fit(step, Hungry(0), 100, 34, is_default_network=True)
     assert found == (3, False) and not step.calls
     fit(step, Hungry(1000), 100, device=torch.device("cuda"), is_default_network=True)
     assert step.calls
@@ -124,7 +111,8 @@ def test_batch_is_divided_until_it_fits(capsys, limit, expected):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_not_even_one_image_fits(device):
-    with pytest.raises(UserError, match="--device cpu"):
+    remedy = {"cpu": "--image-size", "cuda": "--device cpu"}[device]
+    with pytest.raises(UserError, match=remedy):
         fit(Step(), Hungry(0), 20, device=torch.device(device))
 
 
@@ -142,7 +130,7 @@ def test_other_errors_are_not_swallowed():
 
 def test_count_that_is_asked_for_is_the_least():
     step = Step()
-    assert fit(step, Hungry(1000), 100, count=7, device=torch.device("cuda")).count == 7
+    assert fit(step, Hungry(1000), 100, 15, device=torch.device("cuda")).count == 7
     assert step.calls == [(100, 1.0, 7)]
 
 
@@ -154,7 +142,7 @@ def test_each_process_tries_its_share(rank):
     assert found.count == 1 + rank
     # as many micro-batches as images, where one process has fewer images
     step = Step(rank, world_size=2)
-    fit(step, Hungry(1000), 51, count=26, device=torch.device("cuda"))
+    fit(step, Hungry(1000), 51, 1, device=torch.device("cuda"))
     assert step.calls[0][2] == 25
 
 
@@ -205,7 +193,7 @@ def test_large_network_is_divided_on_a_cpu(monkeypatch, capsys, mib, images, wor
     """By the bytes that are kept, to 16 images at least; few images are not counted at all."""
     monkeypatch.setattr(micro_batches, "CPU_BYTES", mib * 2**20)
     step = Step(world_size=world_size)
-    assert fit(step, Wide(), images, 1).count == expected
+    assert fit(step, Wide(), images).count == expected
     out = capsys.readouterr().out
     assert ("an image takes 1 MiB" in out) == (expected > 1)
     assert step.calls[-1] == (images, 1.0, expected)
@@ -215,7 +203,7 @@ def test_large_network_is_divided_on_a_cpu(monkeypatch, capsys, mib, images, wor
 
 def test_bytes_are_not_counted_where_more_micro_batches_are_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(micro_batches, "CPU_BYTES", 40 * 2**20)
-    assert fit(Step(), Wide(), 100, count=5).count == 5
+    assert fit(Step(), Wide(), 100, 20).count == 5
     assert capsys.readouterr().out == ""
 
 
@@ -223,3 +211,14 @@ def test_memory_too_short_to_count_bytes(capsys):
     """Counting fails with 8 images, so the trial steps find the number."""
     assert fit(Step(), Hungry(7), 64).count == 16
     assert "an image takes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("image_size", "expected"), [(32, 1), (48, 3)])
+def test_memory_of_the_default_network_is_measured_for_larger_images(
+    monkeypatch, image_size, expected
+):
+    monkeypatch.setattr(micro_batches, "CPU_BYTES", 40 * 2**20)
+    step = Step()
+    found = fit(step, Wide(), 100, is_default_network=True, image_size=image_size)
+    assert found == (expected, False)
+    assert len(step.calls) == (0 if expected == 1 else 2)  # measured, not tried

@@ -236,7 +236,7 @@ def test_model_that_this_version_cannot_build_names_the_version_that_can(folder)
 def test_training_goes_on_from_a_model_of_version_0_9_1(inside, folder):
     old_file = OLD_FILES / "model_cnn_digits.pth"
     out, _ = inside(*QUICK, "--epochs", "1", "--init-from", old_file)
-    assert "last layer starts anew" not in out
+    assert "last layer is reinitialised" not in out
     model, content = ic.load_checkpoint(folder / "model_cnn_digits.pth")
     assert content["versions"]["image_classification"] != "0.9.1"
     assert not {"low_res", "test_views", "depth", "make_imbalanced"} & content["config"].keys()

@@ -27,6 +27,7 @@ DEFAULT_RECIPE = {
     "width": 1.0,
     "epochs": 10,
     "batch_size": 500,
+    "micro_batch": 500,
     "augment": "flip,crop=2",
     "progressive_resizing": 0.7,
     "label_smoothing": 0.2,
@@ -245,6 +246,7 @@ def test_small_images_and_small_batches_are_not_resized():
     assert resolved(data=dataset(size=27)).progressive_resizing == 0.0
     assert resolved(batch_size=4).progressive_resizing == 0.7
     assert resolved(batch_size=3).progressive_resizing == 0.0
+    assert resolved(micro_batch=3).progressive_resizing == 0.0
     assert resolved(data=dataset(count=3)).progressive_resizing == 0.0
     assert resolved(batch_size=3, progressive_resizing=0.5).progressive_resizing == 0.5
 

@@ -507,6 +507,16 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(balance):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.0])
+def test_batch_norm_sees_micro_batches_of_one_size_at_every_resolution(scale):
+    trainer = trainer_of(width=0.25, batch_size=100, micro_batch=30, precision="fp32")
+    sizes = []
+    model = trainer.state.model
+    model.stages[0].norm1.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    trainer.compute_step(trainer.plan(0).take(slice(100)), scale)
+    assert sizes == [25] * 4
+
+
 def test_small_run_prints_a_note_on_its_batch_size(inside, folder):
     out, _ = inside(*SMALL, "--width", "0.25", "--subset", "40", "--batch-size", "60")
     assert re.search("^note: .*batch size is 40", out, re.MULTILINE)

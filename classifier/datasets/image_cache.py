@@ -61,9 +61,7 @@ FILE = np.dtype(
 # Part of a cache's name. Raise it when `decode`, RECORD or the search for near-identical images
 # changes, so that caches of older versions are not used.
 DECODED_AS = 2
-WRITE_BYTES = (
-    2**22
-)  # decoded images written at once: at most so much is lost when decoding is stopped
+WRITE_BYTES = 2**22  # of decoded images at once: this much is lost if decoding is stopped
 PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
 MAX_PIECE = 16  # images; one at a time, small ones took twice as long
 BAR: dict[str, Any] = {"unit": "img", "leave": False, "disable": None}  # none without a terminal
@@ -224,7 +222,7 @@ class DecodedCache:
             return lock.acquire()
 
     def _delete_images(self) -> None:
-        """Start anew. The index need not be deleted: it counts only as far as there are images."""
+        """Start over. The index need not be deleted: it counts only as far as there are images."""
         with contextlib.suppress(PermissionError):  # on Windows, while another process reads them
             (self.path / "images").unlink()
 

@@ -101,9 +101,7 @@ def _factory_options(config: Config, factory: Callable[..., nn.Module]) -> dict[
     Raises UsageError for one that the factory does not take.
     """
     if config.pretrained and not config.model.startswith("torchvision:"):
-        raise UsageError(
-            f"--pretrained is no option of the network {config.model}, but of torchvision:NAME"
-        )
+        raise UsageError(f"--pretrained works only with torchvision:NAME, not with {config.model}")
     options: dict[str, Any] = {}
     if config.width is not None:
         options["width"] = config.width
@@ -114,7 +112,7 @@ def _factory_options(config: Config, factory: Callable[..., nn.Module]) -> dict[
     accepted = inspect.signature(factory).parameters
     for name in options:
         if name not in accepted:
-            raise UsageError(f"{flag(name)} is no option of the network {config.model}")
+            raise UsageError(f"the network {config.model} has no option {flag(name)}")
     return options
 
 
@@ -233,7 +231,7 @@ def _load_checkpoint(model: nn.Module, config: Config, classes: list[str]) -> No
 
 
 def _note_new_last_layer(source: str) -> None:
-    print(f"note: {source} is for other classes: the last layer starts anew")
+    print(f"note: {source} is for other classes: the last layer is reinitialised")
 
 
 def _network_options_of(settings: dict[str, Any], config: Config) -> str:

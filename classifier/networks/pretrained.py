@@ -82,11 +82,6 @@ class ImageNetClassifier(nn.Module):
         return self.body(images)
 
 
-def input_size(network: nn.Module, image_size: int) -> int:
-    """Width and height at which a network computes images of that size, in pixels."""
-    return network.size if isinstance(network, ImageNetClassifier) else image_size
-
-
 def torchvision_network(
     name: str, classes: int, image_size: int, transform_input: bool = False
 ) -> nn.Module:
