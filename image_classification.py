@@ -1042,6 +1042,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Stopped as stopped:
             command = cli.resume_command(str(stopped.run), config.model)
             return cli.report_stopped(stopped, distributed.resume_command(command))
+        devices.trim_free_memory()  # to unload its libraries, Python needs 100 MiB more
         return 0
 
     return cli.run_program(
