@@ -469,12 +469,7 @@ def train_and_predict(config: Config, data: Dataset, device: torch.device) -> to
     Returns its probabilities of the validation images, float32 (N, classes).
     """
     trainer = ic.Trainer(config, data, device)
-    heartbeat = Heartbeat(
-        trainer.state,
-        trainer.batch_slices,
-        trainer.group,
-        config.progressive_resizing or 0.0,
-    )
+    heartbeat = Heartbeat(trainer.state, trainer.group, config.progressive_resizing)
     while not trainer.state.progress.done:
         ic.train_one_epoch(trainer, heartbeat)
     return ic.evaluate(trainer.state.eval_model(), *data.valid).logits.softmax(1)

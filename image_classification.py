@@ -40,7 +40,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     import torch
@@ -66,6 +66,7 @@ try:
         schedules,
         seed_summary,
         time_budget,
+        train_state,
     )
     from classifier.checkpoints import save_checkpoint
     from classifier.config import Augment, Config, parse_augment
@@ -76,7 +77,7 @@ try:
     from classifier.errors import Stopped
     from classifier.heartbeat import Heartbeat
     from classifier.networks import build, pretrained
-    from classifier.progress import STEP_COST, Progress, Row
+    from classifier.progress import Progress, Row
     from classifier.reports import Report
     from classifier.resolve import configure
     from classifier.run_log import RunLog
@@ -90,6 +91,9 @@ except (ImportError, OSError) as error:  # OSError: a library that torch cannot 
     )
 except KeyboardInterrupt:
     sys.exit(130)
+
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.figure import Figure
 
 __all__ = [  # what Python programs use
     "Config",
@@ -442,13 +446,12 @@ def build_optimizers(
 
     dtype: of the forward pass. Muon uses bf16 too, but not fp16, whose range is too small.
     """
-    lr = config.lr or 0.0
-    momentum = config.momentum or 0.0
-    weight_decay = config.weight_decay or 0.0
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if config.optimizer != "muon":
         return [
-            optimizers.build_optimizer(str(config.optimizer), weights, lr, momentum, weight_decay)
+            optimizers.build_optimizer(
+                config.optimizer, weights, config.lr, config.momentum, config.weight_decay
+            )
         ]
 
     matrices = [weight for weight in weights if weight.ndim in (2, 4)]
@@ -457,18 +460,18 @@ def build_optimizers(
     adamw_weights = [weight for weight in weights if id(weight) not in muon_ids]
     on_cuda = device.type == "cuda"
     # a CUDA graph reads a tensor again at each replay; a number would be captured as it is
-    muon_lr = torch.tensor(lr, dtype=torch.float64, device=device) if on_cuda else lr
-    adamw_lr = muon_lr / 12  # AdamW's steps are not relative: 0.01 where Muon's rate is 0.12
+    lr = torch.tensor(config.lr, dtype=torch.float64, device=device) if on_cuda else config.lr
+    adamw_lr = lr / 12  # AdamW's steps are not relative: 0.01 where Muon's rate is 0.12
     adamw = torch.optim.AdamW(
-        adamw_weights, adamw_lr, weight_decay=weight_decay, capturable=on_cuda
+        adamw_weights, adamw_lr, weight_decay=config.weight_decay, capturable=on_cuda
     )
     if not muon_weights:
         return [adamw]
     muon_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    return [Muon(muon_weights, muon_lr, momentum, muon_dtype), adamw]
+    return [Muon(muon_weights, lr, config.momentum, muon_dtype), adamw]
 
 
-def lr_factor(scheduler: str | None, fraction: float, losses: list[float]) -> float:
+def lr_factor(scheduler: str, fraction: float, losses: list[float]) -> float:
     """The learning rate as a fraction of its peak, after this fraction of the run, in [0, 1).
 
     linear: from a tenth of the peak up to it over the first tenth of the run, then down to zero.
@@ -476,7 +479,7 @@ def lr_factor(scheduler: str | None, fraction: float, losses: list[float]) -> fl
     training loss without validation images; for plateau.
     """
     if scheduler != "linear":
-        return schedules.lr_factor(str(scheduler), fraction, losses)
+        return schedules.lr_factor(scheduler, fraction, losses)
     warm_up = 0.1 + 9 * fraction
     decay = (1 - fraction) / 0.9
     return min(warm_up, decay)
@@ -536,63 +539,48 @@ class Trainer:
         self.dtype = devices.choose_precision(config.precision, device)
 
         # images and labels, on the device for the whole run
-        num_used = config.batch_size if config.fast_dev_run else None
-        self.train_set = data.train.first(num_used).to(device)
-        self.valid_set = data.valid.first(num_used).to(device)
+        self.train_set = data.train.to(device)
+        self.valid_set = data.valid.to(device)
         self.augment = augmentations.build_augmentation(config.augment, len(data.classes))
-        epoch_size = len(self.plan(0).order)
-        self.batch_slices = slice_epoch(epoch_size, config.batch_size or epoch_size)
-        self.class_weights = None
-        if config.class_balance == "weights":
-            counts = torch.bincount(self.train_set.labels, minlength=len(data.classes)).clamp(min=1)
-            self.class_weights = epoch_size / len(data.classes) / counts
+        self.class_weights = sampling.class_weights(
+            self.train_set.labels, len(data.classes), config.class_balance
+        )
+        first_epoch = self.plan(0)
+        self.batch_slices = slice_epoch(len(first_epoch.order), config.batch_size)
 
         # what steps change
         steps = len(self.batch_slices)
-        self.state = TrainState(
+        self.state = state = TrainState(
             model=model,
             optimizers=build_optimizers(model, config, self.dtype, device),
             scaler=torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16),
             ema=optimizers.moving_average(model, steps) if config.ema else None,
-            progress=Progress(total_steps=steps * (config.epochs or 1), steps_per_epoch=steps),
-            step_stats=torch.zeros(steps, 2, device=device),
-            micro_batches={},
+            progress=Progress(total_steps=steps * config.epochs, steps_per_epoch=steps),
+            batch_slices=self.batch_slices,
+            description=train_state.describe(model, config, data, VERSIONS),
             environment=devices.environment(device, self.dtype, self.group.world_size),
-            peak_lr=config.lr or 0.0,
         )
 
-        # order matters: the memory probe and last.pth need the network before it is wrapped
-        has_unused_params = self.fit_micro_batches()
-        if resume_from is not None:
-            self.state.load(resume_from, data.classes, keep_total_steps=config.minutes > 0)
-        self.wrap_network(has_unused_params)
-
-    def fit_micro_batches(self) -> bool:
-        """Find how many micro-batches fit into memory; True if weights get no gradient."""
-        first_batch = self.plan(0).take(self.batch_slices[0])
+        # the order matters: trial steps and last.pth need the network before it is wrapped
+        first_batch = first_epoch.take(self.batch_slices[0])
         fit = micro_batches.fit(
             self.forward_backward,
-            self.state.model,
+            model,
             first_batch,
-            self.config,
+            config,
             image_size=self.train_set.images.shape[-1],
-            device=self.device,
+            device=device,
             world_size=self.group.world_size,
         )
-        self.state.micro_batches = dict.fromkeys(STEP_COST, fit.count)
-        return fit.has_unused_params
-
-    def wrap_network(self, has_unused_params: bool) -> None:
-        """Wrap the network in DDP, torch.compile and a CUDA graph, where these apply."""
-        config, state, group = self.config, self.state, self.group
-        for scale, count in state.micro_batches.items():
-            state.micro_batches[scale] = group.max(count)
-        state.model, self.forward = group.wrap(state.model, has_unused_params)
-        group.seed_ranks(config.seed, state.progress.step)
+        state.split_batches(self.group.max(fit.count))
+        if resume_from is not None:
+            state.load(resume_from, self.group, keep_total_steps=config.minutes > 0)
+        self.forward = self.group.wrap(model, fit.has_unused_params)
+        self.group.seed_ranks(config.seed, state.progress.step)
         self.compiled_forward = torch.compile(self.forward) if config.compile else None
         self.cuda_graph = None
-        has_scaler = state.scaler.is_enabled()
-        if cuda_graphs.can_record(config, self.train_set.images, group.world_size, has_scaler):
+        has_scaler, world_size = state.scaler.is_enabled(), self.group.world_size
+        if cuda_graphs.can_record(config, self.train_set.images, world_size, has_scaler):
             self.cuda_graph = cuda_graphs.Replay(self.compute_step, state.tensors, state.zero_grad)
 
     def autocast(self) -> torch.autocast:
@@ -602,20 +590,14 @@ class Trainer:
 
     def plan(self, epoch: int) -> Batch:
         """Everything that is random in this epoch: see plan_epoch."""
-        config, labels = self.config, self.train_set.labels
-        sample_indices = None
-        if config.class_balance in ("oversample", "undersample"):
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            sample_indices = sampling.balanced_indices(
-                labels.cpu(), config.class_balance, generator
-            )
-        augment = parse_augment(config.augment)
-        return plan_epoch(len(labels), config.seed, epoch, augment, self.device, sample_indices)
+        seed, labels = self.config.seed, self.train_set.labels
+        augment = parse_augment(self.config.augment)
+        balanced = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
+        return plan_epoch(len(labels), seed, epoch, augment, self.device, balanced)
 
     def image_scale(self) -> float:
         """Scale factor of the images in the next step."""
-        progress = self.state.progress
-        return image_scale(progress.fraction, self.config.progressive_resizing or 0.0)
+        return image_scale(self.state.progress.fraction, self.config.progressive_resizing)
 
     def train_step(self, batch: Batch, factor: float | None = None) -> torch.Tensor:
         """One step of the optimisers.
@@ -688,7 +670,7 @@ class Trainer:
                     logits,
                     targets,
                     self.class_weights,
-                    label_smoothing=self.config.label_smoothing or 0.0,
+                    label_smoothing=self.config.label_smoothing,
                     reduction="sum",
                 )
                 # DDP averages gradients over the processes: times world_size it is their sum
@@ -700,21 +682,6 @@ class Trainer:
                 num_correct = (logits.argmax(1) == y).sum()
                 stats += torch.stack([cross_entropy, num_correct])
         return stats
-
-    def num_images_seen(self) -> int:
-        """How many training images were used: all, once an epoch is over."""
-        progress, num_images = self.state.progress, len(self.train_set.labels)
-        if progress.step >= progress.steps_per_epoch:
-            return num_images
-        return min(self.batch_slices[progress.step - 1].stop, num_images)
-
-    def model_file(self) -> dict[str, Any]:
-        """The content of a model file, with the weights of this moment or their moving average."""
-        return self.state.model_file(self.config, self.data, self.num_images_seen(), VERSIONS)
-
-    def saved_state(self) -> dict[str, Any]:
-        """The content of last.pth: everything that a resumed run needs."""
-        return self.state.saved_state(self.model_file(), self.data)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -761,10 +728,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     with devices.exact_fp32():
-        if group is None:
-            logits = classify(images)
-        else:
-            logits = group.share_evaluation(model, images, classify)
+        logits = (group or Group()).share_evaluation(model, images, classify)
     model.train(was_training)
 
     labels = labels.cpu()
@@ -799,19 +763,17 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
 
 def validate(trainer: Trainer) -> Row:
     """Evaluate on the validation images; appends the epoch's row to the history and returns it."""
-    state, progress = trainer.state, trainer.state.progress
+    state = trainer.state
     started = time.perf_counter()
     valid = None
     if len(trainer.valid_set.labels):
         with trainer.autocast():
             valid = evaluate(state.eval_model(), *trainer.valid_set, group=trainer.group)
         state.check_finite(valid_loss=valid.loss)
-    progress.seconds += time.perf_counter() - started
-    return state.end_epoch(
-        num_images=trainer.batch_slices[progress.last_step_in_epoch].stop,
-        valid_loss=valid.loss if valid else None,
-        valid_accuracy=valid.accuracy if valid else None,
-    )
+    state.progress.add_time(time.perf_counter() - started)
+    if valid is None:
+        return state.end_epoch(valid_loss=None, valid_accuracy=None)
+    return state.end_epoch(valid.loss, valid.accuracy)
 
 
 # ---- A whole run ---------------------------------------------------------------------------------
@@ -824,33 +786,35 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
     """
     config, data, group = trainer.config, trainer.data, trainer.group
     state, progress = trainer.state, trainer.state.progress
-    num_train, num_valid = len(trainer.train_set.labels), len(trainer.valid_set.labels)
-    budget = time_budget.new_budget(
-        config, deadline, trainer.batch_slices[0].stop, num_valid, data.num_test_images, group
-    )
+    budget = time_budget.new_budget(config, deadline, data, state.batch_slices[0].stop, group)
     heartbeat = Heartbeat(
         state,
-        trainer.batch_slices,
         group,
-        progressive_resizing=config.progressive_resizing or 0.0,
+        config.progressive_resizing,
         budget=budget,
         stop=stop,
-        save=lambda: run.save_last(trainer.saved_state()),
+        save=lambda: run.save_last(state.saved_state()),
+    )
+    log = RunLog(
+        run.path,
+        run.is_main,
+        first_epoch=len(progress.history),
+        draw_inputs=functools.partial(draw_inputs, trainer),
+        model=state.model,
+        input_shape=tuple(data.train.images.shape[1:]),
     )
     devices.trim_free_memory()
-    console.print_start(
-        config, progress, data.name, num_train, num_valid, trainer.device, trainer.dtype, group
-    )
-    with closing(new_log(trainer, run)) as log:
+    console.print_start(config, progress, data, trainer.device, trainer.dtype, group)
+    with closing(log):
         while not progress.done and not progress.stalled(config.early_stopping):
             images_per_second = train_one_epoch(trainer, heartbeat)
             log.open()  # draws samples.png once, outside the time that is measured
             epoch_ended = time.perf_counter()
             row = validate(trainer)
             is_best = progress.best_epoch() == row["epoch"]
-            run.save_epoch(row["epoch"], trainer.model_file(), is_best, config.keep_epochs)
+            run.save_epoch(row["epoch"], state.model_file(), is_best, config.keep_epochs)
             log.end_epoch(progress.history, images_per_second)
-            run.save_last(trainer.saved_state())  # after the log: a kill in between loses no row
+            run.save_last(state.saved_state())  # after the log: a kill in between loses no row
             budget.epoch_end_took(time.perf_counter() - epoch_ended)
             console.print_epoch(progress, row, is_best, heartbeat.eta())
             heartbeat.stop_between_epochs()
@@ -858,25 +822,12 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
         return group.broadcast_from_rank0(lambda: test(trainer, run, log))
 
 
-def new_log(trainer: Trainer, run: runs.Run) -> RunLog:
-    """metrics.csv and TensorBoard, which shows the first images of the first epoch."""
+def draw_inputs(trainer: Trainer) -> "Figure":
+    """The first images of the first epoch, as they are and after each step of --augment."""
     images, labels = trainer.train_set
-    draw_inputs = functools.partial(
-        plots.draw_samples,
-        sample=trainer.plan(0).take(slice(10)),
-        gather=functools.partial(gather_augmented, images),
-        labels=labels,
-        classes=trainer.data.classes,
-        augment=trainer.config.augment,
-    )
-    return RunLog(
-        run.path,
-        run.is_main,
-        first_epoch=len(trainer.state.progress.history),
-        draw_inputs=draw_inputs,
-        model=trainer.state.model,
-        input_shape=tuple(images.shape[1:]),
-    )
+    sample = trainer.plan(0).take(slice(10))
+    gather = functools.partial(gather_augmented, images)
+    return plots.draw_samples(sample, gather, labels, trainer.data.classes, trainer.config.augment)
 
 
 def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
@@ -889,8 +840,7 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
     log.open()
     devices.trim_free_memory()
     best = run.load_best(state.model)
-    test_set = data.test.first(config.batch_size if config.fast_dev_run else None)
-    tested = evaluate(state.model, test_set.images, test_set.labels)
+    tested = evaluate(state.model, data.test.images, data.test.labels)
 
     # temperature scaling, on validation images, makes the confidence fit the accuracy
     temperature = None
@@ -900,17 +850,15 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
         temperature = metrics.fit_temperature(valid.logits, trainer.valid_set.labels.cpu())
 
     results = metrics.classification_metrics(
-        tested.logits, test_set.labels, data.classes, temperature
+        tested.logits, data.test.labels, data.classes, temperature
     )
-    results |= reports.run_facts(
-        data, state.progress, trainer.num_images_seen(), trainer.device, VERSIONS, __file__
-    )
+    results |= reports.run_facts(data, state, VERSIONS, __file__)
     reports.print_accuracy(results)
     if config.tta > 1:
-        with_tta = evaluate(state.model, test_set.images, test_set.labels, tta=config.tta)
+        with_tta = evaluate(state.model, data.test.images, data.test.labels, tta=config.tta)
         reports.add_tta_accuracy(results, config.tta, with_tta.accuracy)
     history = state.progress.history
-    return reports.write_report(run, log, config, results, history, test_set, tested.logits, best)
+    return reports.write_report(run, log, config, results, history, data.test, tested.logits, best)
 
 
 def train(
@@ -943,13 +891,24 @@ def train(
     if data.report:
         print(*data.report["words"], sep="\n")
     config = resolve.resolve_defaults(config, data, DEFAULT_RECIPE)
+    if config.fast_dev_run:
+        data = data.first(config.batch_size)
     group = distributed.join(device)  # after the data, which may take longer than processes wait
     resolve.check_processes(config, data, group)
 
     with devices.training_process(device, config.deterministic):
-        first_model, folder = begin_run(config, data, group)
-        models = [first_model]  # those of other seeds are built when it is their turn
-        del first_model  # so that its memory is free when its seed is done
+        models = []  # those of other seeds are built when it is their turn
+        if config.resume:
+            folder = Path(config.resume)
+            data = runs.check_resumable(
+                folder, data, lambda: build_model(config, data, init_weights=False)
+            )
+        else:
+            models.append(build_model(config, data))
+            build.print_summary(models[0], tuple(data.train.images.shape[1:]))
+            # after the network: one that fails leaves no folder behind
+            new_folder = functools.partial(runs.new_run_folder, config.run_dir, data.name)
+            folder = group.broadcast_from_rank0(new_folder)
         print(f"Writing to {folder}")
         if before_training is not None:
             before_training(device)
@@ -976,20 +935,6 @@ def train(
     group.leave()
     console.print_end(time.perf_counter() - begun, config.minutes)
     return finished
-
-
-def begin_run(config: Config, data: Dataset, group: Group) -> tuple[nn.Module | None, Path]:
-    """The network of a new run and its folder; of a run that is resumed, None and its folder."""
-    if config.resume:
-        folder = Path(config.resume)
-        untrained = functools.partial(build_model, config, data, init_weights=False)
-        runs.check_resumable(folder, config, data, untrained)
-        return None, folder
-    model = build_model(config, data)
-    build.print_summary(model, tuple(data.train.images.shape[1:]))
-    # after the network: one that fails leaves no folder behind
-    folder = group.broadcast_from_rank0(lambda: runs.new_run_folder(config.run_dir, data.name))
-    return model, folder
 
 
 # ---- From Python and from the command line -------------------------------------------------------

@@ -204,9 +204,7 @@ def train_epochs(
     TensorBoard. Raises Stopped.
     """
     state, progress, config = trainer.state, trainer.state.progress, trainer.config
-    heartbeat = Heartbeat(
-        state, trainer.batch_slices, trainer.group, config.progressive_resizing or 0.0, stop=limit
-    )
+    heartbeat = Heartbeat(state, trainer.group, config.progressive_resizing, stop=limit)
     try:
         while not progress.done and not progress.stalled(config.early_stopping):
             heartbeat.stop_between_epochs()
@@ -527,7 +525,7 @@ def main() -> int:
         print(f"Train with it: {train_command(settings)}")
         return 0
 
-    study = Study(search.folder, search.start.epochs or 1)
+    study = Study(search.folder, search.start.epochs)
     if options.worker:
         return run_search(study, search)
     settings = non_default_settings(configure(**search.fixed))

@@ -22,7 +22,7 @@ TRAINING = "default --epochs 2 --progressive-resizing 0 --val-fraction 0"
 # stop, and on GPUs the statistics of batch norm.
 SILENT = """
 def wrap(self, model, has_unused_params):
-    return model, model
+    return model
 
 def all_reduce_and_poll(self, stats, stop, poll):
     return stop

@@ -89,7 +89,7 @@ def measure(trainer: ic.Trainer, scale: float, matrix_size: int) -> Utilisation:
     factors = torch.randn(2, matrix_size, matrix_size, device=device).to(trainer.dtype)
 
     # go to where the run has images of this scale
-    fraction = middle_of_phase(scale, trainer.config.progressive_resizing or 0.0)
+    fraction = middle_of_phase(scale, trainer.config.progressive_resizing)
     progress.total_steps = MANY_STEPS
     progress.step = int(fraction * MANY_STEPS)
     assert trainer.image_scale() == scale

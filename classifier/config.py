@@ -34,8 +34,9 @@ def setting(
 class Config:
     """Every setting of a run. The command line, docs/options.md and config.json are made from it.
 
-    None: the default for this data set, network or optimiser (see `recipes`). `recipe` and `resume`
-    are only recorded here: `resolve.configure` acts on them. An invalid value raises UsageError.
+    Many settings are None until `resolve.resolve_defaults` fills in the default for the data set,
+    network or optimiser; their types are those they have from then on. `recipe` and `resume` are
+    only recorded here: `resolve.configure` acts on them. An invalid value raises UsageError.
     """
 
     # Data
@@ -76,39 +77,35 @@ class Config:
     recipe: str = setting(
         "", "set of settings: a name such as accuracy94, or FILE.json; explicit options override it"
     )
-    epochs: int | None = setting(None, "passes over the training images", minimum=1)
+    epochs: int = setting(None, "passes over the training images", minimum=1)
     minutes: float = setting(
         0.0, "wall-clock budget for the whole run, in minutes; 0: use --epochs", minimum=0
     )
-    batch_size: int | None = setting(None, "images in one optimiser step", minimum=1)
-    micro_batch: int | None = setting(
+    batch_size: int = setting(None, "images in one optimiser step", minimum=1)
+    micro_batch: int = setting(
         None,
         "images that a process computes in one forward pass, at every resolution, and so what "
         "batch norm sees (with several GPUs: those of all); fewer if memory is too small",
         minimum=1,
     )
-    optimizer: str | None = setting(
-        None, "optimiser", choices=("muon", "sgd", "adam", "adamw", "rmsprop")
-    )
-    lr: float | None = setting(None, "peak learning rate", minimum=0)
-    momentum: float | None = setting(
-        None, "momentum of muon, sgd and rmsprop", minimum=0, less_than=1
-    )
-    weight_decay: float | None = setting(
+    optimizer: str = setting(None, "optimiser", choices=("muon", "sgd", "adam", "adamw", "rmsprop"))
+    lr: float = setting(None, "peak learning rate", minimum=0)
+    momentum: float = setting(None, "momentum of muon, sgd and rmsprop", minimum=0, less_than=1)
+    weight_decay: float = setting(
         None, "weight decay; with sgd, adam and rmsprop an L2 penalty", minimum=0
     )
-    scheduler: str | None = setting(
+    scheduler: str = setting(
         None,
         "learning-rate schedule; linear: warm-up over a tenth of the run, then down to 0",
         choices=("linear", "cosine", "step", "plateau", "none"),
     )
-    label_smoothing: float | None = setting(
+    label_smoothing: float = setting(
         None, "share of the target spread evenly over all classes", minimum=0, less_than=1
     )
-    augment: str | None = setting(
+    augment: str = setting(
         None, "none, or a list of flip, crop=N (shift by up to N pixels) and other steps"
     )
-    progressive_resizing: float | None = setting(
+    progressive_resizing: float = setting(
         None,
         "share of the run on smaller images: first half their size, then three quarters",
         minimum=0,

@@ -4,6 +4,7 @@ import torch
 from tqdm import tqdm
 
 from classifier.config import Config
+from classifier.datasets.dataset import Dataset
 from classifier.devices import hardware_name
 from classifier.distributed import Group
 from classifier.progress import Progress, Row
@@ -13,9 +14,7 @@ from classifier.text import percent
 def print_start(
     config: Config,
     progress: Progress,
-    dataset: str,
-    num_train: int,
-    num_valid: int,
+    data: Dataset,
     device: torch.device,
     dtype: torch.dtype,
     group: Group,
@@ -26,7 +25,8 @@ def print_start(
     """
     precision = str(dtype).removeprefix("torch.")
     print(f"Start Training  {device} ({hardware_name(device)}, {precision})")
-    line = f"{dataset}: {num_train} training and {num_valid} validation images"
+    num_train, num_valid = len(data.train.labels), len(data.valid.labels)
+    line = f"{data.name}: {num_train} training and {num_valid} validation images"
     line += f", {progress.steps_per_epoch} steps an epoch"
     if config.progressive_resizing:
         share = 100 * config.progressive_resizing

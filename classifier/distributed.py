@@ -202,23 +202,19 @@ class Group:
         """True if this is the process that prints and writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module, has_unused_params: bool) -> tuple[nn.Module, nn.Module]:
-        """Make gradients the mean over all processes.
+    def wrap(self, model: nn.Module, has_unused_params: bool) -> nn.Module:
+        """The module to call in training, which makes gradients the mean over all processes.
 
-        Batch norm sees the images of all processes on GPUs, those of each process on CPUs.
+        Batch norm sees the images of all processes on GPUs, those of each process on CPUs: on GPUs
+        the network's layers of batch norm are replaced by SyncBatchNorm with the same weights.
 
         has_unused_params: does the network have weights that get no gradient?
-        Returns the network, whose batch norm may have been replaced (its weights are the same), and
-        the module to call in training.
         """
         if self.world_size == 1:
-            return model, model
+            return model
         if self.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        forward = nn.parallel.DistributedDataParallel(
-            model, find_unused_parameters=has_unused_params
-        )
-        return model, forward
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_unused_params)
 
     def seed_ranks(self, seed: int, step: int) -> None:
         """Let each process draw its own random numbers in training; rank 0 goes on with its state.

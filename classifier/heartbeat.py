@@ -33,8 +33,7 @@ class Stop(Protocol):
 class Heartbeat:
     """Accompanies the steps of a run, without changing what they learn.
 
-    state: what is trained; its step_stats and seconds are filled in here.
-    batch_slices: the slice of an epoch's images that each step takes.
+    state: what is trained.
     group: the processes that share each batch.
     progressive_resizing: see Config; for the time that is left.
     budget: --minutes, or NoBudget.
@@ -45,7 +44,6 @@ class Heartbeat:
     def __init__(
         self,
         state: TrainState,
-        batch_slices: list[slice],
         group: Group,
         progressive_resizing: float = 0.0,
         budget: TimeBudget | NoBudget | None = None,
@@ -53,7 +51,6 @@ class Heartbeat:
         save: Callable[[], None] | None = None,
     ):
         self.state = state
-        self.batch_slices = batch_slices
         self.group = group
         self.progressive_resizing = progressive_resizing
         self.budget = NoBudget() if budget is None else budget
@@ -67,7 +64,7 @@ class Heartbeat:
         self.started = 0.0
         self.saved_at = 0.0
         self.loss_read_at = 0.0
-        self.seconds_before = 0.0
+        self.timed_until = 0.0
         self.first_image = 0
         self.steps_done = 0
         self.stopping = False
@@ -86,13 +83,13 @@ class Heartbeat:
         self.started = time.perf_counter()
         self.loss_read_at = self.started
         self.saved_at = self.started  # the end of an epoch saves, too
-        self.seconds_before = self.progress.seconds
+        self.timed_until = self.started
         self.steps_done = self.progress.step_in_epoch
-        self.first_image = self.batch_slices[self.steps_done].start
+        self.first_image = self.state.batch_slices[self.steps_done].start
         self.budget.begin_epoch(self.progress)
         with tqdm(
             desc=f"Epoch {self.progress.epoch:04d}",
-            total=self.batch_slices[-1].stop,
+            total=self.state.batch_slices[-1].stop,
             initial=self.first_image,
             unit="img",
             unit_scale=True,
@@ -101,12 +98,18 @@ class Heartbeat:
         ) as self.bar:
             yield self
         self.state.check_finite(saving=True)
-        self.progress.seconds = self.seconds_before + time.perf_counter() - self.started
+        self.add_time()
+
+    def add_time(self) -> None:
+        """Count the time since the last call."""
+        now = time.perf_counter()
+        self.progress.add_time(now - self.timed_until)
+        self.timed_until = now
 
     def images_per_second(self) -> float:
         """Speed of the epoch that has just ended, all processes together."""
-        num_images = self.batch_slices[self.steps_done - 1].stop - self.first_image
-        return num_images / (self.progress.seconds - self.seconds_before)
+        num_images = self.state.batch_slices[self.steps_done - 1].stop - self.first_image
+        return num_images / (self.timed_until - self.started)
 
     def record(self, stats: torch.Tensor) -> None:
         """Sum a step's statistics over all processes, store them, and update the bar.
@@ -119,13 +122,12 @@ class Heartbeat:
         self.stopping = self.group.all_reduce_and_poll(stats, self.stop_requested, poll)
         self.state.step_stats[self.steps_done - 1] = stats
 
-        now = time.perf_counter()
-        self.progress.seconds = self.seconds_before + now - self.started
-        batch_slice = self.batch_slices[self.steps_done - 1]
+        self.add_time()
+        batch_slice = self.state.batch_slices[self.steps_done - 1]
         batch_size = batch_slice.stop - batch_slice.start
         self.bar.update(batch_size)
-        if self.is_cpu or now - self.loss_read_at > BAR_SECONDS:
-            self.loss_read_at = now
+        if self.is_cpu or self.timed_until - self.loss_read_at > BAR_SECONDS:
+            self.loss_read_at = self.timed_until
             self.state.check_finite()
             loss = self.last_loss_sum() / batch_size
             self.bar.set_postfix_str(f"loss {loss:.3f}, run {self.eta()}", refresh=False)

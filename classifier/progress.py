@@ -67,6 +67,25 @@ class Progress:
         self.cost += STEP_COST[scale]
         self.step += 1
 
+    def add_time(self, seconds: float) -> None:
+        """Count time that was spent in training or validation."""
+        self.seconds += seconds
+
+    def restore(self, saved: dict[str, Any], keep_total_steps: bool) -> None:
+        """Go on where a saved run was.
+
+        saved: content of last.pth. keep_total_steps: take over the number of steps that a time
+        budget had found.
+        """
+        self.step = saved["step"]
+        self.seconds = saved["seconds"]
+        self.cost = saved["cost"]
+        self.history = saved["history"]
+        if keep_total_steps:
+            self.total_steps = saved["total_steps"]
+        if not self.done:  # an epoch that ended early and now continues gets a new row
+            del self.history[self.epoch :]
+
     def losses(self) -> list[float]:
         """Validation loss of each epoch so far, or training loss without validation images."""
         losses = []

@@ -18,10 +18,11 @@ from classifier.config import Config
 from classifier.datasets.dataset import Dataset, Split
 from classifier.devices import hardware_name
 from classifier.files import write_atomically, write_csv
-from classifier.progress import Progress, Row
+from classifier.progress import Row
 from classifier.run_log import RunLog
 from classifier.runs import Run
 from classifier.text import percent
+from classifier.train_state import TrainState
 
 COMMIT_FILE = "COMMIT"  # in the package within a .pyz: see bundle.py
 FEW_TEST_IMAGES = 30  # of a class: with fewer, its figures say little
@@ -91,27 +92,21 @@ def commit(script_path: Path | str) -> str | None:
 
 
 def run_facts(
-    data: Dataset,
-    progress: Progress,
-    num_train_images: int,
-    device: torch.device,
-    versions: dict[str, Any],
-    script_path: str,
+    data: Dataset, state: TrainState, versions: dict[str, Any], script_path: str
 ) -> dict[str, Any]:
     """The part of report.json that tells how the result came about.
 
-    num_train_images: how many images were trained on, at least once. versions: see the function of
-    that name.
+    versions: see the function of that name.
     """
     substituted_for = f"CIFAR10: {data.fallback_reason}" if data.fallback_reason else None
     return {
-        "seconds": progress.seconds,
+        "seconds": state.progress.seconds,
         "dataset": data.name,
-        "train_images": num_train_images,
-        "epochs": len(progress.history),
+        "train_images": state.num_images_seen(),
+        "epochs": len(state.progress.history),
         "substituted_for": substituted_for,
         "commit": commit(script_path),
-        "hardware": hardware_name(device),
+        "hardware": hardware_name(state.step_stats.device),
         "versions": versions,
     }
 

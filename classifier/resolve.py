@@ -208,7 +208,7 @@ def check_processes(config: Config, data: Dataset, group: Group) -> None:
     if math.dist(fingerprint, of_rank_0) > 1e-9:
         raise UserError("the processes have different images: give all machines the same data set")
     smallest = MIN_BATCH_SIZE * group.world_size
-    if group.world_size > 1 and (config.batch_size or 0) < smallest:
+    if group.world_size > 1 and config.batch_size < smallest:
         raise UsageError(
             f"--batch-size {config.batch_size} is too small for {group.world_size} processes: "
             f"at least {smallest} are needed"

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -326,14 +326,11 @@ def _check_changes(settings: dict[str, Any], changes: dict[str, Any]) -> None:
         )
 
 
-def check_resumable(
-    run: Path, config: Config, data: Dataset, build_untrained: Callable[[], nn.Module]
-) -> None:
+def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.Module]) -> Dataset:
     """Raise UserError, before anything is changed, unless the run can go on with these images.
 
-    Sets data.fallback_reason to that of the run.
-
-    build_untrained: builds the run's network, with any weights.
+    build_untrained: builds the run's network, with any weights. Returns the data with the run's
+    own reason for using them.
     """
     states = saved_states(run)
     if not states and (run / "report.json").exists():
@@ -346,4 +343,4 @@ def check_resumable(
         if math.dist(fingerprint, saved_fingerprint) > 1e-9:
             raise UserError(f"the images are not those that {run} began with: start a new run")
     saved_settings = json.loads((run / "config.json").read_text())
-    data.fallback_reason = saved_settings.get("substitution", "")
+    return replace(data, fallback_reason=saved_settings.get("substitution", ""))

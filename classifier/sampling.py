@@ -1,4 +1,4 @@
-"""Which images an epoch takes where the classes are of unequal size."""
+"""Classes of unequal size: which images an epoch takes, and how much each class counts."""
 
 import math
 
@@ -6,19 +6,22 @@ import torch
 
 
 def balanced_indices(
-    labels: torch.Tensor, class_balance: str, generator: torch.Generator
-) -> torch.Tensor:
-    """Draw the same number of images of each class, for one epoch.
+    labels: torch.Tensor, class_balance: str, seed: int, epoch: int
+) -> torch.Tensor | None:
+    """Draw the same number of images of each class, from (seed, epoch) alone.
 
     Args:
         labels: int64 (N,).
         class_balance: "oversample": as many images as the largest class has; those of the other
             classes are repeated, as evenly as possible. "undersample": as many as the smallest
-            class has; a generator of another seed leaves out other images.
-        generator: on the CPU.
+            class has; another epoch leaves out other images. Otherwise the result is None.
 
     Returns indices into `labels`, int64, class by class. Classes without an image stay without one.
     """
+    if class_balance not in ("oversample", "undersample"):
+        return None
+    labels = labels.cpu()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     classes = [_indices_of(labels, label) for label in labels.unique().tolist()]
     counts = [len(members) for members in classes]
     size = max(counts) if class_balance == "oversample" else min(counts)
@@ -30,6 +33,19 @@ def balanced_indices(
         order = torch.cat(rounds)[:size]
         chosen.append(members[order])
     return torch.cat(chosen)
+
+
+def class_weights(
+    labels: torch.Tensor, num_classes: int, class_balance: str
+) -> torch.Tensor | None:
+    """Weights of the classes in the loss, float32 (num_classes,), by which all count the same.
+
+    None unless class_balance is "weights". labels: int64 (N,). The mean weight of an image is 1.
+    """
+    if class_balance != "weights":
+        return None
+    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
+    return len(labels) / num_classes / counts
 
 
 def imbalanced_indices(labels: torch.Tensor, share: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from classifier.config import Config
+from classifier.datasets.dataset import Dataset
 from classifier.distributed import Group
 from classifier.progress import Progress, cost_until
 
@@ -166,12 +167,7 @@ class TimeBudget:
 
 
 def new_budget(
-    config: Config,
-    deadline: float,
-    batch_size: int,
-    num_valid: int,
-    num_test: int,
-    group: Group,
+    config: Config, deadline: float, data: Dataset, batch_size: int, group: Group
 ) -> TimeBudget | NoBudget:
     """The time budget of a run: see TimeBudget for the arguments."""
     if not config.minutes:
@@ -179,9 +175,9 @@ def new_budget(
     return TimeBudget(
         deadline,
         batch_size,
-        num_valid,
-        num_test,
+        len(data.valid.labels),
+        data.num_test_images,
         config.tta,
-        config.progressive_resizing or 0.0,
+        config.progressive_resizing,
         group,
     )

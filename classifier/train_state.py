@@ -12,9 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 from classifier.checkpoints import load_weights, read_checkpoint
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
+from classifier.distributed import Group
 from classifier.errors import Diverged
 from classifier.networks.pretrained import ImageNetClassifier
-from classifier.progress import Progress, Row
+from classifier.progress import STEP_COST, Progress, Row
 
 
 @dataclass
@@ -27,13 +28,14 @@ class TrainState:
         scaler: loss scaling for fp16; disabled in other precisions.
         ema: moving average of the weights, or None.
         progress: steps, epochs and history.
+        batch_slices: which slice of an epoch's images each step takes.
+        description: what a model file says of the network besides its weights: see `describe`.
+        environment: hardware, precision and torch; if they differ, a resumed run is not
+            bit-identical to an unbroken one.
         step_stats: float32 (steps_per_epoch, 2), summed cross-entropy and number of hits of each
             step of this epoch.
         micro_batches: in how many micro-batches each process computes a batch, for each image
             scale; the same at every scale, except in runs that version 0.9 began.
-        environment: hardware, precision and torch; if they differ, a resumed run is not
-            bit-identical to an unbroken one.
-        peak_lr: --lr.
         nonfinite_buffers: names of the buffers that hold infinities on purpose, such as masks.
     """
 
@@ -42,13 +44,17 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
     progress: Progress
-    step_stats: torch.Tensor
-    micro_batches: dict[float, int]
+    batch_slices: list[slice]
+    description: dict[str, Any]
     environment: dict[str, str]
-    peak_lr: float
+    step_stats: torch.Tensor = field(init=False)
+    micro_batches: dict[float, int] = field(init=False)
     nonfinite_buffers: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        device = next(self.model.parameters()).device
+        self.step_stats = torch.zeros(len(self.batch_slices), 2, device=device)
+        self.split_batches(1)
         for group in self.param_groups():
             group["initial_lr"] = float(group["lr"])  # the peak, of which schedules take a share
 
@@ -64,6 +70,10 @@ class TrainState:
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all optimisers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def split_batches(self, count: int) -> None:
+        """Compute each batch in this many micro-batches from now on."""
+        self.micro_batches = dict.fromkeys(STEP_COST, count)
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -104,21 +114,18 @@ class TrainState:
         if len(bad_steps):
             step = progress.step - steps + int(bad_steps[0])
         epoch = step // progress.steps_per_epoch
-        lower_lr = self.peak_lr / 10
+        lower_lr = self.description["config"]["lr"] / 10
         raise Diverged(
             f"the loss is no longer finite at step {step} (epoch {epoch}, lr "
             f"{float(group['lr']):.3g}): try --lr {lower_lr:.2g} or --grad-clip 1"
         )
 
-    def end_epoch(
-        self, num_images: int, valid_loss: float | None, valid_accuracy: float | None
-    ) -> Row:
-        """Append the row of the epoch that is over to the history, and return it.
-
-        num_images: training images of the epoch, or of the part of it that a time budget left.
-        """
+    def end_epoch(self, valid_loss: float | None, valid_accuracy: float | None) -> Row:
+        """Append the row of the epoch that is over to the history, and return it."""
         progress = self.progress
-        step_stats = self.step_stats[: progress.last_step_in_epoch + 1]
+        last_step = progress.last_step_in_epoch
+        num_images = self.batch_slices[last_step].stop  # fewer than all if a time budget ended it
+        step_stats = self.step_stats[: last_step + 1]
         train_loss, train_accuracy = (step_stats.sum(0) / num_images).tolist()
         earlier_seconds = sum(earlier["seconds"] for earlier in progress.history)
         row = {
@@ -135,34 +142,30 @@ class TrainState:
 
     # ---- files ----
 
-    def model_file(
-        self, config: Config, data: Dataset, num_images_seen: int, versions: dict[str, Any]
-    ) -> dict[str, Any]:
+    def num_images_seen(self) -> int:
+        """How many training images were used so far: all, once an epoch is over."""
+        num_images = self.description["train_images"]
+        if self.progress.step >= self.progress.steps_per_epoch:
+            return num_images
+        return min(self.batch_slices[self.progress.step - 1].stop, num_images)
+
+    def model_file(self) -> dict[str, Any]:
         """The content of a model file, with the weights of this moment or their moving average."""
-        mean, std = data.mean, data.std
-        if isinstance(self.model, ImageNetClassifier):
-            mean, std = self.model.normalisation
         history = self.progress.history
         return {
             "model": self.eval_model().state_dict(),
-            "config": asdict(config),
-            "classes": data.classes,
-            "mean": mean,
-            "std": std,
-            "image_size": data.train.images.shape[-1],
-            "dataset": data.name,
-            "train_images": num_images_seen,
-            "versions": versions,
+            **self.description,
+            "train_images": self.num_images_seen(),
             "metrics": dict(history[-1]) if history else {},
         }
 
-    def saved_state(self, model_file: dict[str, Any], data: Dataset) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, Any]:
         """The content of last.pth: a model file, and everything else that a resumed run needs."""
         device = self.step_stats.device
         random_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         progress = self.progress
         return {
-            **model_file,
+            **self.model_file(),
             "model": self.model.state_dict(),  # not the moving average
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -177,16 +180,15 @@ class TrainState:
             "random": torch.get_rng_state(),
             "random_cuda": random_cuda,
             "environment": self.environment,
-            "fingerprint": data.fingerprint(),
         }
 
-    def load(self, path: Path, classes: list[str], keep_total_steps: bool) -> None:
+    def load(self, path: Path, group: Group, keep_total_steps: bool) -> None:
         """Load a last.pth; prints a note if results will not be bit-identical to an unbroken run.
 
-        classes: those that the file has to be for. keep_total_steps: take over the number of steps
+        group: the processes that load it together. keep_total_steps: take over the number of steps
         that a time budget had found. Raises UserError for a file that does not fit.
         """
-        saved = read_checkpoint(path, classes)
+        saved = read_checkpoint(path, self.description["classes"])
         load_weights(self.model, saved["model"], path)
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             _load_optimizer(optimizer, state)
@@ -195,15 +197,7 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
 
-        progress = self.progress
-        progress.step = saved["step"]
-        progress.seconds = saved["seconds"]
-        progress.cost = saved["cost"]
-        progress.history = saved["history"]
-        if keep_total_steps:
-            progress.total_steps = saved["total_steps"]
-        if not progress.done:  # an epoch that ended early and now continues gets a new row
-            del progress.history[progress.epoch :]
+        self.progress.restore(saved, keep_total_steps)
         self.step_stats.copy_(saved["step_stats"])
 
         torch.set_rng_state(saved["random"])
@@ -222,9 +216,33 @@ class TrainState:
                 f"note: {name} was {then[name]}, is {self.environment[name]}: "
                 "the last digits will differ from those of an unbroken run"
             )
-        if not changed:  # elsewhere there may be more memory
+        # elsewhere there may be more memory; all processes decide alike
+        if group.max(len(changed)) == 0:
             for scale, count in saved["micro_batches"].items():
                 self.micro_batches[scale] = max(count, self.micro_batches[scale])
+
+
+def describe(
+    model: nn.Module, config: Config, data: Dataset, versions: dict[str, Any]
+) -> dict[str, Any]:
+    """What a model file says of a network besides its weights; what does not change in training.
+
+    versions: see reports.versions.
+    """
+    mean, std = data.mean, data.std
+    if isinstance(model, ImageNetClassifier):
+        mean, std = model.normalisation
+    return {
+        "config": asdict(config),
+        "classes": data.classes,
+        "mean": mean,
+        "std": std,
+        "image_size": data.train.images.shape[-1],
+        "dataset": data.name,
+        "train_images": len(data.train.labels),
+        "fingerprint": data.fingerprint(),
+        "versions": versions,
+    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

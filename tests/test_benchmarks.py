@@ -230,7 +230,7 @@ def test_silent_processes_share_nothing(apply_snippet):
     apply_snippet(scaling.SILENT)
     group = ic.Group(rank=1, world_size=2)  # there is no process group: any message would fail
     model = torch.nn.Linear(1, 1)
-    assert group.wrap(model, False) == (model, model)
+    assert group.wrap(model, False) is model
     stats = torch.tensor([1.0, 2.0])
     assert group.all_reduce_and_poll(stats, stop=True, poll=True) is True
     assert group.all_reduce_and_poll(stats, stop=False, poll=True) is False
@@ -584,7 +584,7 @@ def test_run_that_is_killed_goes_on(monkeypatch):
 def test_mutated_files_are_counted(capsys, folder):
     trainer = trainer_of(width=0.25)
     trainer.state.progress.history.append(dict.fromkeys(COLUMNS))
-    ic.save_checkpoint("model.pth", trainer.model_file())
+    ic.save_checkpoint("model.pth", trainer.state.model_file())
     content = (folder / "model.pth").read_bytes()
     files = survival.mutated_checkpoints(content, 6, random.Random(0))
     assert survival.load_all("checkpoints", files, 6, "model.pth") is False

@@ -45,7 +45,7 @@ def test_group_of_one(alone):
     assert not dist.is_initialized()
 
     network, stats = nn.Linear(2, 2), torch.tensor([1.0, 2.0])
-    assert group.wrap(network, has_unused_params=True) == (network, network)
+    assert group.wrap(network, has_unused_params=True) is network
     assert group.max(3) == 3
     assert group.broadcast_from_rank0(lambda: "made") == "made"
     assert group.share_evaluation(network, torch.ones(3), lambda images: images * 2).sum() == 6
@@ -83,11 +83,11 @@ def test_batch_norm_sees_all_processes_on_gpus(monkeypatch, device):
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, **options: model)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     weights, names = list(network.parameters()), list(network.state_dict())
-    model, _ = Group(device, world_size=2).wrap(network, has_unused_params=False)
-    assert isinstance(model[1], nn.SyncBatchNorm) == (device == "cuda")
-    assert list(model.state_dict()) == names
+    Group(device, world_size=2).wrap(network, has_unused_params=False)
+    assert isinstance(network[1], nn.SyncBatchNorm) == (device == "cuda")
+    assert list(network.state_dict()) == names
     # the optimisers have these objects
-    assert all(one is other for one, other in zip(weights, model.parameters(), strict=True))
+    assert all(one is other for one, other in zip(weights, network.parameters(), strict=True))
 
 
 def test_process_group_of_the_caller_is_used_and_stays(alone):
@@ -352,13 +352,12 @@ class Sum(nn.Module):
 
 
 network = Sum()
-model, forward = group.wrap(network, has_unused_params=True)
-found["same_network"] = model is network
+forward = group.wrap(network, has_unused_params=True)
 for i in range(2):
     images = torch.full((1, 2), float(1 + i + 10 * rank))
     with group.accumulate(forward, last=i == 1):
         forward(images).backward()
-    found[f"gradient after {i}"] = model.weight.grad.tolist()
+    found[f"gradient after {i}"] = network.weight.grad.tolist()
 
 # random numbers
 torch.manual_seed(3)
@@ -424,7 +423,6 @@ def test_two_processes(folder):
             "polled": True,
             "nobody": False,
             "sums": [3, 20],
-            "same_network": True,
             "late": True,
             "left": True,
         }

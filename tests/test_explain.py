@@ -38,7 +38,7 @@ def untrained(**settings):
 def save_model(trainer, path):
     """Write a model file with the weights of this moment."""
     trainer.state.progress.history.append(dict.fromkeys(COLUMNS))
-    ic.save_checkpoint(path, trainer.model_file())
+    ic.save_checkpoint(path, trainer.state.model_file())
 
 
 # ---- feature maps and Grad-CAM ----

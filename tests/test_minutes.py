@@ -96,7 +96,7 @@ def test_steps_on_smaller_images_cost_less():
 def test_time_left_counts_smaller_images_less():
     trainer = trainer_of(width=0.25, progressive_resizing=0.7, epochs=1)
     progress = trainer.state.progress
-    heartbeat = Heartbeat(trainer.state, trainer.batch_slices, trainer.group, 0.7)
+    heartbeat = Heartbeat(trainer.state, trainer.group, 0.7)
     progress.step = progress.total_steps // 2
     progress.seconds = 60.0
     done = cost_until(progress.fraction, 0.7)

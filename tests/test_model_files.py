@@ -39,7 +39,7 @@ def model_file(tmp_path_factory):
     trainer = trainer_of(width=0.25)
     trainer.state.progress.history.append(dict.fromkeys(COLUMNS))
     path = tmp_path_factory.mktemp("model") / "model.pth"
-    ic.save_checkpoint(path, trainer.model_file())
+    ic.save_checkpoint(path, trainer.state.model_file())
     return path
 
 

@@ -405,25 +405,26 @@ def saved_run(run, data):
 
 def test_run_with_the_same_images_can_go_on(saved_run, data):
     before = {path.name: path.read_bytes() for path in saved_run.path.iterdir()}
-    runs.check_resumable(saved_run.path, Config(), data, make_network)
-    assert data.fallback_reason == "no network"
+    resumed = runs.check_resumable(saved_run.path, data, make_network)
+    assert resumed.fallback_reason == "no network"
+    assert data.fallback_reason == ""
     assert before == {path.name: path.read_bytes() for path in saved_run.path.iterdir()}
 
 
 def test_run_without_a_state_starts_over_unless_it_is_finished(saved_run, data):
     saved_run.last.unlink()
-    runs.check_resumable(saved_run.path, Config(), data, make_network)
+    runs.check_resumable(saved_run.path, data, make_network)
     saved_run.finish({"epochs": 3})
     with pytest.raises(UserError, match=r"last\.pth"):
-        runs.check_resumable(saved_run.path, Config(), data, make_network)
+        runs.check_resumable(saved_run.path, data, make_network)
 
 
 def test_run_of_another_network_or_classes_cannot_go_on(saved_run, data):
     with pytest.raises(UserError, match="another network"):
-        runs.check_resumable(saved_run.path, Config(), data, lambda: nn.Linear(3, 5))
+        runs.check_resumable(saved_run.path, data, lambda: nn.Linear(3, 5))
     data.classes = ["cat", "cow"]
     with pytest.raises(UserError, match="cat, dog"):
-        runs.check_resumable(saved_run.path, Config(), data, make_network)
+        runs.check_resumable(saved_run.path, data, make_network)
 
 
 @pytest.mark.parametrize("where", ["last.pth", "seed-2/last.pth"])
@@ -432,17 +433,17 @@ def test_run_with_other_images_cannot_go_on(saved_run, data, where):
     (saved_run.path / "seed-2").mkdir()
     save_checkpoint(saved_run.path / where, content)
     with pytest.raises(UserError, match="images"):
-        runs.check_resumable(saved_run.path, Config(), data, make_network)
+        runs.check_resumable(saved_run.path, data, make_network)
     assert data.fallback_reason == ""
     del content["fingerprint"]  # an older version saved none
     save_checkpoint(saved_run.path / where, content)
-    runs.check_resumable(saved_run.path, Config(), data, make_network)
+    runs.check_resumable(saved_run.path, data, make_network)
 
 
 def test_damaged_state_is_named(saved_run, data):
     saved_run.last.write_bytes(saved_run.last.read_bytes()[:500])
     with pytest.raises(UserError, match=r"last\.pth is damaged"):
-        runs.check_resumable(saved_run.path, Config(), data, make_network)
+        runs.check_resumable(saved_run.path, data, make_network)
 
 
 # ---- signals ----

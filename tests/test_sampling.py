@@ -11,9 +11,8 @@ LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=300).map(torch.tensor)
 QUICK = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
 
-def draw(labels, class_balance, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return balanced_indices(labels, class_balance, generator)
+def draw(labels, class_balance, epoch):
+    return balanced_indices(labels, class_balance, seed=0, epoch=epoch)
 
 
 @given(LABELS, st.sampled_from(["oversample", "undersample"]), st.integers(0, 100))

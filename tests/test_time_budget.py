@@ -241,8 +241,11 @@ def test_no_budget_changes_nothing():
     ("minutes", "kind"), [(0.0, time_budget.NoBudget), (1.0, time_budget.TimeBudget)]
 )
 def test_new_budget(minutes, kind):
-    config = Config(minutes=minutes, tta=6)
-    budget = time_budget.new_budget(config, 60.0, 50, NUM_VALID, NUM_TEST, Group())
+    config = Config(minutes=minutes, tta=6, progressive_resizing=0.7)
+    valid = types.SimpleNamespace(labels=[0] * NUM_VALID)
+    data = types.SimpleNamespace(valid=valid, num_test_images=NUM_TEST)
+    budget = time_budget.new_budget(config, 60.0, data, 50, Group())
     assert type(budget) is kind
     if minutes:
-        assert (budget.tta, budget.progressive_resizing) == (6, 0.0)
+        assert (budget.tta, budget.progressive_resizing) == (6, 0.7)
+        assert (budget.num_valid, budget.num_test) == (NUM_VALID, NUM_TEST)

@@ -5,7 +5,7 @@ Every loader reads all images that are not for testing and hands them to `build_
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +35,8 @@ class Split(NamedTuple):
             return Split(self.images[indices], self.labels[indices])
         return Split(self.images.select(indices), self.labels[indices])
 
-    def first(self, count: int | None) -> "Split":
-        """The first `count` of them; None: all."""
+    def first(self, count: int) -> "Split":
+        """The first `count` of them."""
         return Split(self.images[:count], self.labels[:count])
 
     def to(self, device: torch.device) -> "Split":
@@ -83,6 +83,16 @@ class Dataset:
     def test(self) -> Split:
         """The test images, at the size of the training images; read at the first use."""
         return resize(self.load_test(), self.train.images.shape[-1])
+
+    def first(self, count: int) -> "Dataset":
+        """Only the first images of each part, for a trial run."""
+        return replace(
+            self,
+            train=self.train.first(count),
+            valid=self.valid.first(count),
+            load_test=lambda: self.test.first(count),
+            num_test_images=min(self.num_test_images, count),
+        )
 
     def fingerprint(self) -> list[float]:
         """Number and mean of the training images, which tell them from others."""
