@@ -233,6 +233,13 @@ def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
     return (images - model.get_buffer("pixel_mean")) * model.get_buffer("pixel_scale")
 
 
+def resize(images: torch.Tensor, scale: float) -> torch.Tensor:
+    """Images at this share of their size: float (N, C, H, W) to (N, C, scale H, scale W)."""
+    if scale == 1:
+        return images
+    return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
+
+
 def image_scale(fraction: float, progressive_resizing: float) -> float:
     """Size of the images at this point of a run: coarse features can be learned from fewer pixels.
 
@@ -475,8 +482,8 @@ def lr_factor(scheduler: str, fraction: float, losses: list[float]) -> float:
     """The learning rate as a fraction of its peak, after this fraction of the run, in [0, 1).
 
     linear: from a tenth of the peak up to it over the first tenth of the run, then down to zero.
-    The others are in classifier/schedules.py. losses: validation loss of each epoch so far, or the
-    training loss without validation images; for plateau.
+    The others are in classifier/schedules.py. losses: those so far that can be compared with each
+    other; for plateau.
     """
     if scheduler != "linear":
         return schedules.lr_factor(scheduler, fraction, losses)
@@ -658,9 +665,7 @@ class Trainer:
             y = labels[micro_batch.order]
             x = gather_augmented(images, micro_batch)
             x, targets = self.augment(x, y)  # mixing makes class probabilities of the labels
-            x = normalise(x, self.state.model)
-            if scale < 1:
-                x = F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
+            x = resize(normalise(x, self.state.model), scale)
 
             # DDP all-reduces the gradients in the backward pass of the last micro-batch
             with self.group.accumulate(forward, last=number == parts):
@@ -706,12 +711,14 @@ def evaluate(
     images: torch.Tensor | MemmapImages,
     labels: torch.Tensor,
     tta: int = 1,
+    scale: float = 1.0,
     group: Group | None = None,
 ) -> Evaluation:
     """Classify labelled images on the model's device, in fp32 or in the autocast around this call.
 
     images: uint8 (N, C, H, W). labels: int64 (N,). tta: number of views of each image whose logits
-    are averaged (see classifier/tta.py). group: processes that share the images.
+    are averaged (see classifier/tta.py). scale: scale factor of the images. group: processes that
+    share the images.
     """
     device = next(model.parameters()).device
     batch_size = 50  # on a CPU: small enough for its caches
@@ -722,7 +729,8 @@ def evaluate(
     def classify(images: torch.Tensor | MemmapImages) -> torch.Tensor:
         logits = []
         for batch in images.split(batch_size):
-            logits.append(mean_logits(model, normalise(batch.to(device), model), tta))
+            x = resize(normalise(batch.to(device), model), scale)
+            logits.append(mean_logits(model, x, tta))
         return torch.cat(logits).cpu()
 
     was_training = model.training
@@ -762,13 +770,21 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
 
 
 def validate(trainer: Trainer) -> Row:
-    """Evaluate on the validation images; appends the epoch's row to the history and returns it."""
+    """Evaluate on the validation images; appends the epoch's row to the history and returns it.
+
+    They are as large as those in training: on larger ones than it has seen, the network fails.
+    """
     state = trainer.state
     started = time.perf_counter()
     valid = None
     if len(trainer.valid_set.labels):
         with trainer.autocast():
-            valid = evaluate(state.eval_model(), *trainer.valid_set, group=trainer.group)
+            valid = evaluate(
+                state.eval_model(),
+                *trainer.valid_set,
+                scale=state.progress.image_scale,
+                group=trainer.group,
+            )
         state.check_finite(valid_loss=valid.loss)
     state.progress.add_time(time.perf_counter() - started)
     if valid is None:

@@ -177,6 +177,8 @@ def train_trial(
     log_folder = search.folder / f"trial-{trial.number:04d}"
     with training_process(search.device, config.deterministic):
         with contextlib.redirect_stdout(io.StringIO()):  # its notes were printed at the start
+            # the same in all trials, so that an epoch of one compares with that of another
+            config = replace(config, progressive_resizing=search.start.progressive_resizing)
             config = resolve_defaults(config, search.data, ic.DEFAULT_RECIPE)
             trainer = ic.Trainer(config, search.data, search.device)
         progress = trainer.state.progress

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 NEW_CHECKOUT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 SHOWN_DIFFERENCES = 5  # of each training
-NOT_COMPARED = {"seconds", "commit", "versions", "hardware"}
+NOT_COMPARED = {"seconds", "commit", "versions", "hardware", "image_scale"}
 
 # Options are in the names of the newest version; these are their names up to version 0.9.
 OLD_NAMES = {"--progressive-resizing": "--low-res", "--tta": "--test-views", "linear": "onecycle"}

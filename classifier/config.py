@@ -121,7 +121,9 @@ class Config:
         False, "evaluate and save a moving average of the weights, over about an epoch"
     )
     early_stopping: int = setting(
-        0, "stop after N epochs without a lower validation loss; 0: never", minimum=0
+        0,
+        "stop after N epochs on whole images without a lower validation loss; 0: never",
+        minimum=0,
     )
 
     # Run

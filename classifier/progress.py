@@ -11,6 +11,7 @@ COLUMNS = [
     "valid_accuracy",
     "learning_rate",
     "seconds",
+    "image_scale",
 ]
 Row = dict[str, Any]  # one epoch: COLUMNS, with None where there are no validation images
 
@@ -28,6 +29,7 @@ class Progress:
         step: steps done.
         seconds: time spent in training and validation, in s.
         cost: cost of the steps done, in steps at full resolution.
+        image_scale: scale of the images in the latest step.
         history: one row for each epoch that is over.
     """
 
@@ -36,6 +38,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     cost: float = 0.0
+    image_scale: float = 1.0
     history: list[Row] = field(default_factory=list)
 
     @property
@@ -65,6 +68,7 @@ class Progress:
     def advance(self, scale: float) -> None:
         """Count one step on images of this scale."""
         self.cost += STEP_COST[scale]
+        self.image_scale = scale
         self.step += 1
 
     def add_time(self, seconds: float) -> None:
@@ -87,31 +91,49 @@ class Progress:
             del self.history[self.epoch :]
 
     def losses(self) -> list[float]:
-        """Validation loss of each epoch so far, or training loss without validation images."""
-        losses = []
-        for row in self.history:
-            without_validation = row["valid_loss"] is None
-            losses.append(row["train_loss"] if without_validation else row["valid_loss"])
-        return losses
+        """Losses that can be compared: those of the epochs so far that ended on whole images.
+
+        It is the validation loss, or without validation images the training loss.
+        """
+        return [_loss(row) for row in comparable_rows(self.history)]
 
     def best_epoch(self) -> int:
-        """The epoch with the lowest validation loss, or the last one without validation images."""
-        if self.history[0]["valid_loss"] is None:
+        """The epoch whose weights to keep.
+
+        It has the lowest validation loss of those that ended on whole images. While there is none,
+        and without validation images, it is the latest epoch.
+        """
+        rows = comparable_rows(self.history)
+        if not rows or rows[0]["valid_loss"] is None:
             return len(self.history) - 1
-        losses = [row["valid_loss"] for row in self.history]
-        return losses.index(min(losses))
+        return min(rows, key=_loss)["epoch"]
 
     def stalled(self, patience: int) -> bool:
-        """True if the last `patience` epochs brought no lower validation loss; never with 0."""
-        if not patience or not self.history:
+        """True if none of the last `patience` losses is the lowest; never with a patience of 0."""
+        losses = self.losses()
+        if not patience or not losses:
             return False
-        return len(self.history) - 1 - self.best_epoch() >= patience
+        return len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def remaining_seconds(self, progressive_resizing: float) -> float:
         """Time that the remaining steps will take, judging by the cost and the time so far."""
         remaining_share = cost_until(1.0, progressive_resizing)
         remaining_share -= cost_until(self.fraction, progressive_resizing)
         return self.seconds / self.cost * self.total_steps * remaining_share
+
+
+def comparable_rows(history: list[Row]) -> list[Row]:
+    """The epochs that ended on whole images.
+
+    On smaller ones (progressive resizing) the loss is another quantity, and it says nothing about
+    whole images, which the network has not seen yet.
+    """
+    return [row for row in history if row["image_scale"] == 1]
+
+
+def _loss(row: Row) -> float:
+    """The validation loss of an epoch, or without validation images the training loss."""
+    return row["train_loss"] if row["valid_loss"] is None else row["valid_loss"]
 
 
 def cost_until(fraction: float, progressive_resizing: float) -> float:

@@ -22,9 +22,11 @@ from classifier.recipes import Settings
 from classifier.text import did_you_mean
 
 # Progressive resizing is off by default for smaller images, as half of their size is too little for
-# the network, and for smaller batches, as batch norm needs several values for each channel.
+# the network, for smaller batches, as batch norm needs several values for each channel, and for
+# shorter runs, as a few steps on whole images are too few.
 MIN_IMAGE_SIZE = 28
 MIN_BATCH_SIZE = 4
+MIN_STEPS = 20
 
 
 def configure(**given: Any) -> Config:
@@ -90,12 +92,14 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     config = _limit_batch_size(config, defaults, data)
     config = _limit_tta(config, data)
     if config.fast_dev_run:
-        config = replace(config, epochs=1, minutes=0.0, repeat=1)
+        config = replace(config, epochs=1, minutes=0.0, repeat=1, progressive_resizing=0.0)
     _check_out(config.out)
     _check_augment(config.augment, data)
     config = replace(config, dataset=_dataset_to_record(config.dataset, data))
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return replace(config, **missing)
+    config = replace(config, **missing)
+    _check_progressive_resizing(config, data)
+    return config
 
 
 def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -> Settings:
@@ -124,10 +128,17 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
     defaults["batch_size"] = min(defaults["batch_size"], of_dataset["batch_size"])
 
     batch_size = min(config.batch_size or defaults["batch_size"], len(data.train.labels))
-    batch_size = min(batch_size, config.micro_batch or batch_size)  # batch norm sees no more
-    if _image_size(data) < MIN_IMAGE_SIZE or batch_size < MIN_BATCH_SIZE:
+    num_normalised = min(batch_size, config.micro_batch or batch_size)  # that batch norm sees
+    steps = _num_steps(data, batch_size, config.epochs or defaults["epochs"])
+    is_short = steps < MIN_STEPS and not config.minutes
+    if _image_size(data) < MIN_IMAGE_SIZE or num_normalised < MIN_BATCH_SIZE or is_short:
         defaults["progressive_resizing"] = 0.0
     return defaults
+
+
+def _num_steps(data: Dataset, batch_size: int, epochs: int) -> int:
+    """Steps of a run without a time budget, where each image is taken once an epoch."""
+    return math.ceil(len(data.train.labels) / batch_size) * epochs
 
 
 def _optimizer_defaults(optimizer: str, default_recipe: Settings) -> Settings:
@@ -187,6 +198,18 @@ def _check_augment(text: str | None, data: Dataset) -> None:
     size = _image_size(data)
     if max_shift >= size:
         raise UsageError(f"--augment {text} shifts images of {size} pixels out of sight")
+
+
+def _check_progressive_resizing(config: Config, data: Dataset) -> None:
+    """Raise UsageError if no step is left for whole images, on which the network is tested."""
+    if config.minutes:
+        return
+    steps = _num_steps(data, config.batch_size, config.epochs)
+    if (steps - 1) / steps < config.progressive_resizing:
+        raise UsageError(
+            f"--progressive-resizing {config.progressive_resizing:g} leaves none of the {steps} "
+            "steps for whole images: use a smaller share, or 0"
+        )
 
 
 def _dataset_to_record(dataset: str, data: Dataset) -> str:

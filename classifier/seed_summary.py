@@ -11,6 +11,7 @@ from pathlib import Path
 from classifier.config import Config
 from classifier.distributed import Group
 from classifier.errors import Stopped
+from classifier.progress import comparable_rows
 from classifier.reports import Report
 from classifier.runs import Run, StopRequest
 
@@ -92,9 +93,9 @@ def summarize(reports: list[Report], run: Path) -> Report:
 
 
 def _lowest_loss(report: Report) -> float:
-    """The lowest validation loss of a seed; 0 without validation images."""
-    losses = [row["valid_loss"] or 0.0 for row in report.history]
-    return min(losses)
+    """The validation loss of a seed's best epoch; 0 without validation images."""
+    losses = [row["valid_loss"] or 0.0 for row in comparable_rows(report.history)]
+    return min(losses, default=0.0)
 
 
 def _student_interval(mean: float, std: float, count: int) -> tuple[float, float]:

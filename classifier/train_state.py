@@ -136,6 +136,7 @@ class TrainState:
             "valid_accuracy": valid_accuracy,
             "learning_rate": float(self.param_groups()[0]["lr"]),
             "seconds": progress.seconds - earlier_seconds,
+            "image_scale": progress.image_scale,
         }
         progress.history.append(row)
         return row

@@ -144,7 +144,7 @@ def test_first_layer_of_3x3_pixels(stride, padding, size, apply_snippet):
 
 def test_newton_schulz_in_fp32(apply_snippet):
     model = trainer_of(width=0.25).state.model
-    config = ic.Config(optimizer="muon", lr=0.1)
+    config = ic.Config(optimizer="muon", lr=0.1, momentum=0.6, weight_decay=0.0)
     arguments = (model, config, torch.bfloat16, torch.device("cpu"))
     assert ic.build_optimizers(*arguments)[0].dtype == torch.bfloat16
     apply_snippet(ablations.NEWTON_SCHULZ_FP32)

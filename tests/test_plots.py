@@ -128,7 +128,7 @@ def test_samples_leave_the_random_state(sample):
 
 @pytest.mark.parametrize(("first", "scale"), [(3.0, "linear"), (1e6, "log")])
 def test_losses_can_be_read_whatever_the_first_one_was(first, scale):
-    row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": 0.5}
+    row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": 0.5, "image_scale": 1.0}
     figure = draw_curves([row | {"valid_loss": loss} for loss in (first, 1)])
     assert [axes.get_yscale() for axes in figure.axes] == [scale, "linear"]
     accuracies = [line.get_ydata().tolist() for line in figure.axes[1].lines]
@@ -137,6 +137,7 @@ def test_losses_can_be_read_whatever_the_first_one_was(first, scale):
 
 def test_curves_without_validation_images():
     row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": None, "valid_loss": None}
+    row["image_scale"] = 1.0
     figure = draw_curves([row, row])
     training, validation = figure.axes[0].lines
     assert training.get_ydata().tolist() == [2, 2]

@@ -16,7 +16,7 @@ from classifier.run_log import RunLog
 def make_row(epoch, has_validation=True):
     row = dict.fromkeys(COLUMNS)
     row |= {"epoch": epoch, "train_loss": 2.0 - epoch, "train_accuracy": 0.25 * epoch}
-    row |= {"learning_rate": 0.125, "seconds": 1.5}
+    row |= {"learning_rate": 0.125, "seconds": 1.5, "image_scale": 1.0}
     if has_validation:
         row |= {"valid_loss": 3.0 - epoch, "valid_accuracy": 0.5}
     return row

@@ -18,7 +18,7 @@ from classifier.seed_summary import summarize, train_seeds
 
 def make_report(seed, accuracy, losses, **results):
     results = {"test_accuracy": accuracy, "seconds": 2.5, "f1": seed} | results
-    history = [{"valid_loss": loss} for loss in losses]
+    history = [{"valid_loss": loss, "image_scale": 1.0} for loss in losses]
     return Report(results, history, Path("run", f"seed-{seed}"), Path(f"seed-{seed}", "best.pth"))
 
 

@@ -33,6 +33,7 @@ import image_classification as ic
 from classifier.datasets import named
 from classifier.datasets.dataset import Split
 from classifier.datasets.folder_layout import UNSAFE
+from classifier.heartbeat import Heartbeat
 from classifier.progress import COLUMNS
 
 FILES = {
@@ -328,7 +329,8 @@ def test_images_are_small_at_first(folder):
     in_training = [size for training, size in sizes if training]
     assert in_training == [16] * 13 + [24] * 13 + [32] * 26
     begun = sizes.index((True, 16))  # before it the network was tried
-    assert {size for training, size in sizes[begun:] if not training} == {32}
+    in_evaluation = [size for training, size in sizes[begun:] if not training]
+    assert set(in_evaluation) == {24, 32}  # validation is on images as large as in training
 
 
 def test_early_stopping(folder):
@@ -521,3 +523,50 @@ def test_small_run_prints_a_note_on_its_batch_size(inside, folder):
     out, _ = inside(*SMALL, "--width", "0.25", "--subset", "40", "--batch-size", "60")
     assert re.search("^note: .*batch size is 40", out, re.MULTILINE)
     assert json.loads((only_run(folder) / "config.json").read_text())["batch_size"] == 40
+
+
+# ---- What is compared over epochs ----------------------------------------------------------------
+
+# With progressive resizing, 21 of these 30 epochs are on smaller images.
+LONG = ["--dataset", "digits", "--epochs", "30", "--subset", "600", "--width", "0.5"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patience", [1, 3])
+def test_early_stopping_waits_for_whole_images(inside, folder, patience):
+    inside(*LONG, "--early-stopping", patience)
+    run = only_run(folder)
+    assert report_of(run)["test_accuracy"] > 0.9
+    assert report_of(run)["epochs"] > 21
+    scales = [float(row["image_scale"]) for row in rows_of(run)]
+    assert scales == sorted(scales) and set(scales) == {0.5, 0.75, 1.0}
+
+
+@pytest.mark.slow
+def test_plateau_keeps_its_learning_rate_until_the_images_are_whole(inside, folder):
+    inside(*LONG, "--scheduler", "plateau")
+    run = only_run(folder)
+    rates = [float(row["learning_rate"]) for row in rows_of(run)]
+    assert rates[:21] == [rates[0]] * 21
+    assert report_of(run)["test_accuracy"] > 0.9
+
+
+def test_images_in_validation_are_as_large_as_in_training(monkeypatch):
+    sizes = []
+    trainer = trainer_of(epochs=4, subset=400, width=0.25)
+    forward = trainer.state.model.forward
+
+    def note_size(images):
+        sizes.append((trainer.state.model.training, images.shape[-1]))
+        return forward(images)
+
+    monkeypatch.setattr(trainer.state.model, "forward", note_size)
+    heartbeat = Heartbeat(trainer.state, trainer.group, 0.7)
+    for _ in range(4):
+        sizes.clear()
+        ic.train_one_epoch(trainer, heartbeat)
+        trained_last = sizes[-1][1]
+        sizes.clear()
+        row = ic.validate(trainer)
+        assert {size for _, size in sizes} == {trained_last}
+        assert row["image_scale"] == trained_last / 32
