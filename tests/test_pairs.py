@@ -5,7 +5,11 @@ Most faults that gave wrong answers without a word were two features that are ri
 
 import csv
 import itertools
+import os
 import random
+import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +18,13 @@ from conftest import REPOSITORY, Program, only_run, report_of, shared_folder, wi
 from PIL import Image
 
 import image_classification as ic
+from classifier import runs
 from classifier.datasets.load import dataset_settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals"),
+]
 
 CHOICES = {
     "data": ["digits", "photos", "divided"],  # divided: a folder with train/, val/ and test/
@@ -30,7 +38,7 @@ CHOICES = {
     "early_stopping": ["0", "2"],
     "image_size": ["20", "28"],
     "precision": ["fp32", "bf16"],
-    "minutes": ["0", "0.3"],
+    "minutes": ["0", "0.2"],
     "repeat": ["1", "2"],
     "processes": ["1", "2"],
     "tta": ["1", "2"],
@@ -43,7 +51,7 @@ OPTIONS = [  # those that are passed on as they are
     *["model", "class_balance", "augment", "scheduler", "progressive_resizing", "early_stopping"],
     *["image_size", "precision", "minutes", "repeat", "tta", "subset", "grad_clip"],
 ]
-EPOCHS = 8
+EPOCHS = 6
 CLASSES = {"red": 90, "green": 70, "blue": 50}
 
 NETWORK = """
@@ -57,30 +65,35 @@ def small(classes=10, channels=3, image_size=32):
     )
 """
 
-# The program, which ends after the step BREAK_AT of its first seed as if it had been killed, or
-# gets Ctrl-C; every step is saved. Processes of torchrun each run this file.
+# The program, in which something happens in a step. Processes of torchrun each run this file.
 DRIVER = """
-import os, signal, sys
+import os, sys
 import image_classification as ic
 from classifier import runs
+from test_pairs import break_off
 
-break_at, how = int(os.environ["BREAK_AT"]), os.environ["BREAK"]
-if break_at:
-    runs.SAVE_EVERY = 0
-    advance = ic.Progress.advance
+if __name__ == "__main__":
+    break_off(ic.Progress, runs, int(os.environ["BREAK_AT"]), os.environ["BREAK"])
+    sys.exit(ic.main())
+"""
+
+
+def break_off(progress, runs, break_at, how):
+    """Let the process be killed, or get Ctrl-C, in this step; before it every step is saved.
+
+    progress, runs: the class and the module, which are changed.
+    """
+    if not break_at:
+        return
+    advance = progress.advance
 
     def advance_and_break(self, scale):
         advance(self, scale)
-        if self.step == break_at and how == "ctrl-c":
-            os.kill(os.getpid(), signal.SIGINT)
-        if self.step == break_at + 1 and how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.step == break_at:
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
 
-    ic.Progress.advance = advance_and_break
-
-if __name__ == "__main__":
-    sys.exit(ic.main())
-"""
+    runs.SAVE_EVERY = 0
+    progress.advance = advance_and_break
 
 
 def covering_runs():
@@ -96,20 +109,20 @@ def covering_runs():
         for first, second in itertools.combinations(names, 2):
             yield first, run[first], second, run[second]
 
-    runs = []
+    combinations = []
     while missing:
         best, most = None, 0
         for _ in range(300):
             run = {name: generator.choice(values) for name, values in CHOICES.items()}
-            if len(runs) + len(missing) % 3:  # start from a pair that is still missing
+            if len(combinations) + len(missing) % 3:  # start from a pair that is still missing
                 first, value, second, other = generator.choice(sorted(missing))
                 run[first], run[second] = value, other
             covered = sum(pair in missing for pair in pairs_of(run))
             if covered > most:
                 best, most = run, covered
-        runs.append(best)
+        combinations.append(best)
         missing -= set(pairs_of(best))
-    return runs
+    return combinations
 
 
 RUNS = covering_runs()
@@ -179,24 +192,43 @@ def arguments_of(run, prepared):
     return arguments
 
 
-def program_for(run, prepared, folder):
-    """The program in that folder, in as many processes as the run has."""
-    folder.mkdir()
-    (folder / "network.py").write_bytes((prepared / "network.py").read_bytes())
-    launcher = ()
-    if run["processes"] == "2":
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    program = Program(folder, prepared / "driver.py", launcher)
+class Runner:
+    """Runs the program in a folder, in as many processes as the run has."""
 
-    def start(*arguments, break_at=0):
-        environment = {"BREAK_AT": str(break_at), "BREAK": run["break"]}
-        environment["PYTHONPATH"] = str(REPOSITORY)
+    def __init__(self, run, prepared, folder, inside, monkeypatch):
+        self.run = run
+        self.driver = prepared / "driver.py"
+        self.folder = folder
+        self.inside = inside
+        self.monkeypatch = monkeypatch
+        folder.mkdir()
+        shutil.copy(prepared / "network.py", folder)
+
+    def __call__(self, *arguments, break_at=0):
+        """Run it to its end, or until it is broken off in step number `break_at`."""
+        how = self.run["break"]
+        if self.run["processes"] == "1" and not (break_at and how == "kill"):
+            with self.monkeypatch.context() as patch:
+                patch.chdir(self.folder)
+                patch.setattr(runs, "SAVE_EVERY", runs.SAVE_EVERY)
+                patch.setattr(ic.Progress, "advance", ic.Progress.advance)
+                break_off(ic.Progress, runs, break_at, how)
+                self.inside(*arguments, status=130 if break_at else 0)
+            return
+        launcher = ()
+        if self.run["processes"] == "2":
+            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        program = Program(self.folder, self.driver, launcher)
+        paths = [str(REPOSITORY), str(REPOSITORY / "tests")]
+        environment = {
+            "BREAK_AT": str(break_at),
+            "BREAK": how,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         process = program.start(*arguments, env=environment)
         out, err = process.communicate(timeout=400)
-        broken_off = process.returncode != 0
-        assert broken_off == (break_at > 0), f"status {process.returncode}\n{out}\n{err}"
-
-    return start
+        was_broken_off = process.returncode != 0
+        assert was_broken_off == (break_at > 0), f"status {process.returncode}\n{out}\n{err}"
 
 
 def results_of(folder):
@@ -210,9 +242,10 @@ def results_of(folder):
 
 
 @pytest.mark.parametrize("number", range(len(RUNS)))
-def test_options_work_together(number, prepared, tmp_path, monkeypatch):
+def test_options_work_together(number, prepared, tmp_path, inside, monkeypatch):
     run = RUNS[number]
-    program = program_for(run, prepared, tmp_path / "run")
+    folder = tmp_path / "run"
+    program = Runner(run, prepared, folder, inside, monkeypatch)
     arguments = arguments_of(run, prepared)
     resume = ["--resume", "last", "--data-dir", prepared / "data"]
     if run["model"].startswith("network.py"):
@@ -221,16 +254,18 @@ def test_options_work_together(number, prepared, tmp_path, monkeypatch):
     if run["break"] == "none":
         program(*arguments)
     else:
-        program(*arguments, break_at=7)
+        # a time budget may leave few steps
+        program(*arguments, break_at=2 if run["minutes"] != "0" else 3 + number)
         program(*resume)
         if run["minutes"] == "0":
-            unbroken = program_for(run, prepared, tmp_path / "unbroken")
-            unbroken(*arguments)
-            assert results_of(tmp_path / "run") == results_of(tmp_path / "unbroken")
-    judge(run, tmp_path / "run", prepared, monkeypatch)
+            unbroken = tmp_path / "unbroken"
+            Runner(run, prepared, unbroken, inside, monkeypatch)(*arguments)
+            assert results_of(folder) == results_of(unbroken)
+    judge(run, folder, prepared, monkeypatch)
     if run["more_epochs"]:
-        program(*resume, "--epochs", 200 if run["minutes"] != "0" else EPOCHS + 2)
-        judge(run, tmp_path / "run", prepared, monkeypatch)
+        trained = report_of(only_run(folder))["epochs"]
+        program(*resume, "--epochs", trained + 2)
+        judge(run, folder, prepared, monkeypatch)
 
 
 def judge(run, folder, prepared, monkeypatch):
