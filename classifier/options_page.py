@@ -83,8 +83,8 @@ def _defaults_section(default_recipe: Settings) -> list[str]:
         "a sixteenth of their size.\n",
         _settings_table("optimiser", of_optimizers),
         _settings_table("network", of_networks),
-        "For all networks but `cnn`, for images below 28 pixels and for runs of fewer than 20 steps,\n"
-        "the default is `--progressive-resizing 0`.\n",
+        "For all networks but `cnn`, for images below 28 pixels and for runs of fewer than 20\n"
+        "steps, the default is `--progressive-resizing 0`.\n",
     ]
 
 
