@@ -5,7 +5,6 @@ check_before_data(config)
 config = resolve_defaults(config, load_data(config), DEFAULT_RECIPE)
 """
 
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -203,9 +202,7 @@ def check_processes(config: Config, data: Dataset, group: Group) -> None:
 
     config: with all defaults. Raises UserError and UsageError.
     """
-    fingerprint = data.fingerprint()
-    of_rank_0 = group.broadcast_from_rank0(data.fingerprint)
-    if math.dist(fingerprint, of_rank_0) > 1e-9:
+    if not data.has_fingerprint(group.broadcast_from_rank0(data.fingerprint)):
         raise UserError("the processes have different images: give all machines the same data set")
     smallest = MIN_BATCH_SIZE * group.world_size
     if group.world_size > 1 and config.batch_size < smallest:
