@@ -45,7 +45,7 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
     content: of the file.
     """
     then = content.get(TRAIN_DIGESTS)
-    if then is None or data.train_ids is None:
+    if not isinstance(then, torch.Tensor) or data.train_ids is None:
         return ""
     now = data.train_ids.digests
     num_missing = int((~torch.isin(then, now)).sum())
