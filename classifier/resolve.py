@@ -12,7 +12,7 @@ from typing import Any
 
 from classifier import augmentations, recipes, runs
 from classifier.config import Config, is_custom_model, parse_augment
-from classifier.datasets.dataset import Dataset
+from classifier.datasets.dataset import Dataset, same_images
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
 from classifier.networks.custom import split_custom_model
@@ -202,7 +202,9 @@ def check_processes(config: Config, data: Dataset, group: Group) -> None:
 
     config: with all defaults. Raises UserError and UsageError.
     """
-    if not data.has_fingerprint(group.broadcast_from_rank0(data.fingerprint)):
+    fingerprint = data.fingerprint()
+    of_rank_0 = group.broadcast_from_rank0(data.fingerprint)
+    if not same_images(fingerprint, of_rank_0):
         raise UserError("the processes have different images: give all machines the same data set")
     smallest = MIN_BATCH_SIZE * group.world_size
     if group.world_size > 1 and config.batch_size < smallest:

@@ -17,7 +17,7 @@ from torch import nn
 from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
-from classifier.datasets.dataset import SPLIT_RULES, Dataset
+from classifier.datasets.dataset import SPLIT_RULES, Dataset, same_images
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
 from classifier.seen_images import describe_changes
@@ -348,14 +348,14 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
 
     content: of last.pth. Version 0.9.0 saved nothing of the images, 0.9.1 only number and mean.
     """
-    fingerprint = content.get("fingerprint", [])
-    if data.has_fingerprint(fingerprint):
+    saved = content.get("fingerprint", [])
+    if saved and same_images(data.fingerprint(), saved):
         return
     if data.drawn and content.get("split_rules", 1) < SPLIT_RULES:
         raise UserError(
             f"{run} was begun by an older version of this program, which chose the images for "
             f"{' and '.join(data.drawn)} in another way: start a new run"
         )
-    if fingerprint:
+    if saved:
         changes = describe_changes(content, data)
         raise UserError(f"the images are not those that {run} began with{changes}: start a new run")

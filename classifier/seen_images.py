@@ -51,7 +51,7 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
     num_missing = int((~torch.isin(then, now)).sum())
     num_new = int((~torch.isin(now, then)).sum())
     if not num_missing and not num_new:
-        return " (their labels or their pixels are others)"
+        return " (their classes, their order or their pixels are others)"
     return f" ({num_missing} of {len(then)} are not among them, {num_new} are new)"
 
 

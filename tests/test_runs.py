@@ -462,13 +462,14 @@ def test_run_of_a_version_that_drew_otherwise_cannot_go_on(saved_run, data, fing
     ("digests", "labels", "said"),
     [
         ([1, 2, 3, 9], [0, 1, 0, 1], "1 of 4 .*1 are new"),
-        ([1, 2, 3, 4], [1, 0, 0, 1], "labels"),
+        ([1, 2, 3, 4], [1, 0, 0, 1], "classes"),
     ],
 )
 def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     def with_digests(digests, labels):
         ids = Identity(torch.tensor(digests), torch.tensor(digests))
-        train = Split(data.train.images, torch.tensor(labels))
+        images = torch.tensor(digests, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+        train = Split(images, torch.tensor(labels))
         return replace(data, train=train, train_ids=ids, drawn=("testing",))
 
     then = with_digests([1, 2, 3, 4], [0, 1, 0, 1])
