@@ -74,6 +74,7 @@ def test_model_file_of_a_fixed_data_set_has_no_digests(inside, folder):
     assert digests is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_for_training")
 def test_weights_that_saw_held_out_images_are_noted(inside, folder):
     out, _ = inside("--dataset", "old", *BRIEFLY, "--val-fraction", "0", "--out", "first.pth")
