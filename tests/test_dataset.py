@@ -6,7 +6,14 @@ import torch
 from PIL import Image
 
 from classifier.config import Config
-from classifier.datasets.dataset import Dataset, Split, build_dataset, resize, stratified_split
+from classifier.datasets.dataset import (
+    Dataset,
+    Split,
+    build_dataset,
+    resize,
+    same_images,
+    stratified_split,
+)
 from classifier.datasets.decode import decode
 from classifier.errors import UsageError
 
@@ -157,8 +164,32 @@ def test_subset_is_of_the_training_images_alone(images_and_labels):
     assert len(data.train.labels) == 30 == len(data.train_indices.unique())
     assert set(data.train_indices.tolist()) <= set(everything.train_indices.tolist())
     assert data.train.images.equal(images_and_labels.images[data.train_indices])
+    assert data.train.labels.bincount().tolist() == [23, 7]  # of 120 and 40
     smaller = build(images_and_labels, val_fraction=0.2, subset=10)
     assert smaller.train_indices.equal(data.train_indices[:10])
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 30, 64])
+def test_each_class_is_in_a_subset_in_proportion(count):
+    sizes = torch.tensor([100, 20, 3])
+    labels = torch.arange(3).repeat_interleave(sizes)
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = build(Split(images, labels), val_fraction=0.0, subset=count)
+    counts = data.train.labels.bincount(minlength=3)
+    assert counts.sum() == count
+    if count < 3:
+        assert counts.tolist() == [1, 1, 0]  # those of the largest classes
+        return
+    assert counts.min() >= 1
+    assert ((counts - count * sizes / sizes.sum()).abs() <= 1.5).all()
+
+
+def test_small_subset_has_as_many_of_each_class():
+    """They used to be drawn from all classes together: some had one image, some five."""
+    labels = torch.arange(200) % 10
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = build(Split(images, labels), val_fraction=0.1, subset=30)
+    assert data.train.labels.bincount().tolist() == [3] * 10
 
 
 def test_subset_larger_than_the_data_set_is_all_of_it(images_and_labels):
@@ -176,7 +207,23 @@ def test_mean_and_std_are_those_of_the_training_images(images_and_labels):
     values = data.train.images.numpy().astype(np.float64) / 255
     assert data.mean == pytest.approx(values.mean(axis=(0, 2, 3)), abs=1e-6)
     assert data.std == pytest.approx(values.std(axis=(0, 2, 3)), abs=1e-6)
-    assert data.fingerprint() == [len(data.train.labels), *data.mean]
+    assert data.fingerprint()[:4] == [len(data.train.labels), *data.mean]
+
+
+def test_fingerprint_tells_images_from_others(images_and_labels):
+    data = build(images_and_labels)
+    assert same_images(data.fingerprint(), data.fingerprint())
+    assert same_images(data.fingerprint(), data.fingerprint()[:4])  # as version 0.9.1 wrote it
+    labels = images_and_labels.labels.clone()
+    labels[[0, 1]] = labels[[1, 0]]  # the images are the same, and so many of each class
+    relabelled = build(Split(images_and_labels.images, labels))
+    others = [
+        relabelled,
+        build(images_and_labels, subset=100),
+        build(Split(255 - images_and_labels.images, images_and_labels.labels)),
+    ]
+    for other in others:
+        assert not same_images(data.fingerprint(), other.fingerprint())
 
 
 def test_images_of_one_color_have_a_std_to_divide_by():

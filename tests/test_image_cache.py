@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -123,72 +121,20 @@ def test_images_are_decoded_once(folder, photos, decoded, capsys):
     assert len(decoded) == 110  # another size
 
 
-def write_cache_of_091(folder):
-    """A cache as version 0.9.1 lays it out, in which the first file is known to be broken.
-
-    Returns the pixels of the others, which are not those of the files: uint8 (N, 32, 32, 3).
-    """
-
-    def hash64(content):
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-    photos = folder / "photos"
-    identity = hash64(os.fsencode(f"{photos.resolve()} 2"))
-    cache = folder / "data" / ".decoded" / f"photos-32-{identity:016x}"
-    cache.mkdir(parents=True)
-    paths = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
-    keys = []
-    for path in paths:
-        status = (photos / path).stat()
-        keys.append(hash64(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")))
-
-    random = np.random.default_rng(5)
-    pixels = random.integers(0, 256, (len(paths) - 1, 32, 32, 3), dtype=np.uint8)
-    layout = [
-        ("key", "<u8"),
-        ("digest", "<u8"),
-        ("width", "<u4"),
-        ("height", "<u4"),
-        ("sketch", "u1", 32),
-    ]
-    records = np.zeros(len(pixels), layout)
-    records["key"] = keys[1:]
-    records["digest"] = [hash64(image.tobytes()) for image in pixels]
-    records["width"] = 77
-    records["height"] = 55
-    order = random.permutation(len(pixels))  # that in which they were decoded
-    (cache / "images").write_bytes(pixels[order].tobytes())
-    (cache / "index").write_bytes(records[order].tobytes())
-    broken = {"pillow": PIL.__version__, "files": {str(keys[0]): "a reason from before"}}
-    (cache / "unreadable.json").write_text(json.dumps(broken))
-    of = np.uint64(hash64(records["digest"].tobytes()))
-    np.savez(cache / "near.npz", of=of, pairs=np.array([[0, 3]]))
-    return pixels
-
-
-def test_cache_of_091_is_used(folder, decoded, capsys):
-    write_images(folder / "photos", {"red": 100, "green": 100}, size=(30, 30))
-    pixels = write_cache_of_091(folder)
-    content = {path.name: path.read_bytes() for path in the_cache(folder).iterdir()}
-    data = load(val_fraction=0.0)
-    assert not decoded
-    assert "Decoding" not in capsys.readouterr().out
-    (reason,) = data.report["unreadable"].values()
-    assert reason == "a reason from before"
-    assert data.report["sizes"] == [["77x55", 199]]
-    ((_, _, kind),) = data.report["twins"]
-    assert kind == "near-identical"
-    expected = {image.tobytes() for image in pixels}
-    used = torch.cat([data.train.images, data.test.images]).permute(0, 2, 3, 1)
-    assert {image.numpy().tobytes() for image in used} == expected
-    assert {path.name: path.read_bytes() for path in the_cache(folder).iterdir()} == content
-
-
-def test_record_has_the_layout_of_091():
+def test_layout_on_disk_stays_the_same():
     fields = image_cache.RECORD.fields.values()
-    assert [offset for _, offset in fields] == [0, 8, 16, 20, 24]
-    assert image_cache.RECORD.itemsize == 56
-    assert image_cache.DECODED_AS == 2
+    assert [offset for _, offset in fields] == [0, 8, 16, 24, 28, 32]
+    assert image_cache.RECORD.itemsize == 64
+    assert image_cache.DECODED_AS == 3
+
+
+def test_content_of_files_is_known(folder, photos):
+    load()
+    load(image_size=20)
+    for path in (folder / "data" / ".decoded").iterdir():
+        index = np.fromfile(path / "index", image_cache.RECORD)
+        expected = {decode.hash64(file.read_bytes()) for file in photos.rglob("*.png")}
+        assert set(index["content"].tolist()) == expected
 
 
 def test_changed_files_are_decoded_again(folder, photos, decoded):

@@ -11,13 +11,15 @@ from classifier.config import Config
 from classifier.datasets import decode, named
 from classifier.datasets.data_report import build_report
 from classifier.datasets.dataset import Dataset, Split, build_dataset
-from classifier.datasets.duplicates import draw_test, first_occurrence, near_duplicates
+from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
 from classifier.datasets.folder_layout import find_splits, list_images
 from classifier.datasets.image_cache import DecodedCache, open_cache
+from classifier.datasets.splits import Identity, hold_out
 from classifier.errors import UserError
 from classifier.text import pluralize
 
 SIZES = (32, 48, 64)  # pixels; a network learns images of up to 64 in minutes on a laptop
+TEST_FRACTION = 0.2  # of each class, where there is no test/
 MAX_UNREADABLE = 0.01  # share of the files; if there are more, something is wrong with all of them
 MAX_BYTES_IN_MEMORY = 2**30  # of decoded images; more stay on disk and are read batch by batch
 
@@ -30,6 +32,8 @@ class Images(NamedTuple):
         train, valid, test: the splits; valid is None if it is to be split off train.
         report: the content of data_report.json.
         files: path of each training image, relative to the folder.
+        train_ids, valid_ids, test_ids: what the images of each split are known by.
+        drawn: see Dataset.
     """
 
     classes: list[str]
@@ -38,13 +42,18 @@ class Images(NamedTuple):
     test: Split
     report: dict[str, Any]
     files: list[str]
+    train_ids: Identity
+    valid_ids: Identity
+    test_ids: Identity
+    drawn: tuple[str, ...]
 
 
 def load_folder(config: Config, image_size: int | None = None) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
 
-    Every image is decoded once, into a cache in `config.data_dir`. Without test/, a fifth of each
-    class is for testing.
+    Every image is decoded once, into a cache in `config.data_dir`. Without test/, about a fifth of
+    each class is for testing. Which images are held out depends on their content, and those that
+    are identical or nearly so are on one side: see `splits`.
 
     image_size: height and width of the decoded images, in pixels, unless `config.image_size` is
         given; by default what suits the images, at most 64.
@@ -71,6 +80,10 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         flip_keeps_label=True,
         report=images.report,
         files=images.files,
+        train_ids=images.train_ids,
+        valid_ids=images.valid_ids,
+        test_ids=images.test_ids,
+        drawn=images.drawn,
     )
 
 
@@ -96,21 +109,23 @@ def _read_images(folder: Path, data_dir: Path, size: int | None) -> Images:
     images = files[files["row"] >= 0]
     _check_readable(folder, files, classes, learning, cache.unreadable)
 
-    pairs = near_duplicates(images, cache)
+    twins = near_duplicates(images, cache)
+    ids = _identify(images, twins.pairs)
     used = np.arange(len(images))
     if learning == "all":
         used = _without_copies(images, len(classes))
-    report = build_report(folder, classes, size, images, used, pairs, cache.unreadable, left_out)
+    report = build_report(folder, classes, size, images, used, twins, cache.unreadable, left_out)
 
     # Divide them.
     used_splits = images["split"][used]
     train = used[used_splits == learning]
     valid = used[used_splits == "valid"]
     test = used[used_splits == "test"]
+    drawn: tuple[str, ...] = ()
     if not len(test):
-        is_test = draw_test(images["label"], train, pairs)
-        test = train[is_test]
-        train = train[~is_test]
+        drawn = ("testing",)
+        test = _draw_test(images["label"], ids.groups.numpy(), train, valid)
+        train = np.setdiff1d(train, test)
         if not len(test):
             needed = "3 that differ are needed, or a folder test/"
             raise UserError(f"{folder}: no class has enough images to test with: {needed}")
@@ -123,7 +138,31 @@ def _read_images(folder: Path, data_dir: Path, size: int | None) -> Images:
         test=_to_split(images, test, cache, in_memory),
         report=report,
         files=images["path"][train].tolist(),
+        train_ids=ids.select(train),
+        valid_ids=ids.select(valid),
+        test_ids=ids.select(test),
+        drawn=drawn,
     )
+
+
+def _identify(images: np.ndarray, pairs: np.ndarray) -> Identity:
+    """What each of the images, FILE (N,), is known by. pairs: see Duplicates."""
+    digests = images["record"]["content"].astype(np.int64)
+    groups = group_images(digests, pairs)
+    return Identity(torch.from_numpy(digests), torch.from_numpy(groups))
+
+
+def _draw_test(
+    labels: np.ndarray, groups: np.ndarray, train: np.ndarray, valid: np.ndarray
+) -> np.ndarray:
+    """Draw the images to test with from those to train on: int64, indices.
+
+    labels, groups: int64 (N,), of all images. train, valid: indices of the images of these splits.
+    What is like an image to validate on is not drawn, for settings are chosen by that one.
+    """
+    to_draw_from = train[~np.isin(groups[train], groups[valid])]
+    is_test = hold_out(labels[to_draw_from], groups[to_draw_from], TEST_FRACTION, "test")
+    return to_draw_from[is_test]
 
 
 def _note_left_out(left_out: list[str]) -> None:

@@ -41,6 +41,7 @@ from classifier.text import pluralize
 RECORD = np.dtype(
     [
         ("key", "<u8"),  # of the file: see `file_key`
+        ("content", "<u8"),  # hash of the file's bytes: the same at every size of decoded images
         ("digest", "<u8"),  # hash of the decoded pixels: equal for identical images
         ("width", "<u4"),  # in the file, in pixels
         ("height", "<u4"),
@@ -60,7 +61,7 @@ FILE = np.dtype(
 )
 # Part of a cache's name. Raise it when `decode`, RECORD or the search for near-identical images
 # changes, so that caches of older versions are not used.
-DECODED_AS = 2
+DECODED_AS = 3
 WRITE_BYTES = 2**22  # of decoded images at once: this much is lost if decoding is stopped
 PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
 MAX_PIECE = 16  # images; one at a time, small ones took twice as long
@@ -279,8 +280,10 @@ class DecodedCache:
         broken: dict[str, str] = {}
         failed: dict[str, str] = {}
         for file in files:
+            path = self.source / file["path"]
             try:
-                image = decode.decode(self.source / file["path"], self.size)
+                content = decode.hash64(path.read_bytes())
+                image = decode.decode(path, self.size)
             except Exception as error:  # a damaged file makes Pillow raise almost anything
                 reason = str(error) or type(error).__name__
                 reasons = failed if _may_pass(error) else broken
@@ -288,7 +291,7 @@ class DecodedCache:
                 continue
             width, height = image.size
             pixels.append(image.pixels)
-            records.append((file["key"], image.digest, width, height, image.dhash))
+            records.append((file["key"], content, image.digest, width, height, image.dhash))
         return Piece(
             num_files=len(files),
             pixels=np.array(pixels, np.uint8).tobytes(),
