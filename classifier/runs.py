@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import signal
 import threading
 import time
@@ -18,7 +17,7 @@ from torch import nn
 from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
-from classifier.datasets.dataset import Dataset
+from classifier.datasets.dataset import Dataset, same_images
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
 
@@ -340,7 +339,7 @@ def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.M
         content = read_checkpoint(path, data.classes)
         load_weights(build_untrained(), content["model"], path)
         saved_fingerprint = content.get("fingerprint", fingerprint)  # version 0.9.0 saved none
-        if math.dist(fingerprint, saved_fingerprint) > 1e-9:
+        if not same_images(fingerprint, saved_fingerprint):
             raise UserError(f"the images are not those that {run} began with: start a new run")
     saved_settings = json.loads((run / "config.json").read_text())
     return replace(data, fallback_reason=saved_settings.get("substitution", ""))

@@ -55,7 +55,8 @@ def near_identical(images: np.ndarray, indices: np.ndarray, cache: DecodedCache)
     """
     if len(indices) > MAX_COMPARED:
         return np.empty((0, 2), dtype=np.int64)
-    fingerprint = hash64(images["record"]["digest"].tobytes())
+    records = images["record"]
+    fingerprint = hash64(records["digest"].tobytes() + records["dhash"].tobytes())
     path = cache.path / "near.npz"
     pairs = _read_pairs(path, fingerprint)
     if pairs is None:
