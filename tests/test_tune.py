@@ -326,6 +326,13 @@ def test_study_with_other_settings_is_refused(study):
     study.begin({"subset": 100, "epochs": 3}, FINGERPRINT)
 
 
+def test_study_of_other_images_is_refused(study):
+    study.begin({"epochs": 3}, FINGERPRINT)
+    study.begin({"epochs": 3}, FINGERPRINT)
+    with pytest.raises(UsageError, match="--study"):
+        study.begin({"epochs": 3}, [*FINGERPRINT[:-1], 8.0])
+
+
 def test_study_of_version_0_9_goes_on(here, study, folder):
     settings = {"dataset": "digits", "subset": 200, "epochs": 2, "width": 0.25, "batch_size": 100}
     old_names = {"low_res": 0.5, "test_views": 2, "depth": None, "make_imbalanced": 0.0}
