@@ -229,7 +229,7 @@ def test_fingerprint_does_not_depend_on_the_layout_in_memory():
 def test_fingerprint_stays_the_same():
     """It is saved with each run."""
     images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8)
-    assert digest_of(Split(images, torch.tensor([0, 1]))) == 0x65D9AAE
+    assert digest_of(Split(images, torch.tensor([0, 1]))) == 0xE812D17F
 
 
 def test_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes():

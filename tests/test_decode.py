@@ -187,7 +187,7 @@ def test_image_without_a_data_set_decides_on_its_range(folder, maximum, expected
 
 
 def test_range_of_a_data_set(folder):
-    grey = (upper_half(1)[..., 0] * 1000).astype(np.float32)
+    grey = upper_half(1)[..., 0].astype(np.float32) * 1000
     Image.fromarray(grey).save(folder / "image.tiff")
     decoded = decode.decode(folder / "image.tiff", 32, {"floats": PixelRange(0, 4000)})
     assert decoded.extrema == ("floats", 0, 1000)

@@ -174,7 +174,7 @@ def test_cache_of_091_is_replaced(folder, photos, decoded):
         assert the_cache(folder) == cache
         assert count_images(folder) == 110
         assert not data.report["unreadable"] and not data.report["twins"]
-        check_images(folder, data)
+    check_images(folder, data)
 
 
 def test_layout_on_disk_stays_the_same():
@@ -225,10 +225,11 @@ def test_files_of_one_size_and_time_that_change_places(
     decoded.clear()
     for i in range(9):
         swap(*(folder / "photos" / name / f"{i}.bmp" for name in ("red", "green")))
-    for _ in range(2):
-        after = load()
-        check_images(folder, after)
-        assert len(decoded) == 18
+    after = load()
+    assert len(decoded) == 18
+    load()
+    assert len(decoded) == 18
+    check_images(folder, after)
     assert not same_images(before.fingerprint(), after.fingerprint())
 
 
@@ -419,6 +420,7 @@ def test_broken_files_are_tried_again_by(folder, decoded, monkeypatch, what):
     if what == "another Pillow":
         monkeypatch.setattr(PIL, "__version__", "99.0")
     else:
+        monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
         monkeypatch.setattr(decode, "formats", lambda: [*FORMATS, "HEIF"])
     load()
     assert decoded == ["0.png"]

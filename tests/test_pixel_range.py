@@ -216,7 +216,7 @@ def test_only_images_in_the_wrong_range_are_decoded_twice(folder, monkeypatch):
         write_grey(folder / "photos" / "a" / name, noise(len(name)), 60000, np.uint16)
     data = load()  # two are enough for another range
     assert data.pixel_ranges == {INTEGERS: (0, 65535)}
-    assert len(calls) == 2 + 21
+    assert len(calls) == 2 + 23
     assert set(brightest(data).values()) <= {16, 4, 233}
 
 

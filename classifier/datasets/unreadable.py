@@ -1,6 +1,6 @@
 """Why a file cannot be read as an image, in words. Imports no torch."""
 
-import contextlib
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +16,7 @@ HEAD = 512  # bytes at the beginning of a file that tell what it is
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 BEGINNINGS = {  # of files that are no images, or none that Pillow reads
     b"%PDF": "a PDF document",
+    b"%!PS": "PostScript",
     b"PK\x03\x04": "a ZIP archive",
     b"\xff\x0a": "JPEG XL",
     b"\x00\x00\x00\x0cJXL ": "JPEG XL",
@@ -101,11 +102,12 @@ def _name_of_text(head: bytes) -> str | None:
             return name
     if text.startswith(b"<?xml") and b"<svg" in text:
         return "an SVG drawing"
-    with contextlib.suppress(UnicodeDecodeError):
-        # the last character may have been cut
-        if head[:-4].decode().isprintable() or head[:-4].decode().split():
-            return None if b"\0" in head else "text"
-    return None
+    try:
+        characters = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last may be cut
+    except UnicodeDecodeError:
+        return None
+    is_text = all(character.isprintable() or character.isspace() for character in characters)
+    return "text" if is_text else None
 
 
 def reason(path: Path, error: Exception) -> str:
