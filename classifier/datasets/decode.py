@@ -62,22 +62,19 @@ def decode(path: Path, size: int, ranges: Ranges | None = None) -> Decoded:
         belongs to. Where there is none of its kind, its own values decide.
     """
     image, size_in_file = _despite_metadata(lambda source: _read(source, size), path)
-    extrema = used_range = None
-    if image.mode.startswith(("I", "F")):
-        values = np.array(image, dtype=np.float32)
-        kind = pixel_range.FLOATS if image.mode == "F" else pixel_range.INTEGERS
-        extrema = pixel_range.extrema_of(values, kind)
-        used_range = (ranges or {}).get(kind)
-        if used_range is None:
-            used_range = pixel_range.usual_range(extrema.low, extrema.high)
-        image = _to_8_bits(image, values, used_range)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = _on_white(image)
-    image = image.convert("RGB")
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(square)
+    rgb, extrema, used_range = _to_rgb(image, ranges)
+    pixels = _middle_square(rgb, size)
     digest = hash64(pixels.tobytes())
-    return Decoded(pixels, size_in_file, digest, difference_hash(image), extrema, used_range)
+    return Decoded(pixels, size_in_file, digest, difference_hash(rgb), extrema, used_range)
+
+
+def square(image: Image.Image, size: int, ranges: Ranges | None = None) -> np.ndarray:
+    """An image in memory as `decode` makes it from a file: uint8 (size, size, 3).
+
+    Of a JPEG the last digits may differ: a file is decoded at a fraction of its size.
+    """
+    rgb, _, _ = _to_rgb(_upright(image), ranges)
+    return _middle_square(rgb, size)
 
 
 def _read(source: Path | io.BytesIO, size: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -120,12 +117,34 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.copy() if turn is None else image.transpose(turn)
 
 
-def _to_8_bits(image: Image.Image, values: np.ndarray, used_range: PixelRange) -> Image.Image:
-    """A grey image of integers or floats, and its values, as one of 8 bits."""
-    transparent = image.info.get("transparency")  # a grey value
-    if transparent is not None:
-        values[values == transparent] = used_range.white
-    return Image.fromarray(pixel_range.to_8_bits(values, used_range))
+def _to_rgb(
+    image: Image.Image, ranges: Ranges | None
+) -> tuple[Image.Image, Extrema | None, PixelRange | None]:
+    """An image in RGB, on white where it is transparent.
+
+    Returns also its extrema and the range that was used, if it has more than 8 bits a pixel.
+    """
+    extrema = used_range = None
+    if image.mode.startswith(("I", "F")):
+        values = np.array(image, dtype=np.float32)
+        kind = pixel_range.FLOATS if image.mode == "F" else pixel_range.INTEGERS
+        extrema = pixel_range.extrema_of(values, kind)
+        used_range = (ranges or {}).get(kind)
+        if used_range is None:
+            used_range = pixel_range.usual_range(extrema.low, extrema.high)
+        transparent = image.info.get("transparency")  # a grey value
+        if transparent is not None:
+            values[values == transparent] = used_range.white
+        image = Image.fromarray(pixel_range.to_8_bits(values, used_range))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = _on_white(image)
+    return image.convert("RGB"), extrema, used_range
+
+
+def _middle_square(image: Image.Image, size: int) -> np.ndarray:
+    """The middle square of an RGB image, resized: uint8 (size, size, 3)."""
+    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(fitted)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
