@@ -422,7 +422,8 @@ def read_in_batches(
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that names, patterns and folders stand for.
 
-    Returns their paths and a line for each folder without images. A file that does not exist is
+    Returns their paths, and a line for each folder without images and each image in a folder whose
+    format is not read. A file that does not exist is
     among the paths.
     """
     found: list[Path] = []
@@ -432,7 +433,11 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             found += expand(name) or [path]
             continue
-        images = images_below(path)
+        images, others = files_below(path)
+        for file in others:
+            content = unreadable.recognise(file)
+            if content is not None and content.advice:  # an image, but of no format that is read
+                problems.append(f"{file}: {content.describe()}")
         if not images:
             problems.append(f"{name}: no image in this folder")
         found += images
@@ -450,13 +455,21 @@ def expand(name: str | Path) -> list[Path]:
     return [Path(match) for match in sorted(glob.glob(str(path)))]
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All images in a folder and the folders in it, hidden ones aside, as training finds them.
+def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and the folders in it, hidden ones aside, and the other files there.
+
+    They are those that training finds.
 
     A folder that cannot be read is skipped, unlike in a data set: the other images still count.
     """
-    files = (folder / path for path, _ in walk_files(folder, folder))
-    return sorted(file for file in files if decode.counts_as_image(file))
+    images, others = [], []
+    for path, _ in walk_files(folder, folder):
+        file = folder / path
+        if decode.counts_as_image(file):
+            images.append(file)
+        else:
+            others.append(file)
+    return sorted(images), sorted(others)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------

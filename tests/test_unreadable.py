@@ -111,6 +111,17 @@ def test_errors_of_the_disk_are_not_explained_by_the_content(folder):
     assert unreadable.reason(folder / "missing.png", ValueError("odd")) == "odd"
 
 
+def test_images_in_a_folder_whose_format_is_not_read_are_named(folder, no_heic):
+    """Rather than left out in silence."""
+    write_images(folder / "photos", {"red": 2})
+    (folder / "photos" / "phone.heic").write_bytes(HEIC)
+    (folder / "photos" / "notes.txt").write_text("no image")
+    found, problems = inference.find_images(["photos"])
+    assert len(found) == 2
+    (problem,) = problems
+    assert "phone.heic" in problem and "pillow-heif" in problem
+
+
 # ---- a folder with such files ----
 
 
@@ -136,6 +147,18 @@ def test_all_unreadable_files_are_listed_if_the_run_goes_on(folder):
         path, reasons = listed(folder)
         assert len(reasons) == len(data.report["unreadable"]) == 5
         assert any(str(path.relative_to(folder)) in line for line in data.report["words"])
+
+
+def test_list_of_an_earlier_run_is_deleted(folder):
+    write_images(folder / "photos", {"red": 20, "green": 20})
+    path = folder / "photos" / "red" / "0.png"
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    load()
+    assert list(folder.glob("data/.decoded/*/unreadable.csv"))
+    path.write_bytes(content)
+    load()
+    assert not list(folder.glob("data/.decoded/*/unreadable.csv"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A folder of images as a data set."""
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,9 +188,12 @@ def _list_unreadable(folder: Path, cache: DecodedCache) -> Path | None:
 
     Returns the path of the list; None if there are no such files, or it cannot be written.
     """
-    if not cache.unreadable:
-        return None
-    return unreadable.write_list(cache.path / "unreadable.csv", folder, cache.unreadable)
+    path = cache.path / "unreadable.csv"
+    if cache.unreadable:
+        return unreadable.write_list(path, folder, cache.unreadable)
+    with contextlib.suppress(OSError):
+        path.unlink()  # of an earlier run
+    return None
 
 
 def _check_each_class(
