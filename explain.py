@@ -37,7 +37,9 @@ try:
     from classifier import plots
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
+    from classifier.datasets import splits
     from classifier.datasets.dataset import Dataset, Split
+    from classifier.datasets.splits import Identity
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UserError
     from classifier.files import write_atomically, write_csv
@@ -435,28 +437,44 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
     Returns float32 (N, classes). Raises UserError if a class has too few images.
     """
     probabilities = torch.zeros(len(data.train.labels), len(data.classes))
-    for number, (train_indices, held_out) in enumerate(stratified_folds(data.train.labels), 1):
+    folds = stratified_folds(data.train.labels, data.train_ids)
+    for number, (train_indices, held_out) in enumerate(folds, 1):
         print(
             f"Network {number} of {NUM_FOLDS}: trains on {len(train_indices)} images, to judge "
             f"the other {len(held_out)}"
         )
         train, valid = data.train.select(train_indices), data.train.select(held_out)
-        fold = replace(data, train=train, valid=valid)
+        fold = replace(data, train=train, valid=valid, train_ids=None, valid_ids=None)
         probabilities[held_out] = train_and_predict(config, fold, device)
     return probabilities
 
 
-def stratified_folds(labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def stratified_folds(
+    labels: torch.Tensor, ids: Identity | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Indices to train on and indices held out, for each fold; every class is in every fold.
 
-    labels: int64 (N,). Raises UserError if a class has too few images.
+    Identical and near-identical images of a folder are held out together.
+
+    labels: int64 (N,). ids: what the images of a folder are known by. Raises UserError if a class
+    has too few images.
     """
     from sklearn.model_selection import StratifiedKFold
 
-    if labels.bincount().min() < NUM_FOLDS:
+    different = labels
+    if ids is not None:
+        different = torch.stack([labels, ids.groups]).unique(dim=1)[0]  # the label of each group
+    if different.bincount().min() < NUM_FOLDS:
         raise UserError(
-            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images"
+            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images that "
+            "are not alike"
         )
+    if ids is not None:
+        fold_of_image = splits.folds(labels.numpy(), ids.groups.numpy(), NUM_FOLDS)
+        for fold in range(NUM_FOLDS):
+            is_held_out = torch.from_numpy(fold_of_image == fold)
+            yield (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
+        return
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=0)
     no_features = np.zeros(len(labels))
     for train_indices, held_out in folds.split(no_features, labels.numpy()):

@@ -80,6 +80,8 @@ class Classifier:
         network: on its device and in eval mode; None for an ONNX file.
         settings: the Config of its training; empty for an ONNX file.
         pixel_ranges: of the values of images with more than 8 bits a pixel, as in training.
+        seen_digests: int64, of the images that it was trained on, see `seen_images`; None if that
+            is not known.
     """
 
     path: Path
@@ -92,6 +94,7 @@ class Classifier:
     network: "nn.Module | None" = None
     settings: dict[str, Any] = field(default_factory=dict)
     pixel_ranges: pixel_range.Ranges = field(default_factory=dict)
+    seen_digests: "torch.Tensor | None" = None
 
     def describe(self) -> str:
         """What to know about its predictions, in two or three sentences."""
@@ -156,6 +159,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         import image_classification as ic
         from classifier.config import FIELD_TYPES
         from classifier.devices import choose_device
+        from classifier.seen_images import digests_in_file
     except ImportError as error:
         message = f"{path} needs PyTorch ({error}): pip install -r requirements.txt"
         raise UserError(message) from None
@@ -185,6 +189,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         network=network,
         settings=settings,
         pixel_ranges=read_pixel_ranges(content.get("pixel_ranges"), path),
+        seen_digests=digests_in_file(content),
     )
 
 
@@ -280,7 +285,8 @@ def dataset_available(model: Classifier, data_dir: str | None = None) -> bool:
 def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset":
     """Load the data set that a .pth was trained on.
 
-    Prints a note if the images of a folder have changed since. Raises UserError.
+    Prints a note if images of a folder that are now for testing or validation were trained on.
+    Raises UserError.
 
     data_dir: where the data set is now; of a folder of images, that folder itself.
     """
@@ -295,12 +301,22 @@ def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset"
     data = load.load_data(Config(**settings))
     if data.classes != model.classes:
         raise UserError(f"{model.path} is for other classes than {data.name} has now")
-    if is_folder and images_have_changed(model, data):
-        print(
-            f"note: the images in {dataset} are not those of the training: some that are now for "
-            "testing may have been trained on"
-        )
+    if is_folder:
+        note_seen_images(model, data)
     return data
+
+
+def note_seen_images(model: Classifier, data: "Dataset") -> None:
+    """Print a note if the model was, or may have been, trained on images that are now held out."""
+    from classifier import seen_images
+
+    if model.seen_digests is not None:
+        seen_images.note_seen(model.path, data, model.seen_digests)
+    elif images_have_changed(model, data):
+        print(
+            f"note: {model.path} does not say what it was trained on, and the images to train on "
+            "are others now: it may have been trained on some that are now for testing"
+        )
 
 
 def images_have_changed(model: Classifier, data: "Dataset") -> bool:

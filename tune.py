@@ -32,6 +32,7 @@ try:
     from optuna import Trial
 
     import image_classification as ic
+    from classifier import seen_images
     from classifier.cli import build_parser, parse_settings, run_tool
     from classifier.config import Config, flag
     from classifier.datasets.dataset import Dataset
@@ -503,7 +504,7 @@ def prepare(fixed: Settings, options: Options) -> Search:
     output = io.StringIO() if options.worker else sys.stdout
     with contextlib.redirect_stdout(output):
         device = choose_device(config.device)
-        data = ic.load_data(config)
+        data = seen_images.with_starting_weights(ic.load_data(config), config)
         start = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
         if not options.worker:
             ic.build_model(start, data)  # fails here if it is wrong, not in each worker

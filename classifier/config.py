@@ -54,7 +54,9 @@ class Config:
         False,
         "go on without the image files that cannot be read, however many (default: only if few)",
     )
-    subset: int = setting(0, "number of training images to use; 0: all", minimum=0)
+    subset: int = setting(
+        0, "number of training images to use, of each class in proportion; 0: all", minimum=0
+    )
     image_size: int | None = setting(
         None,
         "width and height of the images in pixels (default: their own, in folders at most 64)",

@@ -167,8 +167,32 @@ def test_subset_is_of_the_training_images_alone(images_and_labels):
     assert len(data.train.labels) == 30 == len(data.train_indices.unique())
     assert set(data.train_indices.tolist()) <= set(everything.train_indices.tolist())
     assert data.train.images.equal(images_and_labels.images[data.train_indices])
+    assert data.train.labels.bincount().tolist() == [23, 7]  # of 120 and 40
     smaller = build(images_and_labels, val_fraction=0.2, subset=10)
     assert smaller.train_indices.equal(data.train_indices[:10])
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 30, 64])
+def test_each_class_is_in_a_subset_in_proportion(count):
+    sizes = torch.tensor([100, 20, 3])
+    labels = torch.arange(3).repeat_interleave(sizes)
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = build(Split(images, labels), val_fraction=0.0, subset=count)
+    counts = data.train.labels.bincount(minlength=3)
+    assert counts.sum() == count
+    if count < 3:
+        assert counts.tolist() == [1, 1, 0]  # those of the largest classes
+        return
+    assert counts.min() >= 1
+    assert ((counts - count * sizes / sizes.sum()).abs() <= 1.5).all()
+
+
+def test_small_subset_has_as_many_of_each_class():
+    """They used to be drawn from all classes together: some had one image, some five."""
+    labels = torch.arange(200) % 10
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = build(Split(images, labels), val_fraction=0.1, subset=30)
+    assert data.train.labels.bincount().tolist() == [3] * 10
 
 
 def test_subset_larger_than_the_data_set_is_all_of_it(images_and_labels):
@@ -238,6 +262,22 @@ def test_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes():
     assert same_images([100, 0.5, 0.4, 0.3], new)
     assert not same_images(new, [100, 0.5, 0.4, 0.31])
     assert not same_images(new, [100, 0.5, 0.4, 0.3, 12346.0])
+
+
+def test_fingerprint_tells_images_from_others(images_and_labels):
+    data = build(images_and_labels)
+    assert same_images(data.fingerprint(), data.fingerprint())
+    assert same_images(data.fingerprint(), data.fingerprint()[:4])  # as version 0.9.1 wrote it
+    labels = images_and_labels.labels.clone()
+    labels[[0, 1]] = labels[[1, 0]]  # the images are the same, and so many of each class
+    relabelled = build(Split(images_and_labels.images, labels))
+    others = [
+        relabelled,
+        build(images_and_labels, subset=100),
+        build(Split(255 - images_and_labels.images, images_and_labels.labels)),
+    ]
+    for other in others:
+        assert not same_images(data.fingerprint(), other.fingerprint())
 
 
 def test_images_of_one_color_have_a_std_to_divide_by():

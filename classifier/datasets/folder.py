@@ -12,13 +12,15 @@ from classifier.config import Config
 from classifier.datasets import decode, named, pixel_range, unreadable
 from classifier.datasets.data_report import build_report
 from classifier.datasets.dataset import Dataset, Split, build_dataset
-from classifier.datasets.duplicates import draw_test, first_occurrence, near_duplicates
+from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
 from classifier.datasets.folder_layout import find_splits, list_images
 from classifier.datasets.image_cache import DecodedCache, open_cache
+from classifier.datasets.splits import Identity, hold_out
 from classifier.errors import UserError
 from classifier.text import pluralize
 
 SIZES = (32, 48, 64)  # pixels; a network learns images of up to 64 in minutes on a laptop
+TEST_FRACTION = 0.2  # of each class, where there is no test/
 # If more of the files cannot be read, something is wrong with all of them. In a small folder a few
 # damaged files are more than MAX_UNREADABLE.
 MAX_UNREADABLE = 0.01  # share of the files
@@ -35,6 +37,8 @@ class Images(NamedTuple):
         report: the content of data_report.json.
         files: path of each training image, relative to the folder.
         pixel_ranges: of the values of images with more than 8 bits a pixel.
+        train_ids, valid_ids, test_ids: what the images of each split are known by.
+        drawn: see Dataset.
     """
 
     classes: list[str]
@@ -44,13 +48,18 @@ class Images(NamedTuple):
     report: dict[str, Any]
     files: list[str]
     pixel_ranges: pixel_range.Ranges
+    train_ids: Identity
+    valid_ids: Identity
+    test_ids: Identity
+    drawn: tuple[str, ...]
 
 
 def load_folder(config: Config, image_size: int | None = None) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
 
-    Every image is decoded once, into a cache in `config.data_dir`. Without test/, a fifth of each
-    class is for testing.
+    Every image is decoded once, into a cache in `config.data_dir`. Without test/, about a fifth of
+    each class is for testing. Which images are held out depends on their content, and those that
+    are identical or nearly so are on one side: see `splits`.
 
     image_size: height and width of the decoded images, in pixels, unless `config.image_size` is
         given; by default what suits the images, at most 64.
@@ -79,6 +88,10 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         report=images.report,
         files=images.files,
         pixel_ranges=images.pixel_ranges,
+        train_ids=images.train_ids,
+        valid_ids=images.valid_ids,
+        test_ids=images.test_ids,
+        drawn=images.drawn,
     )
 
 
@@ -107,11 +120,12 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
     if not skip_unreadable:
         _check_few_unreadable(folder, len(files), cache.unreadable, listed_in)
 
-    pairs = near_duplicates(images, cache)
+    twins = near_duplicates(images, cache)
+    ids = _identify(images, twins.pairs)
     used = np.arange(len(images))
     if learning == "all":
         used = _without_copies(images, len(classes))
-    report = build_report(folder, classes, size, images, used, pairs, cache.unreadable, left_out)
+    report = build_report(folder, classes, size, images, used, twins, cache.unreadable, left_out)
     if listed_in:
         report["words"].append(f"  all files that cannot be read, and why: {listed_in}")
     report |= _report_ranges(folder, images, cache.ranges, report["words"])
@@ -121,10 +135,11 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
     train = used[used_splits == learning]
     valid = used[used_splits == "valid"]
     test = used[used_splits == "test"]
+    drawn: tuple[str, ...] = ()
     if not len(test):
-        is_test = draw_test(images["label"], train, pairs)
-        test = train[is_test]
-        train = train[~is_test]
+        drawn = ("testing",)
+        test = _draw_test(images["label"], ids.groups.numpy(), train, valid)
+        train = np.setdiff1d(train, test)
         if not len(test):
             needed = "3 that differ are needed, or a folder test/"
             raise UserError(f"{folder}: no class has enough images to test with: {needed}")
@@ -138,7 +153,31 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
         report=report,
         files=images["path"][train].tolist(),
         pixel_ranges=cache.ranges,
+        train_ids=ids.select(train),
+        valid_ids=ids.select(valid),
+        test_ids=ids.select(test),
+        drawn=drawn,
     )
+
+
+def _identify(images: np.ndarray, pairs: np.ndarray) -> Identity:
+    """What each of the images, FILE (N,), is known by. pairs: see Duplicates."""
+    digests = images["record"]["content"].astype(np.int64)
+    groups = group_images(digests, pairs)
+    return Identity(torch.from_numpy(digests), torch.from_numpy(groups))
+
+
+def _draw_test(
+    labels: np.ndarray, groups: np.ndarray, train: np.ndarray, valid: np.ndarray
+) -> np.ndarray:
+    """Draw the images to test with from those to train on: int64, indices.
+
+    labels, groups: int64 (N,), of all images. train, valid: indices of the images of these splits.
+    What is like an image to validate on is not drawn, for settings are chosen by that one.
+    """
+    to_draw_from = train[~np.isin(groups[train], groups[valid])]
+    is_test = hold_out(labels[to_draw_from], groups[to_draw_from], TEST_FRACTION, "test")
+    return to_draw_from[is_test]
 
 
 def _note_left_out(left_out: list[str]) -> None:

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from classifier.datasets import decode, pixel_range, unreadable
-from classifier.datasets.image_records import EXTREMA, LAYOUT, RECORD, key_with_range
+from classifier.datasets.image_records import DECODED_AS, EXTREMA, RECORD, key_with_range
 from classifier.datasets.memmap_images import MemmapImages
 from classifier.errors import UserError
 from classifier.files import NOT_WRITABLE, write_atomically
@@ -309,6 +309,7 @@ class DecodedCache:
             path = self.source / file["path"]
             key = int(file["key"])
             try:
+                content = decode.hash64(path.read_bytes())
                 image = decode.decode(path, self.size, self.ranges)
             except Exception as error:  # a damaged file makes Pillow raise almost anything
                 reasons = failed if _may_pass(error) else broken
@@ -319,7 +320,7 @@ class DecodedCache:
                 key = key_with_range(key, image.used_range)
             width, height = image.size
             pixels.append(image.pixels)
-            records.append((key, image.digest, width, height, image.dhash))
+            records.append((key, content, image.digest, width, height, image.dhash))
         return Piece(
             num_files=len(files),
             pixels=np.array(pixels, np.uint8).tobytes(),
@@ -359,7 +360,7 @@ def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> De
     UserError if the cache is damaged.
     """
     real = source.resolve()
-    identity = decode.hash64(os.fsencode(f"{real} {LAYOUT}"))
+    identity = decode.hash64(os.fsencode(f"{real} {DECODED_AS}"))
     title = f"{real.name}-{size}-{identity:016x}"
     failure: OSError | None = None
     for folder in cache_folders(data_dir):

@@ -13,6 +13,7 @@ from classifier.datasets.pixel_range import PixelRange
 RECORD = np.dtype(
     [
         ("key", "<u8"),  # of the file: see `file_key` and `key_with_range`
+        ("content", "<u8"),  # hash of the file's bytes: the same at every size of decoded images
         ("digest", "<u8"),  # hash of the decoded pixels: equal for identical images
         ("width", "<u4"),  # in the file, in pixels
         ("height", "<u4"),
@@ -42,11 +43,8 @@ FILE = np.dtype(
         ("high", np.float64),
     ]
 )
-# Part of a cache's name. Raise it when RECORD or the search for near-identical images changes, so
-# that caches of older versions are not used.
-LAYOUT = 2
-# Part of each key. Raise it when `decode` or `file_key` changes: images that older versions decoded
-# are then replaced.
+# Part of a cache's name. Raise it when `decode`, `file_key`, RECORD or the search for similar
+# images changes, so that caches of older versions are not used.
 DECODED_AS = 3
 PAGE = 4096  # bytes of a file at its beginning, middle and end that tell it from others
 HAS_CHANGE_TIME = os.name == "posix"  # st_ctime is the time of creation on Windows
@@ -61,7 +59,7 @@ def file_key(path: str, status: os.stat_result, file: Path) -> int:
 
     path: in the data set; file: the same file as it is opened here.
     """
-    identity = f"{DECODED_AS}\0{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
+    identity = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
     if HAS_CHANGE_TIME:
         return decode.hash64(os.fsencode(f"{identity}\0{status.st_ctime_ns}"))
     return decode.hash64(os.fsencode(identity) + _sample(file, status.st_size))
