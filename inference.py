@@ -303,7 +303,19 @@ def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset"
         raise UserError(f"{model.path} is for other classes than {data.name} has now")
     if is_folder:
         note_seen_images(model, data)
+        note_other_ranges(model, data)
     return data
+
+
+def note_other_ranges(model: Classifier, data: "Dataset") -> None:
+    """Print a note if the images' range of values is not that of the training any more."""
+    if data.pixel_ranges != model.pixel_ranges:
+        now = pixel_range.describe_ranges(data.pixel_ranges)
+        then = pixel_range.describe_ranges(model.pixel_ranges)
+        print(
+            f"note: values of pixels are taken as {now}, because of the images in the folder now, "
+            f"but {model.path} gives {then}: results for them will differ"
+        )
 
 
 def note_seen_images(model: Classifier, data: "Dataset") -> None:

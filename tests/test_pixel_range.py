@@ -1,6 +1,8 @@
 """The range of values of images with more than 8 bits a pixel: one for a whole data set."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,6 +277,21 @@ def test_model_keeps_the_range(inside, folder, tool_inside, capsys):
     write_grey(folder / "int.tif", noise(3), 50, np.uint16)
     _, err = tool_inside("inference")("hot.tif", "int.tif", "photos/a/0.tif")
     assert "hot.tif" in err and "int.tif" in err and "0.tif" not in err
+
+
+def test_other_range_of_a_folder_that_has_grown_is_noted(folder, capsys):
+    write_photos(folder, [4095], np.uint16)
+    data = load()
+    model = SimpleNamespace(path=Path("model.pth"), pixel_ranges=dict(data.pixel_ranges))
+    inference.note_other_ranges(model, data)
+    assert capsys.readouterr().out.count("note: ") == 0
+    for i in range(2):
+        write_grey(folder / "photos" / "a" / f"new {i}.tif", noise(i), 60000, np.uint16)
+    grown = load()
+    capsys.readouterr()
+    inference.note_other_ranges(model, grown)
+    out = capsys.readouterr().out
+    assert "4095" in out and "65535" in out and "model.pth" in out
 
 
 @pytest.mark.slow

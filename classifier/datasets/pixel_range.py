@@ -102,6 +102,12 @@ def describe_misfit(extrema: Extrema, used_range: PixelRange, is_known: bool) ->
     return ""
 
 
+def describe_ranges(ranges: Ranges) -> str:
+    """The ranges in words."""
+    parts = [f"{kind} from {black:g} to {white:g}" for kind, (black, white) in ranges.items()]
+    return " and ".join(parts) or "no range"
+
+
 def is_mostly_dark(high: np.ndarray, pixel_range: PixelRange) -> bool:
     """Whether most images are nearly black in this range, which only a few then fill.
 
