@@ -17,6 +17,7 @@ from classifier.config import Config
 from classifier.datasets import duplicates, splits
 from classifier.datasets.decode import hash64
 from classifier.datasets.folder import load_folder
+from classifier.errors import UserError
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 PARTS = ("train", "valid", "test")
@@ -194,18 +195,35 @@ def test_class_of_which_all_images_are_alike_is_trained_on_with_its_copies(folde
     assert copies == {parts[Path("photos", "red", "copy.png")]} == {"train"}
 
 
-def test_no_image_is_judged_by_a_network_that_was_trained_on_a_near_copy(folder):
+def test_no_image_is_judged_by_a_network_that_was_trained_on_a_near_copy(folder, monkeypatch):
     write_scenes(folder / "photos" / "train", num_scenes=60)
     write_scenes(folder / "photos" / "test", num_scenes=6, seed=1)
     data = load(val_fraction=0.0)
-    scene_names = [scene_of(file) for file in data.files]
-    judged = []
-    for train, held_out in explain.stratified_folds(data.train.labels, data.train_ids):
-        trained_on = {scene_names[i] for i in train.tolist()}
-        assert not trained_on & {scene_names[i] for i in held_out.tolist()}
-        assert set(data.train.labels[train].tolist()) == {0, 1}
-        judged += held_out.tolist()
-    assert sorted(judged) == list(range(300))
+    scene_of_image = {}
+    for image, file in zip(data.train.images, data.files, strict=True):
+        scene_of_image[image.numpy().tobytes()] = scene_of(file)
+
+    def train_and_predict(config, fold, device):
+        trained_on, judged = (
+            {scene_of_image[image.numpy().tobytes()] for image in split.images}
+            for split in (fold.train, fold.valid)
+        )
+        assert not trained_on & judged and len(trained_on | judged) == 60
+        assert set(fold.train.labels.tolist()) == {0, 1}
+        return torch.nn.functional.one_hot(fold.valid.labels, 2).float()
+
+    monkeypatch.setattr(explain, "train_and_predict", train_and_predict)
+    config, device = Config(dataset="photos"), torch.device("cpu")
+    probabilities = explain.out_of_fold_probabilities(config, data, device)
+    assert torch.equal(probabilities.argmax(1), data.train.labels)  # each image was judged
+
+
+def test_class_of_near_copies_alone_cannot_be_judged(folder):
+    write_scenes(folder / "photos" / "train", num_scenes=2, shots=8, classes=["a"])
+    write_noise(folder / "photos", {"train/b": 9, "test/a": 3, "test/b": 3})
+    data = load(val_fraction=0.0)
+    with pytest.raises(UserError, match="3 training images"):
+        next(explain.stratified_folds(data.train.labels, data.train_ids))
 
 
 def test_groups_are_whole_where_there_are_too_many_pairs_to_list(folder, monkeypatch):

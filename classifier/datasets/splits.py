@@ -71,6 +71,8 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, salt: str)
 
     for group in np.argsort(numbers).tolist():
         is_drawn = numbers[group] < fraction
+        if not is_drawn and (num_held_out >= least).all():
+            break  # the groups that follow are not drawn either
         too_few = any(num_held_out[label] < least[label] for label, _ in counts[group])
         fits = all(num_held_out[label] + count <= most[label] for label, count in counts[group])
         if (is_drawn or too_few) and fits:
