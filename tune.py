@@ -534,7 +534,7 @@ def main() -> int:
     settings = non_default_settings(configure(**search.fixed))
     for name in OF_ONE_MACHINE:
         settings.pop(name, None)
-    study.begin(settings)
+    study.begin(settings, search.data.fingerprint())
     num_trials = study.num_trials()
     known = f", which has {num_trials} of the trials already" if num_trials else ""
     print(f"Searching in {search.folder}{known}")

@@ -14,12 +14,14 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from classifier.config import flag
+from classifier.datasets.dataset import same_images
 from classifier.errors import UsageError
 from classifier.legacy import translate_settings
 from classifier.recipes import Settings
 
 # User attributes of the study and its trials.
 FIXED = "fixed"  # of the study: the settings that all its trials share
+FINGERPRINT = "fingerprint"  # of the study: tells its images from others
 DEFAULTS = "defaults"  # of the trial with the program's defaults
 SETTINGS = "settings"  # of a trial: the settings that the search chose
 WORKER = "worker"  # of a trial: number of the worker that runs or ran it
@@ -54,14 +56,20 @@ class Study:
 
     # ---- before the search ----
 
-    def begin(self, fixed: Settings) -> None:
+    def begin(self, fixed: Settings, fingerprint: list[float]) -> None:
         """Fail the trials of processes that were killed, and queue a trial with the defaults.
 
-        fixed: the settings that all trials share. Raises UsageError if the study has other ones.
+        Args:
+            fixed: the settings that all trials share.
+            fingerprint: of the data set.
+
+        Raises UsageError if the study has other settings or images.
         """
         with self._ask_lock():
             self._check_fixed(fixed)
+            self._check_images(fingerprint)
             self.optuna_study.set_user_attr(FIXED, fixed)
+            self.optuna_study.set_user_attr(FINGERPRINT, fingerprint)
             self._fail_abandoned_trials()
             if not self._has_default_trial():
                 self.optuna_study.enqueue_trial({}, user_attrs={DEFAULTS: True})
@@ -75,6 +83,14 @@ class Study:
                     f"{self.folder} is a search with {flag(name)} {value}: "
                     "name a new one with --study NAME"
                 )
+
+    def _check_images(self, fingerprint: list[float]) -> None:
+        known = self.optuna_study.user_attrs.get(FINGERPRINT, fingerprint)
+        if not same_images(known, fingerprint):
+            raise UsageError(
+                f"{self.folder} is a search on other images than the data set has now, and their "
+                "accuracies cannot be compared: name a new one with --study NAME"
+            )
 
     def _fail_abandoned_trials(self) -> None:
         for trial in self._trials(TrialState.RUNNING):

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from classifier.checkpoints import load_weights, read_checkpoint
 from classifier.config import Config
+from classifier.datasets import pixel_range
 from classifier.datasets.dataset import SPLIT_RULES, Dataset
 from classifier.distributed import Group
 from classifier.errors import Diverged
@@ -236,7 +237,7 @@ def describe(
     mean, std = data.mean, data.std
     if isinstance(model, ImageNetClassifier):
         mean, std = model.normalisation
-    return {
+    content: dict[str, Any] = {
         "config": asdict(config),
         "classes": data.classes,
         "mean": mean,
@@ -249,6 +250,9 @@ def describe(
         **digests_for_file(data),
         "versions": versions,
     }
+    if data.pixel_ranges:
+        content["pixel_ranges"] = pixel_range.to_json(data.pixel_ranges)
+    return content
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

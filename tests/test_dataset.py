@@ -1,5 +1,7 @@
 """Splits, resizing and statistics of a data set."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from classifier.datasets.dataset import (
     Dataset,
     Split,
     build_dataset,
+    digest_of,
     resize,
     same_images,
     stratified_split,
@@ -208,6 +211,57 @@ def test_mean_and_std_are_those_of_the_training_images(images_and_labels):
     assert data.mean == pytest.approx(values.mean(axis=(0, 2, 3)), abs=1e-6)
     assert data.std == pytest.approx(values.std(axis=(0, 2, 3)), abs=1e-6)
     assert data.fingerprint()[:4] == [len(data.train.labels), *data.mean]
+
+
+def test_fingerprint_is_of_pixels_labels_and_order():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1200, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(1200) % 4
+
+    def fingerprint(images, labels):
+        return build(Split(images, labels), val_fraction=0.0).fingerprint()
+
+    original = fingerprint(images, labels)
+    assert fingerprint(images.clone(), labels.clone()) == original
+    assert same_images(original, original)
+
+    reversed_order = torch.arange(1199, -1, -1)
+    two_places = torch.arange(1200)
+    two_places[[3, 700]] = two_places[[700, 3]]
+    last_pixels = images.clone()
+    last_pixels[3, -1, -1, -1] ^= 1  # and so that the mean stays the same
+    last_pixels[4, -1, -1, -1] += images[3, -1, -1, -1] - last_pixels[3, -1, -1, -1]
+    others = [
+        (images[reversed_order], labels[reversed_order]),
+        (images, labels[two_places]),  # labels were corrected: number and mean are the same
+        (images[two_places], labels),
+        (last_pixels, labels),
+    ]
+    for other_images, other_labels in others:
+        other = fingerprint(other_images, other_labels)
+        assert math.dist(original[:4], other[:4]) < 1e-9
+        assert not same_images(original, other)
+
+
+def test_fingerprint_does_not_depend_on_the_layout_in_memory():
+    images = torch.randint(0, 256, (700, 3, 12, 12), dtype=torch.uint8)
+    labels = torch.arange(700) % 4
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert digest_of(Split(channels_last, labels)) == digest_of(Split(images, labels))
+
+
+def test_fingerprint_stays_the_same():
+    """It is saved with each run."""
+    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8)
+    assert digest_of(Split(images, torch.tensor([0, 1]))) == 0xE812D17F
+
+
+def test_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes():
+    new = [100, 0.5, 0.4, 0.3, 12345.0]
+    assert same_images(new, [100, 0.5, 0.4, 0.3])
+    assert same_images([100, 0.5, 0.4, 0.3], new)
+    assert not same_images(new, [100, 0.5, 0.4, 0.31])
+    assert not same_images(new, [100, 0.5, 0.4, 0.3, 12346.0])
 
 
 def test_fingerprint_tells_images_from_others(images_and_labels):

@@ -40,9 +40,9 @@ def decoded(monkeypatch):
     names = []
     original = decode.decode
 
-    def decode_and_note(path, size):
+    def decode_and_note(path, *arguments):
         names.append(path.name)
-        return original(path, size)
+        return original(path, *arguments)
 
     monkeypatch.setattr(decode, "decode", decode_and_note)
     return names
@@ -207,9 +207,9 @@ from classifier.datasets import decode, image_cache
 
 original = decode.decode
 
-def decode_slowly(path, size):
+def decode_slowly(*arguments):
     time.sleep(0.05)
-    return original(path, size)
+    return original(*arguments)
 
 decode.decode = decode_slowly
 image_cache.WRITE_BYTES = 0

@@ -437,6 +437,9 @@ def test_run_with_other_images_cannot_go_on(saved_run, data, where):
     with pytest.raises(UserError, match="images"):
         runs.check_resumable(saved_run.path, data, make_network)
     assert data.fallback_reason == ""
+    content["fingerprint"] = data.fingerprint()[:-1]  # version 0.9.1 knew number and mean
+    save_checkpoint(saved_run.path / where, content)
+    runs.check_resumable(saved_run.path, data, make_network)
     del content["fingerprint"]  # an older version saved none
     save_checkpoint(saved_run.path / where, content)
     runs.check_resumable(saved_run.path, data, make_network)

@@ -34,6 +34,7 @@ QUICK = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--width", "
 # Optimiser, rate, decay, dropout and augmentation remain to be searched.
 FAST = [*QUICK, "--batch-size", "100", "--device", "cpu"]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+FINGERPRINT = [100, 0.5, 0.5, 0.5, 7.0]  # of a data set
 STUDY = Path("runs", "tune", "digits-cnn")
 
 
@@ -286,8 +287,8 @@ def test_a_worker_has_a_number_of_its_own(study):
 
 
 def test_trials_are_counted_and_handed_out(study):
-    study.begin({"epochs": 3})
-    study.begin({"epochs": 3})
+    study.begin({"epochs": 3}, FINGERPRINT)
+    study.begin({"epochs": 3}, FINGERPRINT)
     first = study.ask(worker=5, max_trials=2)
     assert first.user_attrs == {DEFAULTS: True, "worker": 5}
     second = study.ask(worker=0, max_trials=2)
@@ -309,20 +310,27 @@ def test_trials_are_counted_and_handed_out(study):
 
 
 def test_abandoned_trials_fail_but_not_those_of_living_workers(study):
-    study.begin({})
+    study.begin({}, FINGERPRINT)
     with study.worker() as number:
         study.ask(number, 10)
         study.ask(number + 1, 10)  # of a process that was killed
-        study.begin({})
+        study.begin({}, FINGERPRINT)
     assert [trial.state for trial in study._trials()] == [TrialState.RUNNING, TrialState.FAIL]
 
 
 def test_study_with_other_settings_is_refused(study):
-    study.begin({"epochs": 3, "subset": 100})
+    study.begin({"epochs": 3, "subset": 100}, FINGERPRINT)
     for other in ({"epochs": 4, "subset": 100}, {"epochs": 3}, {"epochs": 3, "subset": 1, "lr": 1}):
         with pytest.raises(UsageError, match="--study"):
-            study.begin(other)
-    study.begin({"subset": 100, "epochs": 3})
+            study.begin(other, FINGERPRINT)
+    study.begin({"subset": 100, "epochs": 3}, FINGERPRINT)
+
+
+def test_study_of_other_images_is_refused(study):
+    study.begin({"epochs": 3}, FINGERPRINT)
+    study.begin({"epochs": 3}, FINGERPRINT)
+    with pytest.raises(UsageError, match="--study"):
+        study.begin({"epochs": 3}, [*FINGERPRINT[:-1], 8.0])
 
 
 def test_study_of_version_0_9_goes_on(here, study, folder):
@@ -348,7 +356,7 @@ def test_study_of_version_0_9_goes_on(here, study, folder):
 def test_removed_settings_of_version_0_9_are_refused(study):
     study.optuna_study.set_user_attr(FIXED, {"model": "convnet", "depth": 3})
     with pytest.raises(UserError, match="depth"):
-        study.begin({"model": "convnet"})
+        study.begin({"model": "convnet"}, FINGERPRINT)
 
 
 def test_best_json_of_version_0_9_is_a_recipe(here, folder):

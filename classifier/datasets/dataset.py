@@ -6,7 +6,7 @@ Every loader reads all images that are not for testing and hands them to `build_
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from classifier.config import Config
+from classifier.datasets.pixel_range import Ranges
 from classifier.datasets.splits import Identity, hold_out, random_numbers
 from classifier.errors import UsageError
 
@@ -68,6 +69,8 @@ class Dataset:
         files: of a folder of images, the paths, relative to it, of its training images before any
             were held out for validation or left out by --subset.
         train_indices: int64 (N,), which of these training images `train` holds.
+        pixel_ranges: of a folder of images, the range of values of those with more than 8 bits a
+            pixel: see `classifier.datasets.pixel_range`.
         train_ids, valid_ids, test_ids: of a folder of images, what the images of each part are
             known by.
         drawn: what images were drawn for by rules that are not those of version 0.9: "testing",
@@ -88,6 +91,7 @@ class Dataset:
     report: dict[str, Any] | None = None
     files: list[str] | None = None
     train_indices: torch.Tensor | None = None
+    pixel_ranges: Ranges = field(default_factory=dict)
     train_ids: Identity | None = None
     valid_ids: Identity | None = None
     test_ids: Identity | None = None
