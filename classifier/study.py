@@ -20,6 +20,7 @@ from classifier.recipes import Settings
 
 # User attributes of the study and its trials.
 FIXED = "fixed"  # of the study: the settings that all its trials share
+IMAGES = "images"  # of the study: a digest of the images of its data set; see `begin`
 DEFAULTS = "defaults"  # of the trial with the program's defaults
 SETTINGS = "settings"  # of a trial: the settings that the search chose
 WORKER = "worker"  # of a trial: number of the worker that runs or ran it
@@ -54,14 +55,21 @@ class Study:
 
     # ---- before the search ----
 
-    def begin(self, fixed: Settings) -> None:
+    def begin(self, fixed: Settings, images: str = "") -> None:
         """Fail the trials of processes that were killed, and queue a trial with the defaults.
 
-        fixed: the settings that all trials share. Raises UsageError if the study has other ones.
+        Args:
+            fixed: the settings that all trials share.
+            images: a digest of the images to train and validate on; empty for a data set that is
+                the same everywhere.
+
+        Raises UsageError if the study has other settings or other images.
         """
         with self._ask_lock():
             self._check_fixed(fixed)
+            self._check_images(images)
             self.optuna_study.set_user_attr(FIXED, fixed)
+            self.optuna_study.set_user_attr(IMAGES, images)
             self._fail_abandoned_trials()
             if not self._has_default_trial():
                 self.optuna_study.enqueue_trial({}, user_attrs={DEFAULTS: True})
@@ -75,6 +83,19 @@ class Study:
                     f"{self.folder} is a search with {flag(name)} {value}: "
                     "name a new one with --study NAME"
                 )
+
+    def _check_images(self, images: str) -> None:
+        known = self.optuna_study.user_attrs.get(IMAGES)
+        if known is None and images and self.num_trials():
+            print(
+                "note: this search was begun by an older version, which did not record on which "
+                "images: if they have changed since, name a new one with --study NAME"
+            )
+        elif known is not None and known != images:
+            raise UsageError(
+                f"{self.folder} is a search on other images than the data set has now, or with "
+                "other labels: name a new one with --study NAME"
+            )
 
     def _fail_abandoned_trials(self) -> None:
         for trial in self._trials(TrialState.RUNNING):
@@ -156,7 +177,7 @@ class Study:
         """
 
         def rank(trial: FrozenTrial) -> tuple[float, bool]:
-            return trial.value or 0.0, is_default(trial)
+            return accuracy_of(trial), is_default(trial)
 
         return max(self.complete_trials(), key=rank, default=None)
 
@@ -176,6 +197,12 @@ class Study:
 def is_default(trial: Trial | FrozenTrial) -> bool:
     """Whether this is the trial with the program's defaults."""
     return DEFAULTS in trial.user_attrs
+
+
+def accuracy_of(trial: FrozenTrial) -> float:
+    """Validation accuracy, in [0, 1], of a complete trial."""
+    assert trial.value is not None, trial.state
+    return trial.value
 
 
 def trial_settings(trial: FrozenTrial) -> Settings:

@@ -63,6 +63,7 @@ class Dataset:
         files: of a folder of images, the paths, relative to it, of its training images before any
             were held out for validation or left out by --subset.
         train_indices: int64 (N,), which of these training images `train` holds.
+        test_files: of a folder of images, the paths of the test images, relative to it.
     """
 
     name: str
@@ -78,11 +79,17 @@ class Dataset:
     report: dict[str, Any] | None = None
     files: list[str] | None = None
     train_indices: torch.Tensor | None = None
+    test_files: list[str] | None = None
+
+    @functools.cached_property
+    def unresized_test(self) -> Split:
+        """The test images at their own size; read at the first use."""
+        return self.load_test()
 
     @functools.cached_property
     def test(self) -> Split:
         """The test images, at the size of the training images; read at the first use."""
-        return resize(self.load_test(), self.train.images.shape[-1])
+        return resize(self.unresized_test, self.train.images.shape[-1])
 
     def first(self, count: int) -> "Dataset":
         """Only the first images of each part, for a trial run."""
@@ -90,8 +97,9 @@ class Dataset:
             self,
             train=self.train.first(count),
             valid=self.valid.first(count),
-            load_test=lambda: self.test.first(count),
+            load_test=lambda: self.unresized_test.first(count),
             num_test_images=min(self.num_test_images, count),
+            test_files=None if self.test_files is None else self.test_files[:count],
         )
 
     def fingerprint(self) -> list[float]:

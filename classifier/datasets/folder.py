@@ -30,6 +30,7 @@ class Images(NamedTuple):
         train, valid, test: the splits; valid is None if it is to be split off train.
         report: the content of data_report.json.
         files: path of each training image, relative to the folder.
+        test_files: the same of each test image.
     """
 
     classes: list[str]
@@ -38,6 +39,7 @@ class Images(NamedTuple):
     test: Split
     report: dict[str, Any]
     files: list[str]
+    test_files: list[str]
 
 
 def load_folder(config: Config, image_size: int | None = None) -> Dataset:
@@ -71,13 +73,16 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         flip_keeps_label=True,
         report=images.report,
         files=images.files,
+        test_files=images.test_files,
     )
 
 
 def _dataset_name(folder: Path) -> str:
     """The folder's name, made different from those of the other data sets."""
     name = folder.resolve().name or "images"
-    if name.lower() in ("cifar10", "digits", *named.NAMES):
+    others = ["cifar10", "digits", *named.NAMES]
+    others += [each.class_name.lower() for each in named.DATASETS.values()]
+    if name.lower() in others:
         return f"{name}-images"
     return name
 
@@ -123,6 +128,7 @@ def _read_images(folder: Path, data_dir: Path, size: int | None) -> Images:
         test=_to_split(images, test, cache, in_memory),
         report=report,
         files=images["path"][train].tolist(),
+        test_files=images["path"][test].tolist(),
     )
 
 
