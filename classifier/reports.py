@@ -1,6 +1,7 @@
 """What a run reports: the closing lines, report.json, its pictures, and the finished model."""
 
 import contextlib
+import glob
 import hashlib
 import pkgutil
 import platform
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from classifier import __version__, metrics, plots
+from classifier import __version__, metrics, plots, runs
 from classifier.checkpoints import save_checkpoint
 from classifier.cli import command_line, program
 from classifier.config import Config, is_custom_model
@@ -270,6 +271,21 @@ def model_name(model: str) -> str:
     return model.replace("torchvision:", "torchvision-").rpartition(":")[2]
 
 
+def _other_copy(model: Path, folder: Path, run_copy: Path) -> Path | None:
+    """A copy of a model that another run keeps, if there is one.
+
+    folder: that holds the runs. run_copy: the file of this run, whose name the others have, too.
+    """
+    size = model.stat().st_size
+    for path in folder.glob(f"*/{glob.escape(run_copy.name)}"):
+        is_own = run_copy.exists() and path.samefile(run_copy)
+        if is_own or path.stat().st_size != size:
+            continue
+        if path.read_bytes() == model.read_bytes():
+            return path
+    return None
+
+
 def export_model(report: Report, config: Config, data: Dataset) -> Report:
     """Copy the finished model to where the user finds it, and print what to do next.
 
@@ -285,11 +301,8 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
 
     replaced = ""
     if out.exists():
-        # at the default place it was written by a run, this one if it was resumed
-        has_copy = not config.out and not run_copy.exists()
-        replaced = " (replaced)"
-        if has_copy:
-            replaced = " (replaced; the run that made the old one has a copy)"
+        copy = _other_copy(out, runs.RUNS / data.name, run_copy)
+        replaced = f" (replaced; {copy} is a copy of the old one)" if copy else " (replaced)"
     content = report.checkpoint.read_bytes()
     write_atomically(run_copy, content)
     if out != run_copy:

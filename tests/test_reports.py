@@ -358,7 +358,7 @@ def export(folder, capsys):
     def run_export(data=None, run="run", **settings):
         data = data or make_data()
         path = folder / run
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         (path / "best.pth").write_text(f"weights of {run}")
         report = reports.export_model(make_report(data, run=path), Config(**settings), data)
         return report.checkpoint, capsys.readouterr().out
@@ -395,9 +395,12 @@ def test_replacing_a_model_is_said(export, folder):
     (folder / "mine.pth").write_text("old")
     assert "mine.pth (replaced)\n" in export(out="mine.pth")[1]
     assert (folder / "mine.pth").read_text() == "weights of run"
-    export(run="first")
-    assert "(replaced; the run" in export(run="second")[1]  # first has a copy
-    assert "(replaced)\n" in export(run="second")[1]  # its own, made longer
+    export(run="runs/CIFAR10/first")
+    printed = export(run="runs/CIFAR10/second")[1]
+    copy = Path("runs", "CIFAR10", "first", "model_cnn.pth")
+    assert f"(replaced; {copy} is a copy of the old one)" in printed
+    again = export(run="runs/CIFAR10/second")[1]  # its own copy is replaced, too
+    assert "(replaced)\n" in again
 
 
 def test_trial_run_replaces_no_model(export, folder):
