@@ -393,14 +393,15 @@ def verdict(a: Run, b: Run) -> list[str]:
 
     num_shared = len(positions[0])
     images = f"{num_shared:,} test images"
-    if num_shared < max(a.num_test, b.num_test):
+    all_are_shared = num_shared == a.num_test == b.num_test
+    if not all_are_shared:
         images += f" that both have, of {a.num_test:,} and {b.num_test:,}"
     if len(fewer.seeds) == 1:
         return compare_predictions(a, b, tested_a[0], tested_b[0], positions, images)
     if is_identified:
         a = on_images(a, tested_a, positions[0])
         b = on_images(b, tested_b, positions[1])
-    return [compare_seeds(a, b, images)]
+    return [compare_seeds(a, b, "" if all_are_shared else f", on {images}")]
 
 
 def are_identified(tested: list[Tested]) -> bool:
@@ -459,7 +460,7 @@ def on_images(run: Run, tested: list[Tested], positions: Sequence[int]) -> Run:
 def compare_seeds(a: Run, b: Run, images: str) -> str:
     """Whether one of two ways to train is better, in one line.
 
-    images: in words, how many test images the accuracies are of.
+    images: which test images the accuracies are of, in words; empty if of all.
     """
     difference = seed_difference(a.seeds, b.seeds)
     if math.isnan(difference.p):
@@ -471,7 +472,7 @@ def compare_seeds(a: Run, b: Run, images: str) -> str:
         test = f"paired over {len(a.seeds)} seeds"
     else:
         test = f"Welch's test over {len(a.seeds)} and {len(b.seeds)} seeds, not the same ones"
-    return describe_difference(a.name, b.name, difference, f"{test}, on {images}")
+    return describe_difference(a.name, b.name, difference, test + images)
 
 
 def compare_predictions(
