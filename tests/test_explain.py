@@ -306,7 +306,8 @@ def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
     assert config.init_from == "digits.pth" and config.freeze
     run = tool_inside("explain")
     out, _ = run("--label-issues", "--checkpoint", "photos.pth")
-    assert "labels look wrong" in out and "note" not in out
+    assert "labels look wrong" in out and "random weights" not in out
+    assert out.count("digits.pth is for other classes") == explain.NUM_FOLDS  # it was loaded
     (folder / "digits.pth").unlink()
     out, _ = run("--label-issues", "--checkpoint", "photos.pth")
     assert "labels look wrong" in out
