@@ -302,12 +302,12 @@ def fine_tuned(folder, inside):
 
 def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
     """The networks that judge start from the same weights, which have not seen these images."""
-    config = explain.settings_of_folds(fine_tuned)
-    assert config.init_from == "digits.pth" and config.freeze
     run = tool_inside("explain")
     out, _ = run("--label-issues", "--checkpoint", "photos.pth")
     assert "labels look wrong" in out and "random weights" not in out
     assert out.count("digits.pth is for other classes") == explain.NUM_FOLDS  # it was loaded
+    config = explain.settings_of_folds(fine_tuned)
+    assert config.init_from == "digits.pth" and config.freeze
     (folder / "digits.pth").unlink()
     out, _ = run("--label-issues", "--checkpoint", "photos.pth")
     assert "labels look wrong" in out
