@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import
 MIN_PIXELS = 32  # smaller images are enlarged for display
 MAX_MISTAKES = 20
 LETTERS = 22  # of a title's line that fit above an image
+FILE_LETTERS = 18  # of a file name, whose capitals and digits are wider
 MAX_CLASSES_WITH_NUMBERS = 30  # of a confusion matrix, whose numbers are readable up to here
 
 
@@ -118,7 +119,7 @@ def _title_size(title: str) -> float:
 
 def file_title(path: str) -> str:
     """The name of an image's file as a line of its title, shortened in the middle to fit."""
-    return shorten(printable(Path(path).name), LETTERS)
+    return shorten(printable(Path(path).name), FILE_LETTERS)
 
 
 def draw_samples(
