@@ -4,9 +4,9 @@
     python compare.py runs/CIFAR10/* --sort accuracy --format markdown
     python compare.py runs/CIFAR10/a runs/CIFAR10/b           and which of the two is better
 
-Two runs are compared image by image: is one network better than the other? Two runs with --repeat
-are compared by their seeds: is one way to train better than the other? The table then gives the
-means of accuracy and seconds.
+Two runs are compared image by image, over the test images that both have: is one network better
+than the other? Two runs with --repeat are compared by their seeds: is one way to train better than
+the other? The table then gives the means of accuracy and seconds.
 
 From Python: `runs, _ = read_runs(["runs/CIFAR10/a", "runs/CIFAR10/b"])`, then `table(runs)` and
 `verdict(*runs)`.
@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,21 @@ WITHOUT_EFFECT = {
     "substitution",
     "repeat",
 }
+# Names that --dataset takes for data sets that are the same everywhere; classifier/datasets/load.py
+# has them too, but needs torch.
+FIXED_DATASETS = {
+    "auto",
+    "cifar10",
+    "digits",
+    "cifar100",
+    "mnist",
+    "fashion-mnist",
+    "svhn",
+    "stl10",
+}
+# Two runs are compared if they share so many test images, and this share of the smaller test.
+MIN_SHARED = 10
+MIN_SHARE = 0.5
 Z = 1.959964  # 95 % of a normal distribution are within so many standard deviations of its mean
 ALPHA = 0.05  # significance level
 NO_VERDICT = "Cannot tell which is better"
@@ -72,7 +88,9 @@ class Run(NamedTuple):
         seeds: test accuracy in [0, 1] of each seed.
         interval: 95 % interval of the accuracy, in [0, 1]: of one seed over test images (Wilson),
             of several over seeds (Student's t).
+        is_fixed: whether the data set is the same everywhere, unlike a folder of images.
         script: digest of the image_classification.py that trained it; empty for old versions.
+        test_digest: digest of the test images and their labels; empty for old versions.
     """
 
     path: Path
@@ -85,7 +103,9 @@ class Run(NamedTuple):
     seconds: float
     seeds: dict[int, float]
     interval: tuple[float, float]
-    script: str = ""
+    is_fixed: bool
+    script: str
+    test_digest: str
 
     @property
     def accuracy(self) -> float:
@@ -138,7 +158,7 @@ def read_run(path: Path, name: str) -> Run:
         seeds = {}
         for seed, seed_report in enumerate(seed_reports, first_seed):
             seeds[seed] = float(seed_report["test_accuracy"])
-        low, high = report["test_accuracy_interval"]
+        low, high = report[_interval_key(report)]
         return Run(
             path,
             name,
@@ -150,10 +170,21 @@ def read_run(path: Path, name: str) -> Run:
             seconds=statistics.fmean(float(each["seconds"]) for each in seed_reports),
             seeds=seeds,
             interval=(float(low), float(high)),
-            script=str(report.get("versions", {}).get("script", "")),
+            is_fixed=settings.get("dataset") in FIXED_DATASETS,
+            script=str(report.get("versions", {}).get("script") or ""),
+            test_digest=str(report.get("test_digest") or ""),
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged(path / "report.json", " or config.json beside it") from None
+
+
+def _interval_key(report: dict[str, Any]) -> str:
+    """The key of the accuracy's interval: over test images, or with --repeat over the seeds.
+
+    In version 0.9 both had the name that is now of the first only.
+    """
+    mean_interval = "test_accuracy_mean_interval"
+    return mean_interval if mean_interval in report else "test_accuracy_interval"
 
 
 def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -197,24 +228,72 @@ def shortest_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_predictions(run: Run) -> tuple[list[str], list[bool]]:
-    """The class of each test image, and whether the run predicted it.
+class Tested(NamedTuple):
+    """What a network made of its test images, in their order.
 
-    Raises UserError if test_predictions.csv is damaged.
+    Attributes:
+        labels: the class of each image.
+        hits: whether it was predicted.
+        digests: of each image, empty where not known; version 0.9 recorded none.
     """
-    path = run.path / "test_predictions.csv"
-    labels, hits = [], []
+
+    labels: list[str]
+    hits: list[bool]
+    digests: list[str]
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether it is known which images these are."""
+        return any(self.digests)
+
+    def positions(self) -> dict[tuple[str, str, int], int]:
+        """Where each image stands, by digest, label and how often both came before."""
+        counts: Counter[tuple[str, str]] = Counter()
+        positions = {}
+        for position, (digest, label) in enumerate(zip(self.digests, self.labels, strict=True)):
+            if digest:
+                positions[digest, label, counts[digest, label]] = position
+                counts[digest, label] += 1
+        return positions
+
+    def accuracy(self, positions: Sequence[int]) -> float:
+        """Share of the images at these positions that were predicted correctly."""
+        return statistics.fmean(self.hits[position] for position in positions)
+
+
+def read_predictions(run: Run) -> list[Tested]:
+    """What each seed of a run made of its test images; empty if a test_predictions.csv is missing.
+
+    Raises UserError if one is damaged.
+    """
+    tested = []
+    for seed, accuracy in run.seeds.items():
+        folder = run.path if len(run.seeds) == 1 else run.path / f"seed-{seed}"
+        path = folder / "test_predictions.csv"
+        if not path.exists():
+            return []
+        tested.append(_read_tested(path, run.num_test, accuracy))
+    identified = [each.digests for each in tested if each.is_identified]
+    if any(digests != identified[0] for digests in identified):
+        raise damaged(run.path, ", whose seeds were tested on different images,")
+    return tested
+
+
+def _read_tested(path: Path, num_test: int, accuracy: float) -> Tested:
+    """Read a test_predictions.csv. num_test, accuracy: as report.json has them."""
+    tested = Tested([], [], [])
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                labels.append(row["label"])
-                hits.append(row["label"] == row["prediction"])
+                tested.labels.append(row["label"])
+                tested.hits.append(row["label"] == row["prediction"])
+                tested.digests.append(row.get("digest") or "")
     except (LookupError, ValueError, csv.Error):
         raise damaged(path) from None
-    expected_hits = run.accuracy * run.num_test
-    if len(hits) != run.num_test or abs(sum(hits) - expected_hits) > 0.01:
+    num_hits = sum(tested.hits)
+    if len(tested.hits) != num_test or abs(num_hits - accuracy * num_test) > 0.01:
         raise damaged(path, ", which does not fit report.json,")
-    return labels, hits
+    return tested
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -294,22 +373,95 @@ def verdict(a: Run, b: Run) -> list[str]:
 
     Raises UserError for a damaged test_predictions.csv.
     """
-    if (a.dataset, a.num_test) != (b.dataset, b.num_test):
-        return [f"{NO_VERDICT}: they were tested on different images"]
     fewer, more = sorted((a, b), key=lambda run: len(run.seeds))
-    if len(fewer.seeds) > 1:
-        return [compare_seeds(a, b)]
-    if len(more.seeds) > 1:
+    if len(fewer.seeds) == 1 < len(more.seeds):
         count = len(more.seeds)
         return [
             f"{NO_VERDICT}: {more.name} is of {count} seeds, {fewer.name} of one: "
             f"train {fewer.name} with --repeat {count} too"
         ]
-    return compare_predictions(a, b)
+    tested_a, tested_b = read_predictions(a), read_predictions(b)
+    is_identified = are_identified(tested_a) and are_identified(tested_b)
+    if is_identified:
+        positions = shared_images(tested_a[0], tested_b[0])
+        problem = problem_of_shared(a, b, len(positions[0]))
+    else:
+        positions = [*range(a.num_test)], [*range(b.num_test)]
+        problem = problem_of_unidentified(a, b, tested_a, tested_b)
+    if problem:
+        return [f"{NO_VERDICT}: {problem}"]
+
+    num_shared = len(positions[0])
+    images = f"{num_shared:,} test images"
+    all_are_shared = num_shared == a.num_test == b.num_test
+    if not all_are_shared:
+        images += f" that both have, of {a.num_test:,} and {b.num_test:,}"
+    if len(fewer.seeds) == 1:
+        return compare_predictions(a, b, tested_a[0], tested_b[0], positions, images)
+    if is_identified:
+        a = on_images(a, tested_a, positions[0])
+        b = on_images(b, tested_b, positions[1])
+    return [compare_seeds(a, b, "" if all_are_shared else f", on {images}")]
 
 
-def compare_seeds(a: Run, b: Run) -> str:
-    """Whether one of two ways to train is better, in one line."""
+def are_identified(tested: list[Tested]) -> bool:
+    """Whether each seed of a run has recorded which images it was tested on."""
+    return len(tested) > 0 and all(each.is_identified for each in tested)
+
+
+def shared_images(a: Tested, b: Tested) -> tuple[list[int], list[int]]:
+    """Positions in a and in b of the images that both have with the same label.
+
+    Where several are identical, each is paired once.
+    """
+    positions_a, positions_b = a.positions(), b.positions()
+    shared = [key for key in positions_a if key in positions_b]
+    return [positions_a[key] for key in shared], [positions_b[key] for key in shared]
+
+
+def problem_of_shared(a: Run, b: Run, num_shared: int) -> str:
+    """Why two runs cannot be compared that share so many test images; empty if they can."""
+    if num_shared >= max(MIN_SHARED, MIN_SHARE * min(a.num_test, b.num_test)):
+        return ""
+    return (
+        f"of the {a.num_test:,} test images of {a.name} and the {b.num_test:,} of {b.name} only "
+        f"{num_shared:,} are the same, with the same label: train both on the same images"
+    )
+
+
+def problem_of_unidentified(a: Run, b: Run, tested_a: list[Tested], tested_b: list[Tested]) -> str:
+    """Why two runs cannot be compared of which one did not record its test images.
+
+    Empty if they can: those of a data set that is the same everywhere are known nevertheless.
+    """
+    runs = ((a, tested_a), (b, tested_b))
+    for run, tested in runs:
+        if not tested and len(run.seeds) == 1:
+            return f"{run.name} has no test_predictions.csv: train it again"
+    if not (a.is_fixed and b.is_fixed):
+        for run, tested in runs:
+            if not are_identified(tested):
+                return f"{run.name} has no record of which images it was tested on: train it again"
+    if (a.dataset, a.num_test) != (b.dataset, b.num_test):
+        return "they were tested on different images"
+    if tested_a and tested_b and tested_a[0].labels != tested_b[0].labels:
+        return "they were tested on different images, by the labels in test_predictions.csv"
+    return ""
+
+
+def on_images(run: Run, tested: list[Tested], positions: Sequence[int]) -> Run:
+    """The run, with the accuracy of each seed on the test images at these positions only."""
+    seeds = {}
+    for seed, of_seed in zip(run.seeds, tested, strict=True):
+        seeds[seed] = of_seed.accuracy(positions)
+    return run._replace(seeds=seeds)
+
+
+def compare_seeds(a: Run, b: Run, images: str) -> str:
+    """Whether one of two ways to train is better, in one line.
+
+    images: which test images the accuracies are of, in words; empty if of all.
+    """
     difference = seed_difference(a.seeds, b.seeds)
     if math.isnan(difference.p):
         return (
@@ -320,32 +472,28 @@ def compare_seeds(a: Run, b: Run) -> str:
         test = f"paired over {len(a.seeds)} seeds"
     else:
         test = f"Welch's test over {len(a.seeds)} and {len(b.seeds)} seeds, not the same ones"
-    return describe_difference(a.name, b.name, difference, test)
+    return describe_difference(a.name, b.name, difference, test + images)
 
 
-def compare_predictions(a: Run, b: Run) -> list[str]:
-    """Whether one of two networks is better, in one or two lines."""
-    for run in (a, b):
-        if not (run.path / "test_predictions.csv").exists():
-            return [
-                f"{NO_VERDICT}: {run.name} has no test_predictions.csv, which old versions did "
-                "not write: train it again"
-            ]
-    labels_a, hits_a = read_predictions(a)
-    labels_b, hits_b = read_predictions(b)
-    if labels_a != labels_b:
-        return [
-            f"{NO_VERDICT}: they were tested on different images, by the labels in "
-            "test_predictions.csv"
-        ]
-    pairs = list(zip(hits_a, hits_b, strict=True))
+def compare_predictions(
+    a: Run,
+    b: Run,
+    tested_a: Tested,
+    tested_b: Tested,
+    positions: tuple[list[int], list[int]],
+    images: str,
+) -> list[str]:
+    """Whether one of two networks is better, in two lines.
+
+    positions: of the images to compare, in tested_a and in tested_b. images: in words, how many.
+    """
+    pairs = []
+    for position_a, position_b in zip(*positions, strict=True):
+        pairs.append((tested_a.hits[position_a], tested_b.hits[position_b]))
     only_a = pairs.count((True, False))
     only_b = pairs.count((False, True))
-    test = (
-        f"paired over {a.num_test:,} test images: {only_a} only {a.name} recognises, "
-        f"{only_b} only {b.name}"
-    )
-    difference = paired_difference(only_a, only_b, a.num_test)
+    test = f"paired over {images}: {only_a} only {a.name} recognises, {only_b} only {b.name}"
+    difference = paired_difference(only_a, only_b, len(pairs))
     return [
         describe_difference(a.name, b.name, difference, test),
         "This is about these two networks; other seeds would give others. To find out whether one "
@@ -435,8 +583,8 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 def notes(runs: Sequence[Run]) -> list[str]:
     """What to know before comparing the accuracies in a table of these runs."""
     lines = []
-    test_sets = dict.fromkeys(f"{run.dataset}: {run.num_test:,}" for run in runs)
-    if len(test_sets) > 1:
+    if have_different_tests(runs):
+        test_sets = dict.fromkeys(f"{run.dataset}: {run.num_test:,}" for run in runs)
         listed = ", ".join(test_sets)
         lines.append(f"accuracies on different test images cannot be compared ({listed})")
     if len({len(run.seeds) > 1 for run in runs}) > 1:
@@ -444,6 +592,15 @@ def notes(runs: Sequence[Run]) -> list[str]:
     if len({run.script for run in runs if run.script}) > 1:
         lines.append("image_classification.py was changed between these runs")
     return lines
+
+
+def have_different_tests(runs: Sequence[Run]) -> bool:
+    """Whether not all of these runs were tested on the same images, as far as that is known."""
+    digests = {run.test_digest for run in runs}
+    if "" not in digests:
+        return len(digests) > 1
+    named = {(run.dataset, run.num_test) for run in runs}
+    return len(named) > 1 or len(digests - {""}) > 1
 
 
 def print_table(rows: list[list[str]], format: str) -> None:

@@ -35,15 +35,17 @@ try:
 
     import image_classification as ic
     from classifier import plots
+    from classifier.checkpoints import check_weights, read_checkpoint, read_state_dict
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
     from classifier.datasets import splits
     from classifier.datasets.dataset import Dataset, Split
     from classifier.datasets.splits import Identity
     from classifier.devices import choose_device, keep_freed_memory, training_process
-    from classifier.errors import UserError
+    from classifier.errors import UsageError, UserError
     from classifier.files import write_atomically, write_csv
     from classifier.heartbeat import Heartbeat
+    from classifier.networks.pretrained import last_layer_weights
     from classifier.text import percent
     from inference import Classifier, load_dataset_of, load_model, read_image, top_classes
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
@@ -167,8 +169,12 @@ def save_table(header: list[str], rows: list[list[Any]], path: Path) -> None:
     print(f"{path}: {len(rows)} rows")
 
 
-def draw_galleries(model: Classifier, test: Split, out: Path) -> torch.Tensor:
+def draw_galleries(
+    model: Classifier, test: Split, out: Path, files: list[str] | None = None
+) -> torch.Tensor:
     """Draw right and wrong predictions, the most confident first, with and without Grad-CAM.
+
+    files: paths of the test images, if they are files; their names are then in the pictures.
 
     Returns the predictions, int64 (N,).
     """
@@ -187,7 +193,8 @@ def draw_galleries(model: Classifier, test: Split, out: Path) -> torch.Tensor:
         titles = []
         for i in indices.tolist():
             label, prediction = model.classes[test.labels[i]], model.classes[predictions[i]]
-            titles.append(gallery_title(label, prediction, confidences[i].item()))
+            title = gallery_title(label, prediction, confidences[i].item())
+            titles.append(f"{plots.file_title(files[i])}\n{title}" if files else title)
         save_grid(images, titles, GALLERY_COLUMNS, out / f"gallery_{kind}.png")
         try:
             heat = grad_cam(network, images, predictions[indices])
@@ -380,10 +387,12 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     """
     from cleanlab import filter as cleanlab_filter
 
-    # weights to start from may have seen the images
-    config = Config(**{**model.settings, "minutes": 0.0, "resume": "", "init_from": ""})
-    with training_process(device, config.deterministic):
-        probabilities = out_of_fold_probabilities(config, data, device)
+    config = settings_of_folds(model)
+    try:
+        with training_process(device, config.deterministic):
+            probabilities = out_of_fold_probabilities(config, data, device)
+    except UsageError as error:  # an option of the model's training, which nobody has typed here
+        raise UserError(f"{model.path} cannot be trained again here: {error}") from None
     issues = cleanlab_filter.find_label_issues(
         data.train.labels.numpy(),
         probabilities.numpy(),
@@ -396,6 +405,51 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
         f"{len(indices)} of {len(data.train.labels)} labels look wrong; with some the network is "
         "wrong: look before you change one"
     )
+
+
+def settings_of_folds(model: Classifier) -> Config:
+    """The settings of the networks that judge labels: those that the model was trained with.
+
+    They start from the weights that the model started from, unless these are gone or may have seen
+    the images. What is left then is random weights, and no layer is frozen.
+    """
+    settings = {**model.settings, "minutes": 0.0, "resume": "", "compile": False}
+    init_from = settings.get("init_from")
+    problem = problem_with_weights(model, init_from) if init_from else ""
+    if problem:
+        settings["init_from"] = ""
+        start = "ImageNet's weights"
+        if not settings.get("pretrained"):
+            settings["freeze"] = False  # a frozen layer with random weights would learn nothing
+            start = "random weights, and all layers are trained"
+        print(f"note: {problem}: the networks start from {start}")
+    return Config(**settings)
+
+
+def problem_with_weights(model: Classifier, path: str) -> str:
+    """Why other networks cannot start from the weights that this model started from.
+
+    path: the file with these weights. Empty if they can.
+    """
+    is_network_path = path.startswith(("\\\\", "//"))  # a model file has it touch no other machine
+    if is_network_path or not Path(path).is_file():
+        return f"the model started from {path}, which is no longer there"
+    try:
+        content = read_checkpoint(path)
+    except (UserError, OSError) as error:
+        is_torchvision_file = model.settings.get("pretrained") and read_state_dict(path)
+        return "" if is_torchvision_file else f"the model started from {path}: {error}"
+    same_classes = content["classes"] == model.classes
+    if same_classes or content["config"].get("dataset") == model.settings.get("dataset"):
+        return f"{path}, from which the model started, may have seen these images"
+    if model.settings.get("pretrained"):
+        return ""
+    network = model.require_network()
+    try:
+        check_weights(network, {**content["model"], **last_layer_weights(network)}, path)
+    except UserError as error:
+        return f"the model started from {path}: {error}"
+    return ""
 
 
 def save_label_issues(
@@ -415,7 +469,9 @@ def save_label_issues(
         label, prediction = data.classes[labels[i]], data.classes[predictions[i]]
         confidence = round(float(confidences[i]), 4)
         rows.append([file_of(data, index), index, label, prediction, confidence])
-        titles.append(f"labelled {label},\nlooks like {prediction}")
+        title = f"labelled {label},\nlooks like {prediction}"
+        file_line = f"{plots.file_title(data.files[index])}\n" if data.files else ""
+        titles.append(file_line + title)
 
     header = ["file", "index_in_training_set", "label", "looks_like", "confidence"]
     save_table(header, rows, out / "label_issues.csv")
@@ -490,6 +546,9 @@ def train_and_predict(config: Config, data: Dataset, device: torch.device) -> to
     heartbeat = Heartbeat(trainer.state, trainer.group, config.progressive_resizing)
     while not trainer.state.progress.done:
         ic.train_one_epoch(trainer, heartbeat)
+        trainer.state.end_epoch(
+            valid_loss=None, valid_accuracy=None
+        )  # --scheduler plateau reads it
     return ic.evaluate(trainer.state.eval_model(), *data.valid).logits.softmax(1)
 
 
@@ -553,7 +612,7 @@ def main() -> int:
         find_label_issues(model, data, device, out)
         return 0
 
-    predictions = draw_galleries(model, data.test, out)
+    predictions = draw_galleries(model, data.test, out, data.test_files)
     draw_filters(network, out)
     first_image = data.test.images[torch.tensor([0])]
     draw_feature_maps(model, first_image, out / "feature_maps.png")

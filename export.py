@@ -28,7 +28,7 @@ try:
     from torch import nn
 
     import image_classification as ic
-    from classifier.cli import run_tool, tool_parser
+    from classifier.cli import command_line, program, run_tool, tool_parser
     from classifier.datasets import pixel_range
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
@@ -332,7 +332,8 @@ def main() -> int:
         export_int8(out, int8_out, data)
         print(f"\nIn 8 bits: {int8_out}")
     if options.format == "onnx":
-        print(f'\nUse it: python inference.py --checkpoint "{out}" IMAGE')
+        inference = program("inference.py") or ["python", "inference.py"]
+        print(f"\nUse it: {command_line([*inference, '--checkpoint', str(out), 'IMAGE'])}")
     return 0
 
 

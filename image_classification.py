@@ -875,7 +875,7 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
         with_tta = evaluate(state.model, data.test.images, data.test.labels, tta=config.tta)
         reports.add_tta_accuracy(results, config.tta, with_tta.accuracy)
     history = state.progress.history
-    return reports.write_report(run, log, config, results, history, data.test, tested.logits, best)
+    return reports.write_report(run, log, config, results, history, data, tested.logits, best)
 
 
 def train(

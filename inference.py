@@ -99,11 +99,11 @@ class Classifier:
     def describe(self) -> str:
         """What to know about its predictions, in two or three sentences."""
         text = f"{self.path.name} was trained on {self.dataset}"
-        if self.test_accuracy:
+        if self.test_accuracy is not None:
             text += f" and recognises {percent(self.test_accuracy)} of its test images"
         classes = ", ".join(self.classes)
         text += f". It knows {classes}; whatever else an image shows, it gets one of these."
-        if not self.temperature:
+        if self.temperature is None:
             text += " Its confidences are not calibrated."
         return text
 

@@ -19,7 +19,6 @@ import io
 import itertools
 import math
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,7 +32,14 @@ try:
 
     import image_classification as ic
     from classifier import seen_images
-    from classifier.cli import build_parser, parse_settings, run_tool
+    from classifier.cli import (
+        build_parser,
+        command_line,
+        parse_settings,
+        program,
+        python_command,
+        run_tool,
+    )
     from classifier.config import Config, flag
     from classifier.datasets.dataset import Dataset
     from classifier.devices import choose_device, keep_freed_memory, training_process
@@ -47,7 +53,7 @@ try:
     from classifier.resolve import check_before_data, configure, resolve_defaults
     from classifier.runs import StopRequest
     from classifier.search_space import BATCH_SIZES, SEARCHED, SearchSpace
-    from classifier.study import SETTINGS, Study, is_default, trial_settings
+    from classifier.study import SETTINGS, Study, accuracy_of, is_default, trial_settings
     from classifier.text import percent
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
@@ -149,12 +155,12 @@ def non_default_settings(config: Config) -> Settings:
 
 def train_command(settings: Settings) -> str:
     """The command that trains with these settings, as one types it."""
-    words = ["python", "image_classification.py"]
+    words = program("image_classification.py") or ["python", "image_classification.py"]
     for name, value in settings.items():
         words.append(flag(name))
         if value is not True:
             words.append(str(value))
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return command_line(words)
 
 
 def format_settings(settings: Settings) -> str:
@@ -167,11 +173,12 @@ def format_settings(settings: Settings) -> str:
 
 def train_trial(
     trial: Trial, config: Config, search: Search, limit: SearchLimit
-) -> tuple[float, str]:
+) -> tuple[float | None, str]:
     """Train with the settings of one trial, logged to TensorBoard in a folder of its own.
 
-    Returns the validation accuracy, in [0, 1], of the epoch whose weights a run would keep, and
-    "", or why the trial ended early: "stopped early" or "diverged". Raises Stopped.
+    Returns the validation accuracy, in [0, 1], of the epoch whose weights a run would keep (None if
+    none was finished), and "", or why the trial ended early: "stopped early" or "diverged". Raises
+    Stopped.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -185,16 +192,13 @@ def train_trial(
         progress = trainer.state.progress
         with SummaryWriter(str(log_folder)) as log:
             ended_early = train_epochs(trial, trainer, limit, log)
-            accuracy = 0.0
+            accuracy = None
+            results = {}
             if progress.history:
                 accuracy = progress.history[progress.best_epoch()]["valid_accuracy"]
+                results["validation accuracy"] = accuracy
             settings = {name: getattr(config, name) for name in SEARCHED}
-            log.add_hparams(
-                settings,
-                {"validation accuracy": accuracy},
-                run_name=".",
-                global_step=len(progress.history),
-            )
+            log.add_hparams(settings, results, run_name=".", global_step=len(progress.history))
     return accuracy, ended_early
 
 
@@ -276,11 +280,12 @@ def run_trials(study: Study, search: Search, limit: SearchLimit) -> None:
             except BaseException:
                 study.fail(trial)
                 raise
-            if ended_early:
+            if ended_early or accuracy is None:
                 study.prune(trial)
+                result = ended_early
             else:
                 study.complete(trial, accuracy)
-            result = ended_early or percent(accuracy)
+                result = percent(accuracy)
             print_trial(trial.number, result, settings, study)
 
 
@@ -294,7 +299,7 @@ def print_trial(number: int, result: str, settings: Settings, study: Study) -> N
     best = study.best_trial()
     best_so_far = ""
     if best is not None:
-        best_so_far = f" (best {percent(best.value or 0.0)}, trial {best.number})"
+        best_so_far = f" (best {percent(accuracy_of(best))}, trial {best.number})"
     print(f"Trial {number}: {result}{best_so_far}  {format_settings(settings)}")
 
 
@@ -327,7 +332,7 @@ def report(study: Study, search: Search) -> bool:
     best = study.best_trial()
     if best is None:
         return False
-    best_accuracy = best.value or 0.0
+    best_accuracy = accuracy_of(best)
     best_settings = trial_settings(best)
     config = configure(**{**search.fixed, **best_settings})
     recipe = non_default_settings(config)
@@ -336,7 +341,7 @@ def report(study: Study, search: Search) -> bool:
 
     complete = study.complete_trials()
     num_pruned = len(study.pruned_trials())
-    tensorboard = subprocess.list2cmdline(["tensorboard", "--logdir", str(search.folder)])
+    tensorboard = command_line(["tensorboard", "--logdir", str(search.folder)])
     print(
         f"\nTrials: {len(complete)} complete, {num_pruned} stopped early or diverged: {tensorboard}"
     )
@@ -352,7 +357,7 @@ def report(study: Study, search: Search) -> bool:
 
     for trial in complete:
         if is_default(trial):
-            default_accuracy = trial.value or 0.0
+            default_accuracy = accuracy_of(trial)
             gain = 100 * (best_accuracy - default_accuracy)
             print(
                 f"That is {gain:.1f} percentage points better than the defaults "
@@ -542,8 +547,7 @@ def main() -> int:
     if not report(study, search) and status == 0:
         raise UserError("no trial is complete: give it more --minutes, or fewer --epochs")
     if status >= 128:
-        command = subprocess.list2cmdline(["python", *sys.argv])
-        print(f"\nStopped. Resume with: {command}")
+        print(f"\nStopped. Resume with: {command_line([python_command(), *sys.argv])}")
     return status
 
 

@@ -63,6 +63,11 @@ def train(class_balance: str, seed: int, data_dir: str, share: float) -> dict[st
     return {"class_balance": class_balance, "share": share, **result}
 
 
+def macro_mean(of_classes: dict[str, float | None]) -> float:
+    """Mean over the classes, without those that were not tested."""
+    return statistics.mean(value for value in of_classes.values() if value is not None)
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, with a row for each --class-balance."""
     classes = list(results[0]["recall"])
@@ -72,7 +77,7 @@ def table(results: list[dict[str, Any]]) -> str:
         for name in classes:
             row.append(f"{100 * statistics.mean(run['recall'][name] for run in runs):.0f}")
         row.append(mean_and_std([run["test_accuracy"] for run in runs], 100))
-        macro_f1 = [statistics.mean(run["f1"].values()) for run in runs]
+        macro_f1 = [macro_mean(run["f1"]) for run in runs]
         row.append(mean_and_std(macro_f1, 100))
         row.append(mean_and_std([run["epochs"][-1]["seconds"] for run in runs], digits=0))
         row.append(str(len(runs)))

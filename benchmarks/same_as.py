@@ -7,10 +7,11 @@
 OLD_CHECKOUT is a folder with the other version of the repository. Both are copied first, so that
 nothing is written to them. Each training is a process in an empty folder. Two versions agree if
 every figure in metrics.csv, report.json and test_predictions.csv has the same digits, all but
-times, versions and hardware. Prints one row for each training: whether they agree, medians of the
-time from the command to its end and of the largest memory, and their ratios (new / old); below it,
-which figures differ. --start-up N measures the time from the command to the end of the first step
-instead, N times. Exit status 1 if figures differ or a training fails.
+times, versions and hardware, and what version 0.9 did not write. Prints one row for each training:
+whether they agree, medians of the time from the command to its end and of the largest memory, and
+their ratios (new / old); below it, which figures differ. --start-up N measures the time from the
+command to the end of the first step instead, N times. Exit status 1 if figures differ or a training
+fails.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from typing import Any, NamedTuple, TypeVar
 NEW_CHECKOUT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 SHOWN_DIFFERENCES = 5  # of each training
-NOT_COMPARED = {"seconds", "commit", "versions", "hardware", "image_scale"}
+NOT_COMPARED = {"seconds", "seconds_total", "commit", "versions", "hardware"}
+# not in version 0.9:
+NOT_COMPARED |= {"image", "digest", "test_digest", "best_epoch", "image_scale"}
 
 # Options are in the names of the newest version; these are their names up to version 0.9.
 OLD_NAMES = {"--progressive-resizing": "--low-res", "--tta": "--test-views", "linear": "onecycle"}
@@ -234,8 +237,41 @@ def read_figures(run: Path) -> dict[str, str]:
         add_figures(figures, str(path.relative_to(run)), rows)
     for path in sorted(run.rglob("report.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
-        add_figures(figures, str(path.relative_to(run)), report)
+        add_figures(figures, str(path.relative_to(run)), in_todays_terms(report))
     return figures
+
+
+def in_todays_terms(report: dict[str, Any]) -> dict[str, Any]:
+    """A report.json as this version would write it; version 0.9 may have written it.
+
+    There what is not known was 0, and with --repeat the mean over the seeds had the names of the
+    kept seed's results.
+    """
+    names = list(report["recall"])
+    matrix = report["confusion_matrix"]
+    unknown: dict[str, list[str]] = {"precision": [], "recall": [], "f1": [], "class_accuracy": []}
+    for i, name in enumerate(names):
+        if sum(matrix[i]) == 0:  # not tested
+            for each in unknown.values():
+                each.append(name)
+        elif sum(row[i] for row in matrix) == 0:  # never predicted
+            unknown["precision"].append(name)
+    translated = dict(report)
+    for key, classes in unknown.items():
+        translated[key] = {**report[key], **dict.fromkeys(classes)}
+
+    if "repeats" in report:
+        repeats = [in_todays_terms(each) for each in report["repeats"]]
+        translated["repeats"] = repeats
+    if "repeats" in report and "test_accuracy_mean" not in report:
+        kept = next(each for each in repeats if each["test_loss"] == report["test_loss"])
+        for key in ("test_accuracy", "test_views_accuracy"):
+            if key in report:
+                translated[f"{key}_mean"] = report[key]
+                translated[f"{key}_mean_interval"] = report[f"{key}_interval"]
+                translated.pop(f"{key}_interval")
+        translated = {**translated, **kept}
+    return translated
 
 
 def add_figures(figures: dict[str, str], name: str, value: Any) -> None:

@@ -61,7 +61,8 @@ def table(results: Results, targets: list[float]) -> str:
         for key in ("start_up", "whole_run"):
             row.append(mean_and_std([run[key] for run in runs]))
         row.append(mean_and_std([run["test_accuracy"] for run in runs], 100, 2))
-        with_views = [run["test_views_accuracy"] for run in runs if run["test_views_accuracy"]]
+        with_views = [run["test_views_accuracy"] for run in runs]
+        with_views = [accuracy for accuracy in with_views if accuracy is not None]
         row.append(mean_and_std(with_views, 100, 2) if with_views else "")
         peaks = [run["peak_mib"] for run in runs if run["peak_mib"]]
         row.append(f"{max(peaks):.0f}" if peaks else "?")

@@ -8,6 +8,8 @@ import difflib
 import importlib.util
 import io
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -299,17 +301,47 @@ def report_error(
 
 def report_stopped(stopped: Stopped, command: list[str]) -> int:
     """Print the command that resumes a stopped run; returns the exit status."""
-    print(f"\nStopped, and everything is saved. Resume with: {subprocess.list2cmdline(command)}")
+    print(f"\nStopped, and everything is saved. Resume with: {command_line(command)}")
     return exit_status(stopped)
 
 
 def resume_command(run: Path | str, model: str) -> list[str]:
     """The command that resumes a run; a custom network has to be named again."""
-    python = sys.executable
-    found = shutil.which("python")
-    if found and os.path.normcase(found) == os.path.normcase(sys.executable):
-        python = "python"
-    command = [python, sys.argv[0], "--resume", str(run)]
+    command = [python_command(), sys.argv[0], "--resume", str(run)]
     if is_custom_model(model):
         command += ["--model", model]
     return command
+
+
+def program(name: str) -> list[str] | None:
+    """The command that starts a program of this project, from the current folder.
+
+    name: of a file beside classifier/. None if it is not there, as in a .pyz.
+    """
+    path = Path(__file__).absolute().parent.parent / name
+    if not path.exists():
+        return None
+    as_called = Path(sys.argv[0]).parent / name  # ../inference.py, after ../image_classification.py
+    if as_called.exists() and as_called.samefile(path):
+        path = as_called
+    return [python_command(), str(path)]
+
+
+def python_command() -> str:
+    """The command that starts this Python."""
+    found = shutil.which("python")
+    if found and os.path.normcase(found) == os.path.normcase(sys.executable):
+        return "python"
+    return sys.executable
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as one types it, quoted for the shell of this system."""
+    if os.name != "nt":
+        return shlex.join(words)
+    quoted = []
+    for word in words:
+        text = subprocess.list2cmdline([word])
+        is_plain = re.fullmatch(r"[\w.:\\/-]+", word) is not None
+        quoted.append(text if is_plain or text != word else f'"{word}"')  # C:\R&D
+    return " ".join(quoted)

@@ -1,10 +1,13 @@
 """How good a classifier is, and how far its confidence can be trusted."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NUM_BINS = 15  # of confidence, in the expected calibration error
 
@@ -59,8 +62,9 @@ def classification_metrics(
         labels: int64 (N,), on the CPU.
         temperature: of fit_temperature, or None without validation images.
 
-    Precision, recall and F1 of a class are 0 where they would be 0 / 0. The confusion matrix has a
-    row for each true class.
+    What cannot be known is None: recall, precision and F1 of a class without test images, and the
+    precision of a class that was never predicted. The confusion matrix has a row for each true
+    class.
     """
     from scipy.stats import binomtest
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -71,21 +75,33 @@ def classification_metrics(
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predictions, labels=class_indices, zero_division=0
     )
+    is_tested = matrix.sum(1) > 0
+    is_predicted = matrix.sum(0) > 0
 
     count = len(labels)
     hits = int(matrix.trace())
     low, high = binomtest(hits, count).proportion_ci(method="wilson")
-    recall_of_class = dict(zip(classes, recall.tolist(), strict=True))
+    recall_of_class = _by_class(classes, recall, is_tested)
     return {
         "test_accuracy": hits / count,
         "test_accuracy_interval": [float(low), float(high)],
         "test_loss": F.cross_entropy(logits, labels).item(),
         "class_accuracy": recall_of_class,  # the share of a class that is recognised is its recall
-        "precision": dict(zip(classes, precision.tolist(), strict=True)),
+        "precision": _by_class(classes, precision, is_tested & is_predicted),
         "recall": recall_of_class,
-        "f1": dict(zip(classes, f1.tolist(), strict=True)),
+        "f1": _by_class(classes, f1, is_tested),
         "confusion_matrix": matrix.tolist(),
         "temperature": temperature,
         "calibration_error": expected_calibration_error(logits / (temperature or 1), labels),
         "calibration_error_before": expected_calibration_error(logits, labels),
     }
+
+
+def _by_class(
+    classes: list[str], values: "np.ndarray", is_known: "np.ndarray"
+) -> dict[str, float | None]:
+    """The value of each class by its name, None where it is not known."""
+    by_class: dict[str, float | None] = {}
+    for name, value, known in zip(classes, values.tolist(), is_known.tolist(), strict=True):
+        by_class[name] = value if known else None
+    return by_class

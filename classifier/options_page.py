@@ -40,7 +40,8 @@ DETAILS = {
     "precision": "`auto`: bf16 where it is fast, fp16 on older NVIDIA GPUs, else fp32.",
     "compile": "Takes a minute first, and needs a C++ compiler on a CPU.",
     "repeat": "Each seed has a folder seed-N in the run folder. The model with the lowest "
-    "validation loss is kept; without validation images, the first.",
+    "validation loss is kept; without validation images, the first. report.json has the results of "
+    "this model, and the mean over the seeds under names of its own.",
     "tta": "Not where mirroring changes what an image means. The views are averaged.",
     "out": "An older file of that name is replaced.",
     "resume": "Trial runs are no candidates for `last`.",

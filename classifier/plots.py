@@ -13,7 +13,7 @@ from classifier.augmentations import build_augmentation
 from classifier.config import parse_augment
 from classifier.files import write_atomically
 from classifier.progress import Row
-from classifier.text import percent
+from classifier.text import percent, printable, shorten
 
 if TYPE_CHECKING:  # matplotlib is slow to import
     import numpy as np
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # matplotlib is slow to import
 
 MIN_PIXELS = 32  # smaller images are enlarged for display
 MAX_MISTAKES = 20
+LETTERS = 22  # of a title's line that fit above an image
+FILE_LETTERS = 18  # of a file name, whose capitals and digits are wider
 MAX_CLASSES_WITH_NUMBERS = 30  # of a confusion matrix, whose numbers are readable up to here
 
 
@@ -76,7 +78,7 @@ def save_figure(figure: "Figure", path: Path) -> "np.ndarray":
 
 
 def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figure":
-    """Draw images in a grid, each below its title.
+    """Draw images in a grid, each below its title, of two lines or more.
 
     images: uint8 (N, 3, S, S). They are put together into one image first, because matplotlib takes
     long to draw many.
@@ -88,30 +90,36 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figur
     rows = math.ceil(len(images) / columns)
 
     # Put them into white cells, which leave space for a title above and a gap on the right.
+    lines = max([2] + [title.count("\n") + 1 for title in titles])
     gap = round(0.09 * size)
-    title_height = round(0.39 * size)
+    title_height = round(0.195 * lines * size)
     cell_width, cell_height = size + gap, title_height + size
     cells = torch.full((rows * columns, 3, cell_height, cell_width), 255, dtype=torch.uint8)
     cells[: len(images), :, title_height:, :size] = images
     row_images = [torch.cat(list(row), 2) for row in cells.split(columns)]
     grid = torch.cat(row_images, 1).permute(1, 2, 0)
 
-    figure = new_figure(1, 1, 1.25 * columns, 1.6 * rows)
+    figure = new_figure(1, 1, 1.25 * columns, (1.6 + 0.22 * (lines - 2)) * rows)
     (axes,) = figure.axes
     axes.imshow(grid.numpy())
     for i, title in enumerate(titles):
         row, column = divmod(i, columns)
         x = column * cell_width + size / 2 - 0.5
-        y = row * cell_height + 0.88 * title_height - 0.5
+        y = row * cell_height + (1 - 0.24 / lines) * title_height - 0.5
         axes.text(x, y, title, fontsize=_title_size(title), ha="center", parse_math=False)
     axes.axis("off")
     return figure
 
 
 def _title_size(title: str) -> float:
-    """Font size in points: 7, and less where a line has more than the 22 letters that fit."""
+    """Font size in points: 7, and less where a line has more letters than fit."""
     longest_line = max(len(line) for line in title.split("\n"))
-    return 7 * 22 / max(22, longest_line)
+    return 7 * LETTERS / max(LETTERS, longest_line)
+
+
+def file_title(path: str) -> str:
+    """The name of an image's file as a line of its title, shortened in the middle to fit."""
+    return shorten(printable(Path(path).name), FILE_LETTERS)
 
 
 def draw_samples(
@@ -225,6 +233,7 @@ def draw_worst_mistakes(
     predictions: torch.Tensor,
     confidences: torch.Tensor,
     classes: list[str],
+    files: list[str] | None = None,
 ) -> "Figure | None":
     """Draw up to 20 misclassified images, the most confident first; None if there is no mistake.
 
@@ -232,6 +241,7 @@ def draw_worst_mistakes(
         images: uint8 (N, 3, S, S), a tensor or the MemmapImages of a large folder.
         labels, predictions: int64 (N,).
         confidences: float (N,), of the predictions.
+        files: paths of the images, if they are files; their names are then in the picture.
     """
     is_wrong = predictions != labels
     count = min(MAX_MISTAKES, int(is_wrong.sum()))
@@ -241,5 +251,6 @@ def draw_worst_mistakes(
     titles = []
     for i in worst:
         label, prediction = classes[labels[i]], classes[predictions[i]]
-        titles.append(f"{label}, taken for\n{prediction} ({percent(confidences[i].item())})")
+        title = f"{label}, taken for\n{prediction} ({percent(confidences[i].item())})"
+        titles.append(f"{file_title(files[i])}\n{title}" if files else title)
     return draw_images(images[worst], titles, 5)

@@ -1,6 +1,7 @@
 """What a run reports: the closing lines, report.json, its pictures, and the finished model."""
 
 import contextlib
+import glob
 import hashlib
 import pkgutil
 import platform
@@ -12,16 +13,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from classifier import __version__, metrics, plots
+from classifier import __version__, metrics, plots, runs
 from classifier.checkpoints import save_checkpoint
-from classifier.config import Config
-from classifier.datasets.dataset import Dataset, Split
+from classifier.cli import command_line, program
+from classifier.config import Config, is_custom_model
+from classifier.datasets import identity
+from classifier.datasets.dataset import Dataset
 from classifier.devices import hardware_name
 from classifier.files import write_atomically, write_csv
 from classifier.progress import Row
 from classifier.run_log import RunLog
 from classifier.runs import Run
-from classifier.text import percent
+from classifier.text import percent, printable
 from classifier.train_state import TrainState
 
 COMMIT_FILE = "COMMIT"  # in the package within a .pyz: see bundle.py
@@ -138,7 +141,7 @@ def write_report(
     config: Config,
     results: dict[str, Any],
     history: list[Row],
-    test: Split,
+    data: Dataset,
     logits: torch.Tensor,
     checkpoint: dict[str, Any],
 ) -> Report:
@@ -148,21 +151,31 @@ def write_report(
 
     Args:
         log: open.
-        results: content of report.json.
+        results: content of report.json, but for what says which epoch and which images were tested.
         logits: float32 (N, classes), of the test images, on the CPU.
         checkpoint: content of best.pth; its metrics get the results of the test.
     """
     classes = list(results["class_accuracy"])
     temperature = results["temperature"]
     confidences, predictions = metrics.predict(logits, temperature)
-    pictures = _draw_pictures(run.path, history, test, predictions, confidences, classes)
+    pictures = _draw_pictures(run.path, history, data, predictions, confidences, classes)
 
-    rows: list[list[Any]] = [["label", "prediction", "confidence"]]
-    for label, prediction, confidence in zip(
-        test.labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True
-    ):
-        rows.append([classes[label], classes[prediction], confidence])
-    write_csv(run.path / "test_predictions.csv", rows)
+    labels = [classes[label] for label in data.test.labels.tolist()]
+    digests = identity.digest_test_images(data)
+    columns = {
+        "label": labels,
+        "prediction": [classes[prediction] for prediction in predictions.tolist()],
+        "confidence": confidences.tolist(),
+        "image": [printable(name) for name in identity.name_test_images(data)],
+        "digest": digests,
+    }
+    rows = zip(*columns.values(), strict=True)
+    write_csv(run.path / "test_predictions.csv", [list(columns), *rows])
+    results = {
+        **results,
+        "best_epoch": checkpoint["metrics"]["epoch"],
+        "test_digest": identity.digest_all(digests, labels),
+    }
 
     accuracy, loss = results["test_accuracy"], results["test_loss"]
     last_epoch = len(history) - 1
@@ -178,7 +191,7 @@ def write_report(
 def _draw_pictures(
     run: Path,
     history: list[Row],
-    test: Split,
+    data: Dataset,
     predictions: torch.Tensor,
     confidences: torch.Tensor,
     classes: list[str],
@@ -187,12 +200,13 @@ def _draw_pictures(
 
     Returns the pixels of those that TensorBoard shows, by their tags.
     """
+    test = data.test
     plots.save_figure(plots.draw_curves(history), run / "training_results.png")
     pictures = {}
     figure = plots.draw_confusion_matrix(test.labels, predictions, classes)
     pictures["confusion matrix"] = plots.save_figure(figure, run / "confusion_matrix.png")
     mistakes = plots.draw_worst_mistakes(
-        test.images, test.labels, predictions, confidences, classes
+        test.images, test.labels, predictions, confidences, classes, data.test_files
     )
     if mistakes is not None:
         pictures["worst mistakes"] = plots.save_figure(mistakes, run / "worst_mistakes.png")
@@ -211,18 +225,21 @@ def print_classes(report: Report, is_trial: bool) -> None:
         test_images[name] = sum(row)
     name_width = max(5, min(20, max(len(name) for name in recall)))
     for name in recall:
-        details = "not tested"
+        accuracy, details = "-", "not tested"
         if test_images[name]:
-            details = f"precision {percent(results['precision'][name])}, F1 {percent(f1[name])}"
+            accuracy = percent(recall[name])
+            precision = results["precision"][name]
+            details = "never predicted" if precision is None else f"precision {percent(precision)}"
+            details += f", F1 {percent(f1[name])}"
         if 0 < test_images[name] < FEW_TEST_IMAGES:
             details += f", {test_images[name]} tested"
-        print(f"Accuracy for class {name:{name_width}s} is: {percent(recall[name])}  ({details})")
+        print(f"Accuracy for class {name:{name_width}s} is: {accuracy}  ({details})")
 
     tested_classes = [name for name in recall if test_images[name]]
     tested_classes.sort(key=lambda name: (recall[name], f1[name]))
     print(f"Best class: {tested_classes[-1]}; worst class: {tested_classes[0]}")
     details = "not calibrated: no validation images"
-    if results["temperature"]:
+    if results["temperature"] is not None:
         details = f"{percent(results['calibration_error_before'])} before temperature scaling"
     print(f"Expected calibration error: {percent(results['calibration_error'])} ({details})")
     duration = tqdm.format_interval(results["seconds"])
@@ -254,6 +271,21 @@ def model_name(model: str) -> str:
     return model.replace("torchvision:", "torchvision-").rpartition(":")[2]
 
 
+def _other_copy(model: Path, folder: Path, run_copy: Path) -> Path | None:
+    """A copy of a model that another run keeps, if there is one.
+
+    folder: that holds the runs. run_copy: the file of this run, whose name the others have, too.
+    """
+    size = model.stat().st_size
+    for path in folder.glob(f"*/{glob.escape(run_copy.name)}"):
+        is_own = run_copy.exists() and path.samefile(run_copy)
+        if is_own or path.stat().st_size != size:
+            continue
+        if path.read_bytes() == model.read_bytes():
+            return path
+    return None
+
+
 def export_model(report: Report, config: Config, data: Dataset) -> Report:
     """Copy the finished model to where the user finds it, and print what to do next.
 
@@ -269,11 +301,8 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
 
     replaced = ""
     if out.exists():
-        # at the default place it was written by a run, this one if it was resumed
-        has_copy = not config.out and not run_copy.exists()
-        replaced = " (replaced)"
-        if has_copy:
-            replaced = " (replaced; the run that made the old one has a copy)"
+        copy = _other_copy(out, runs.RUNS / data.name, run_copy)
+        replaced = f" (replaced; {copy} is a copy of the old one)" if copy else " (replaced)"
     content = report.checkpoint.read_bytes()
     write_atomically(run_copy, content)
     if out != run_copy:
@@ -286,9 +315,12 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
         )
     print(f"Model: {out}{replaced}")
     print(f"Everything else: {report.run}")
-    log_folder = f'"{report.run}"' if config.run_dir else "runs"
-    print(f"View it: tensorboard --logdir {log_folder}")
-    repository = Path(__file__).parent.parent
-    if (repository / "inference.py").exists():  # not in a .pyz
-        print(f'Use it: python inference.py --checkpoint "{out}" IMAGE')
+    log_folder = str(report.run) if config.run_dir else "runs"
+    print(f"View it: {command_line(['tensorboard', '--logdir', log_folder])}")
+    inference = program("inference.py")
+    if inference is not None:  # it is not in a .pyz
+        command = [*inference, "--checkpoint", str(out)]
+        if is_custom_model(config.model):  # a model file imports no code by itself
+            command += ["--model", config.model]
+        print(f"Use it: {command_line([*command, 'IMAGE'])}")
     return replace(report, checkpoint=out)

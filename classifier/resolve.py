@@ -5,6 +5,7 @@ check_before_data(config)
 config = resolve_defaults(config, load_data(config), DEFAULT_RECIPE)
 """
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path

@@ -54,7 +54,8 @@ class SearchSpace:
             drawn["weight_decay"] = float(f"{weight_decay:.3g}")
         if "batch_size" not in fixed:
             drawn["batch_size"] = self._draw_batch_size(trial)
-        if "width" not in fixed and self.start.model == "cnn":
+        has_width = self.start.model == "cnn" and not self.start.init_from  # that of its weights
+        if "width" not in fixed and has_width:
             drawn["width"] = float(trial.suggest_float("width", 0.5, 2.0, step=0.25))
         if "dropout" not in fixed and "dropout" in self.network_options:
             dropout = trial.suggest_float("dropout", 0.0, 0.5, step=0.05)

@@ -11,7 +11,6 @@ from pathlib import Path
 from classifier.config import Config
 from classifier.distributed import Group
 from classifier.errors import Stopped
-from classifier.progress import comparable_rows
 from classifier.reports import Report
 from classifier.runs import Run, StopRequest
 
@@ -60,15 +59,14 @@ def summarize(reports: list[Report], run: Path) -> Report:
     """Combine the reports of several seeds, and print mean and spread of their accuracies.
 
     The model with the lowest validation loss is kept (the first one without validation images).
-    The results are those of this model, except that an accuracy is the mean over the seeds, with
-    standard deviation and 95 % interval (Student's t), and that the time is the sum over the seeds.
+    All results have the names and values of this model's report. What is about all seeds has names
+    of its own: `test_accuracy_mean`, `test_accuracy_std` and `test_accuracy_mean_interval` (95 %,
+    Student's t), the same of `test_views_accuracy`, `seconds_total`, `kept` and `repeats`.
 
     reports: of at least two seeds. run: the folder that holds those of the seeds.
     """
-    kept = min(reports, key=_lowest_loss)
+    kept = min(reports, key=_loss_of_kept_weights)
     results = dict(kept.results)
-    results["seconds"] = sum(report.results["seconds"] for report in reports)
-    results["kept"] = kept.run.name
     print()
     for key in ("test_accuracy", "test_views_accuracy"):
         if key not in kept.results:
@@ -77,9 +75,9 @@ def summarize(reports: list[Report], run: Path) -> Report:
         mean = statistics.fmean(accuracies)
         std = statistics.stdev(accuracies)
         low, high = _student_interval(mean, std, len(accuracies))
-        results[key] = mean
+        results[f"{key}_mean"] = mean
         results[f"{key}_std"] = std
-        results[f"{key}_interval"] = [low, high]
+        results[f"{key}_mean_interval"] = [low, high]
 
         seeds = f"{len(reports)} seeds"
         if key == "test_views_accuracy":
@@ -87,15 +85,20 @@ def summarize(reports: list[Report], run: Path) -> Report:
         interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
         spread = f"standard deviation {100 * std:.2f}, {interval}"
         print(f"Mean test accuracy of {seeds}: {100 * mean:.2f} %, {spread}")
-    print(f"All other results except the time are from the kept model: {kept.run.name}")
+    print(f"All results below are those of the kept model: {kept.run.name}")
+    results["seconds_total"] = sum(report.results["seconds"] for report in reports)
+    results["kept"] = kept.run.name
     results["repeats"] = [report.results for report in reports]
     return replace(kept, results=results, run=run)
 
 
-def _lowest_loss(report: Report) -> float:
-    """The validation loss of a seed's best epoch; 0 without validation images."""
-    losses = [row["valid_loss"] or 0.0 for row in comparable_rows(report.history)]
-    return min(losses, default=0.0)
+def _loss_of_kept_weights(report: Report) -> float:
+    """Validation loss of the epoch whose weights a seed has kept.
+
+    Without validation images it is not known for any seed; infinity then makes all of them equal.
+    """
+    loss = report.history[report.results["best_epoch"]]["valid_loss"]
+    return math.inf if loss is None else loss
 
 
 def _student_interval(mean: float, std: float, count: int) -> tuple[float, float]:

@@ -85,8 +85,13 @@ class Study:
                 )
 
     def _check_images(self, fingerprint: list[float]) -> None:
-        known = self.optuna_study.user_attrs.get(FINGERPRINT, fingerprint)
-        if not same_images(known, fingerprint):
+        known = self.optuna_study.user_attrs.get(FINGERPRINT)
+        if known is None and self.num_trials():
+            print(
+                "note: this search was begun by an older version, which did not record on which "
+                "images: if they have changed since, name a new one with --study NAME"
+            )
+        elif known is not None and not same_images(known, fingerprint):
             raise UsageError(
                 f"{self.folder} is a search on other images than the data set has now, and their "
                 "accuracies cannot be compared: name a new one with --study NAME"
@@ -172,7 +177,7 @@ class Study:
         """
 
         def rank(trial: FrozenTrial) -> tuple[float, bool]:
-            return trial.value or 0.0, is_default(trial)
+            return accuracy_of(trial), is_default(trial)
 
         return max(self.complete_trials(), key=rank, default=None)
 
@@ -192,6 +197,12 @@ class Study:
 def is_default(trial: Trial | FrozenTrial) -> bool:
     """Whether this is the trial with the program's defaults."""
     return DEFAULTS in trial.user_attrs
+
+
+def accuracy_of(trial: FrozenTrial) -> float:
+    """Validation accuracy, in [0, 1], of a complete trial."""
+    assert trial.value is not None, trial.state
+    return trial.value
 
 
 def trial_settings(trial: FrozenTrial) -> Settings:

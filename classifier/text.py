@@ -14,6 +14,20 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def printable(name: str) -> str:
+    """A file name that can be written: \\udcff stands for a byte 0xff that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shorten(text: str, length: int) -> str:
+    """A text of at most `length` letters; if need be with … in the place of its middle."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    tail = length - 1 - head
+    return f"{text[:head]}…{text[-tail:]}"
+
+
 def did_you_mean(name: str, known: Iterable[str], others: str = "") -> str:
     """The closest known name as a question, or the list of known names.
 

@@ -1,6 +1,6 @@
 """benchmarks/: the variants change what they name, and the figures are read and summed up right.
 
-same_as.py needs another checkout, and is not tested here.
+same_as.py as a whole needs another checkout, and is not tested here.
 """
 
 import json
@@ -15,6 +15,7 @@ import imbalance
 import large
 import pytest
 import records
+import same_as
 import scaling
 import survival
 import time_to_accuracy
@@ -237,6 +238,24 @@ def test_silent_processes_share_nothing(apply_snippet):
     assert stats.tolist() == [1.0, 2.0]
 
 
+def test_reports_of_0_9_are_compared_in_todays_terms():
+    def report(matrix, **more):
+        names = ["cat", "dog", "frog"]
+        zero = dict.fromkeys(names, 0.0)
+        keys = ("precision", "recall", "f1", "class_accuracy")
+        return {**dict.fromkeys(keys, zero), "confusion_matrix": matrix, **more}
+
+    one = report([[1, 0, 1], [1, 0, 1], [0, 0, 0]], test_accuracy=0.25, test_loss=1.0)
+    other = {**one, "test_accuracy": 0.5, "test_loss": 2.0}
+    mean = {"test_accuracy": 0.375, "test_accuracy_std": 0.18, "test_accuracy_interval": [0, 1]}
+    old = same_as.in_todays_terms({**other, **mean, "repeats": [one, other]})
+    assert old["precision"] == {"cat": 0.0, "dog": None, "frog": None}
+    assert old["recall"] == {"cat": 0.0, "dog": 0.0, "frog": None} == old["repeats"][0]["f1"]
+    assert old["test_accuracy"] == 0.5 and old["test_accuracy_mean"] == 0.375
+    assert old["test_accuracy_mean_interval"] == [0, 1] and "test_accuracy_interval" not in old
+    assert same_as.in_todays_terms(old) == old
+
+
 def test_imbalanced_data(apply_snippet):
     config = ic.Config(dataset="digits", val_fraction=0.0)
     data = ic.load_data(config)
@@ -251,6 +270,10 @@ def test_imbalanced_data(apply_snippet):
     assert torch.equal(fewer.test.images, data.test.images)
     assert fewer.mean != data.mean and len(fewer.valid.labels) == 0
     assert (fewer.name, fewer.classes) == (data.name, data.classes)
+
+
+def test_mean_over_classes_leaves_out_those_that_were_not_tested():
+    assert imbalance.macro_mean({"cat": 0.5, "dog": None, "frog": 0.0}) == 0.25
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import argparse
 import dataclasses
 import io
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -304,6 +307,24 @@ def test_command_that_resumes(monkeypatch):
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
     command = cli.resume_command("run", "mine.py:net")
     assert command == [sys.executable, *expected[1:], "--model", "mine.py:net"]
+
+
+def test_program_beside_this_one_is_named_as_this_one_was(folder, monkeypatch):
+    tool = cli.program("inference.py")
+    assert tool is not None and Path(tool[1]) == REPOSITORY / "inference.py"
+    as_called = Path(os.path.relpath(REPOSITORY))
+    monkeypatch.setattr(sys, "argv", [str(as_called / "image_classification.py")])
+    tool = cli.program("inference.py")
+    assert tool is not None and tool[1] == str(as_called / "inference.py")
+    assert cli.program("nothing.py") is None
+
+
+def test_commands_are_quoted_for_the_shell(monkeypatch):
+    words = ["python", "a b.py", "it's.pth", "R&D/50%.pth", "plain/x-1.pth"]
+    assert shlex.split(cli.command_line(words)) == words
+    monkeypatch.setattr(cli.os, "name", "nt")
+    words = ["python", "a b.py", "R&D\\x.pth", "C:\\x-1.pth", "it's"]
+    assert cli.command_line(words) == 'python "a b.py" "R&D\\x.pth" C:\\x-1.pth "it\'s"'
 
 
 def test_importing_needs_no_torch():

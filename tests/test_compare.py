@@ -54,23 +54,37 @@ def make_report(accuracy, num_test, dataset="digits"):
     }
 
 
-def make_run(path, hits, labels="0123456789", dataset="digits", **settings):
+def write_predictions(path, hits, labels="0123456789", images=None):
+    """Write test_predictions.csv; images: a number for each test image. None: as version 0.9."""
+    header = ["label", "prediction", "confidence"]
+    if images is not None:
+        header += ["image", "digest"]
+    lines = [",".join(header)]
+    for position, (label, hit) in enumerate(zip(itertools.cycle(labels), hits, strict=False)):
+        line = f"{label},{label if hit else 'other'},0.9"
+        if images is not None:
+            line += f",{position}.png,{images[position]:016x}"
+        lines.append(line)
+    (path / "test_predictions.csv").write_text("\n".join(lines) + "\n")
+
+
+def make_run(path, hits, labels="0123456789", dataset="digits", images=None, **settings):
     """A run of one seed; hits: for each test image, whether it is classified correctly."""
-    rows = ["label,prediction,confidence\n"]
-    for label, hit in zip(itertools.cycle(labels), hits, strict=False):
-        rows.append(f"{label},{label if hit else 'other'},0.9\n")
-    write_run(path, make_report(sum(hits) / len(hits), len(hits), dataset), **settings)
-    (path / "test_predictions.csv").write_text("".join(rows))
+    report = make_report(sum(hits) / len(hits), len(hits), dataset)
+    write_run(path, report, **{"dataset": dataset, **settings})
+    write_predictions(path, hits, labels, images)
     return path
 
 
 def make_repeats(path, accuracies, num_test=1000, **settings):
-    """A run of several seeds with these accuracies."""
+    """A run of several seeds with these accuracies, the first of which was kept."""
     parts = [make_report(accuracy, num_test) for accuracy in accuracies]
+    mean = sum(accuracies) / len(parts)
     report = {
         **parts[0],
-        "test_accuracy": sum(accuracies) / len(parts),
-        "seconds": 2.5 * len(parts),
+        "test_accuracy_mean": mean,
+        "test_accuracy_mean_interval": [mean - 0.01, mean + 0.01],
+        "seconds_total": 2.5 * len(parts),
         "repeats": parts,
     }
     return write_run(path, report, repeat=len(parts), **settings)
@@ -127,9 +141,11 @@ def test_real_runs_as_a_user_compares_them(inside, compared, folder):
     assert [row["run"] for row in rows] == ["more", "other"]
     assert [row["seeds"] for row in rows] == ["2", "2"]
     assert [row["seed"] for row in rows] == ["0", "5"]
-    assert float(rows[0]["accuracy %"]) == pytest.approx(100 * more["test_accuracy"], abs=0.006)
+    mean, interval = more["test_accuracy_mean"], more["test_accuracy_mean_interval"]
+    assert float(rows[0]["accuracy %"]) == pytest.approx(100 * mean, abs=0.006)
+    assert float(rows[0]["95 % low"]) == pytest.approx(100 * interval[0], abs=0.006)
     assert float(rows[0]["std"]) == pytest.approx(100 * more["test_accuracy_std"], abs=0.006)
-    assert float(rows[0]["seconds"]) == pytest.approx(more["seconds"] / 2, abs=0.06)
+    assert float(rows[0]["seconds"]) == pytest.approx(more["seconds_total"] / 2, abs=0.06)
     assert "2 and 2 seeds, not the same ones" in err
     assert "one with --repeat 2" in compared("runs/more", "runs/one")[0]
 
@@ -322,8 +338,8 @@ def test_no_verdict_without_the_same_test_images(compared, folder):
     a, b = pair(folder)
     make_run(folder / "others", [True] * 82 + [False] * 18, labels="012345678")
     make_run(folder / "fewer", [True] * 50)
-    make_run(folder / "photos", [True] * 100, dataset="photos")
-    for name in ("others", "fewer", "photos"):
+    make_run(folder / "mnist", [True] * 100, dataset="mnist")
+    for name in ("others", "fewer", "mnist"):
         out, err = compared("a", name)
         last_line = out.splitlines()[-1]
         assert last_line.startswith(compare.NO_VERDICT) and "different images" in last_line
@@ -340,7 +356,8 @@ def test_no_verdict_without_the_same_test_images(compared, folder):
 def test_a_changed_script_and_an_unfinished_run_are_remarked(compared, folder):
     a, b = pair(folder)
     changed = "note: image_classification.py was changed between these runs"
-    for digests, said in ((["x", ""], False), (["x", "x"], False), (["x", "y"], True)):
+    known = [["x", ""], ["x", None], ["x", "x"]]
+    for digests, said in [*((each, False) for each in known), (["x", "y"], True)]:
         for run, digest in zip((a, b), digests, strict=True):
             (run / "report.json").write_text(
                 json.dumps(report_of(run) | {"versions": {"script": digest}})

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save, table_of, tool
+from conftest import beforehand, save, table_of, tool, write_images
 from PIL import Image
 from torch import nn
 
@@ -14,7 +14,7 @@ import explain
 import image_classification as ic
 import inference
 from classifier.config import Config
-from classifier.errors import UserError
+from classifier.errors import UsageError, UserError
 from classifier.progress import COLUMNS
 from classifier.resolve import resolve_defaults
 
@@ -286,6 +286,95 @@ def test_label_issues_of_a_custom_network(folder, inside, tool_inside):
     # the digits are no files; the index is that among all training images
     assert {row["file"] for row in rows} <= {""}
     assert max(int(row["index_in_training_set"]) for row in rows) > 200
+
+
+@pytest.fixture
+def fine_tuned(folder, inside):
+    """A model of two classes of photos, whose last layer was trained on top of one for digits."""
+    brief = ["--epochs", "1", "--width", "0.25", "--image-size", "16"]
+    inside("--dataset", "digits", "--subset", "200", *brief, "--out", "digits.pth")
+    write_images(folder / "photos", {"red": 20, "blue": 20})
+    photos = ["--dataset", "photos", "--batch-size", "10"]
+    start = ["--init-from", "digits.pth", "--freeze"]
+    inside(*photos, *brief, *start, "--out", "photos.pth")
+    return inference.load_model("photos.pth", "cpu")
+
+
+def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
+    """The networks that judge start from the same weights, which have not seen these images."""
+    run = tool_inside("explain")
+    out, _ = run("--label-issues", "--checkpoint", "photos.pth")
+    assert "labels look wrong" in out and "random weights" not in out
+    assert out.count("digits.pth is for other classes") == explain.NUM_FOLDS  # it was loaded
+    config = explain.settings_of_folds(fine_tuned)
+    assert config.init_from == "digits.pth" and config.freeze
+    (folder / "digits.pth").unlink()
+    out, _ = run("--label-issues", "--checkpoint", "photos.pth")
+    assert "labels look wrong" in out
+    (note,) = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert "digits.pth" in note and "random weights" in note
+
+
+def test_weights_that_cannot_serve_are_left_out(fine_tuned, folder, capsys, monkeypatch):
+    _, content = ic.load_checkpoint("digits.pth")
+    cases = {
+        "same data": {**content, "config": {**content["config"], **fine_tuned.settings}},
+        "same classes": {**content, "classes": fine_tuned.classes},
+        "another network": {**content, "model": {"weight": torch.zeros(1)}},
+    }
+    for name, changed in cases.items():
+        ic.save_checkpoint("digits.pth", changed)
+        config = explain.settings_of_folds(fine_tuned)
+        assert not config.init_from and not config.freeze, name
+        assert "digits.pth" in capsys.readouterr().out, name
+    (folder / "digits.pth").write_text("no model")
+    assert not explain.settings_of_folds(fine_tuned).init_from
+    # a path to another machine, which a stranger's file may hold, is not even looked at
+    monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail("looked at"))
+    fine_tuned.settings["init_from"] = "\\\\server\\share\\model.pth"
+    assert not explain.settings_of_folds(fine_tuned).init_from
+
+
+def test_pretrained_weights_are_kept_and_frozen(fine_tuned, folder, capsys):
+    fine_tuned.settings |= {"model": "torchvision:resnet18", "pretrained": True}
+    torch.save({"conv1.weight": torch.zeros(1)}, "digits.pth")  # torchvision's own file
+    config = explain.settings_of_folds(fine_tuned)
+    assert config.init_from == "digits.pth" and config.freeze and config.pretrained
+    (folder / "digits.pth").unlink()
+    config = explain.settings_of_folds(fine_tuned)
+    assert not config.init_from and config.freeze and config.pretrained
+    assert "ImageNet" in capsys.readouterr().out
+
+
+def test_plateau_has_losses_to_read_where_nothing_is_validated():
+    trainer = untrained(scheduler="plateau", epochs=2, width=0.25)
+    seen = []
+    with beforehand(ic, "lr_factor", lambda name, fraction, losses: seen.append(len(losses))):
+        explain.train_and_predict(trainer.config, trainer.data, trainer.device)
+    assert set(seen) == {0, 1}
+
+
+def test_options_of_the_training_are_not_blamed_on_the_user(fine_tuned, tool_inside, monkeypatch):
+    def fail(*arguments):
+        raise UsageError("--crop: too large")
+
+    monkeypatch.setattr(explain, "out_of_fold_probabilities", fail)
+    error = tool_inside("explain").error("--label-issues", "--checkpoint", "photos.pth", status=1)
+    assert "photos.pth" in error and "--crop" in error
+
+
+def test_galleries_of_a_folder_name_the_files(fine_tuned, folder, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        explain,
+        "save_grid",
+        lambda images, titles, columns, path: shown.update({path.stem: titles}),
+    )
+    data = inference.load_dataset_of(fine_tuned)
+    explain.draw_galleries(fine_tuned, data.test, folder, data.test_files)
+    titles = [title for name, each in shown.items() if "cam" not in name for title in each]
+    names = sorted(title.partition("\n")[0] for title in titles)
+    assert names == sorted(Path(path).name for path in data.test_files)
 
 
 def test_each_image_is_judged_by_a_network_that_has_not_seen_it(monkeypatch):

@@ -132,7 +132,7 @@ def test_val_fraction_that_leaves_no_images(folder):
         load(val_fraction=0.05)
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "digits", "mnist"])
+@pytest.mark.parametrize("name", ["CIFAR10", "digits", "mnist", "FashionMNIST"])
 def test_folder_with_the_name_of_another_data_set(folder, name):
     write_images(folder / "in" / name, {"red": 20, "green": 20})
     assert load(dataset=str(folder / "in" / name)).name == f"{name}-images"

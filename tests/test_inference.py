@@ -148,6 +148,11 @@ def test_picture_of_an_image_and_its_classes(model, data, folder):
     assert (folder / "seen.png").stat().st_size > 3000
 
 
+def test_accuracy_of_zero_is_known_and_none_is_not(model):
+    assert "recognises 0.0 %" in replace(model, test_accuracy=0.0).describe()
+    assert "recognises" not in replace(model, test_accuracy=None).describe()
+
+
 # ---- the command line ----
 
 

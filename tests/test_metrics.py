@@ -1,5 +1,6 @@
 """Metrics, each against its definition or another implementation."""
 
+import json
 import math
 
 import pytest
@@ -38,13 +39,24 @@ def test_metrics_are_those_of_scikit_learn(outputs):
         "f1": f1_score,
     }.items():
         assert list(results[name]) == CLASSES
-        assert list(results[name].values()) == list(score(labels, predictions, **options))
+        expected = list(score(labels, predictions, **options))
+        assert list(results[name].values()) == [*expected[:3], None]  # of horse there is no image
     assert results["class_accuracy"] == results["recall"]
-    assert results["recall"]["horse"] == 0
     assert results["test_accuracy"] == accuracy_score(labels, predictions)
     expected_loss = log_loss(labels, logits.double().softmax(1), labels=range(4))
     assert results["test_loss"] == pytest.approx(expected_loss, rel=1e-5)
     assert results["temperature"] == 1.7
+
+
+def test_what_is_not_known_is_none_and_what_is_zero_is_zero():
+    """cat: all wrong; dog: never predicted; frog: predicted, but not tested; horse: right."""
+    labels = torch.tensor([0, 0, 1, 3])
+    logits = torch.eye(4)[[2, 3, 0, 3]]
+    results = classification_metrics(logits, labels, CLASSES, None)
+    assert results["recall"] == {"cat": 0.0, "dog": 0.0, "frog": None, "horse": 1.0}
+    assert results["precision"] == {"cat": 0.0, "dog": None, "frog": None, "horse": 0.5}
+    assert results["f1"] == pytest.approx({"cat": 0.0, "dog": 0.0, "frog": None, "horse": 2 / 3})
+    assert json.loads(json.dumps(results))["f1"]["frog"] is None
 
 
 def test_confusion_matrix_has_a_row_for_each_true_class(outputs):

@@ -170,3 +170,17 @@ def test_worst_mistakes_are_the_most_confident_ones():
     shown = [float(title.partition("(")[2].partition(" ")[0]) for title in titles]
     assert shown == sorted(shown, reverse=True)
     assert draw_worst_mistakes(images, labels, labels, confidences, ["cat", "dog"]) is None
+
+
+def test_worst_mistakes_name_their_files(folder):
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    labels, predictions = torch.tensor([0, 0]), torch.tensor([1, 1])
+    files = ["cat/a_very_long_name_of_a_photograph_0123.jpg", "cat/\udcff.jpg"]
+    arguments = (images, labels, predictions, torch.tensor([0.5, 0.4]), ["cat", "dog"])
+    figure = draw_worst_mistakes(*arguments, files)
+    first, second = texts_of(figure)
+    assert first == "a_very_l…_0123.jpg\ncat, taken for\ndog (50.0 %)"
+    assert len(first.split("\n")[0]) == 18 and second.startswith("\\udcff.jpg\n")
+    named = save_figure(figure, folder / "named.png")
+    unnamed = save_figure(draw_worst_mistakes(*arguments), folder / "unnamed.png")
+    assert named.shape[0] > unnamed.shape[0] and named.shape[1] == unnamed.shape[1]

@@ -32,13 +32,21 @@ def test_mean_spread_and_the_best_model(inside, folder):
     scores = torch.tensor(accuracies, dtype=torch.float64)
     mean, std = scores.mean().item(), scores.std().item()
     assert std > 0
-    assert report["test_accuracy"] == pytest.approx(mean)
+    assert report["test_accuracy_mean"] == pytest.approx(mean)
     assert report["test_accuracy_std"] == pytest.approx(std)
     half = 4.302653 * std / 3**0.5  # Student's t, 2 degrees of freedom
     interval = [max(0, mean - half), min(1, mean + half)]
-    assert report["test_accuracy_interval"] == pytest.approx(interval)
+    assert report["test_accuracy_mean_interval"] == pytest.approx(interval)
     assert report["repeats"] == seed_reports
-    assert report["seconds"] == pytest.approx(sum(each["seconds"] for each in seed_reports))
+    total = sum(each["seconds"] for each in seed_reports)
+    assert report["seconds_total"] == pytest.approx(total)
+    # all that a report of one seed has is of the kept one, and so agrees with itself
+    kept = report_of(run / report["kept"])
+    assert {name: report[name] for name in kept} == kept
+    matrix = torch.tensor(report["confusion_matrix"])
+    accuracy = float(matrix.trace() / matrix.sum())
+    assert report["test_accuracy"] == pytest.approx(accuracy)
+    assert report["test_accuracy_interval"][0] < accuracy < report["test_accuracy_interval"][1]
 
     assert f"Mean test accuracy of 3 seeds: {100 * mean:.2f} %" in out
     assert out.count("Accuracy of the network") == 3
@@ -70,7 +78,8 @@ def test_accuracy_with_several_views_is_a_score_of_its_own(folder, capsys):
     assert kept["test_accuracy"] == pytest.approx(plain)
     assert kept["test_views_accuracy"] == pytest.approx(with_tta) != plain
     mean = sum(each["test_views_accuracy"] for each in repeats) / 2
-    assert report.results["test_views_accuracy"] == pytest.approx(mean)
+    assert report.results["test_views_accuracy_mean"] == pytest.approx(mean)
+    assert report.results["test_views_accuracy"] == pytest.approx(with_tta)
     out = capsys.readouterr().out
     assert f"Mean test accuracy of 2 seeds with 6 views: {100 * mean:.2f} %" in out
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch import nn
 
 import classifier
 from classifier import reports
 from classifier.checkpoints import read_checkpoint, save_checkpoint
 from classifier.config import Config
+from classifier.datasets import identity
 from classifier.datasets.dataset import Dataset, Split
 from classifier.metrics import classification_metrics, predict
 from classifier.plots import draw_images
@@ -215,7 +218,7 @@ def written(folder):
     log = RunLog(run.path, True, 0, draw, nn.Flatten(), (3, 8, 8))
     log.open()
     report = reports.write_report(
-        run, log, Config(), results, history, data.test, logits, read_checkpoint(run.best)
+        run, log, Config(), results, history, data, logits, read_checkpoint(run.best)
     )
     log.close()
     return report, data, logits
@@ -238,10 +241,20 @@ def test_predictions_have_a_row_for_each_test_image(written):
     confidences, predictions = predict(logits, 2.0)
     with open(report.run / "test_predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["label", "prediction", "confidence"]
+    assert list(rows[0]) == ["label", "prediction", "confidence", "image", "digest"]
+    assert [row["image"] for row in rows] == [str(i) for i in range(60)]
+    assert len({row["digest"] for row in rows}) == 60
     assert [row["label"] for row in rows] == [CLASSES[label] for label in data.test.labels]
     assert [row["prediction"] for row in rows] == [CLASSES[each] for each in predictions]
     assert [float(row["confidence"]) for row in rows] == confidences.tolist()
+
+
+def test_report_says_which_epoch_and_which_images_were_tested(written):
+    report, data, _ = written
+    assert report.results["best_epoch"] == 1
+    digests = identity.digest_test_images(data)
+    labels = [CLASSES[label] for label in data.test.labels]
+    assert report.results["test_digest"] == identity.digest_all(digests, labels)
 
 
 def test_best_model_learns_its_test_results(written):
@@ -279,10 +292,16 @@ def test_classes_are_printed_as_in_the_reference(capsys):
         "Accuracy for class car                  is: 50.0 %  (precision 100.0 %, F1 66.7 %, "
         "20 tested)"
     )
-    assert lines[2] == ("Accuracy for class a_very_long_class_name_of_30 is: 0.0 %  (not tested)")
+    assert lines[2] == "Accuracy for class a_very_long_class_name_of_30 is: -  (not tested)"
     assert lines[3] == "Best class: plane; worst class: car"
     assert re.fullmatch(r"Expected calibration error: \d+\.\d % \(\d+\.\d % before .*\)", lines[4])
     assert lines[5:] == ["Trained on 45000 images for 01:02"]
+
+
+def test_class_that_was_never_predicted_has_no_precision(capsys):
+    reports.print_classes(make_report(make_data(), num_right=40), is_trial=False)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "car " in line and "is: 0.0 %  (never predicted, F1 0.0 %, 20 tested)" in line
 
 
 def test_short_names_get_five_columns(capsys):
@@ -340,7 +359,7 @@ def export(folder, capsys):
     def run_export(data=None, run="run", **settings):
         data = data or make_data()
         path = folder / run
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         (path / "best.pth").write_text(f"weights of {run}")
         report = reports.export_model(make_report(data, run=path), Config(**settings), data)
         return report.checkpoint, capsys.readouterr().out
@@ -355,7 +374,14 @@ def test_model_is_put_where_the_user_finds_it(export, folder):
     assert printed.splitlines()[0] == "Model: model_cnn.pth"
     assert str(folder / "run") in printed.splitlines()[1]
     assert printed.splitlines()[2].endswith("tensorboard --logdir runs")
-    assert 'python inference.py --checkpoint "model_cnn.pth" IMAGE' in printed
+    *command, checkpoint, image = shlex.split(printed.rpartition("Use it: ")[2])
+    assert Path(command[1]).samefile(REPOSITORY / "inference.py")
+    assert [command[2], checkpoint, image] == ["--checkpoint", "model_cnn.pth", "IMAGE"]
+
+
+def test_custom_network_is_named_in_the_command_that_uses_it(export):
+    _, printed = export(model="mine.py:small")
+    assert shlex.split(printed)[-3:] == ["--model", "mine.py:small", "IMAGE"]
 
 
 def test_other_data_sets_are_part_of_the_name(export, folder):
@@ -363,16 +389,19 @@ def test_other_data_sets_are_part_of_the_name(export, folder):
     out, printed = export(make_data(), out="mine.pth", run_dir="run")
     assert out == Path("mine.pth") and out.exists()
     assert (folder / "run" / "model_cnn.pth").exists()
-    assert f'--logdir "{folder / "run"}"' in printed
+    assert f"--logdir {shlex.quote(str(folder / 'run'))}\n" in printed
 
 
 def test_replacing_a_model_is_said(export, folder):
     (folder / "mine.pth").write_text("old")
     assert "mine.pth (replaced)\n" in export(out="mine.pth")[1]
     assert (folder / "mine.pth").read_text() == "weights of run"
-    export(run="first")
-    assert "(replaced; the run" in export(run="second")[1]  # first has a copy
-    assert "(replaced)\n" in export(run="second")[1]  # its own, made longer
+    export(run="runs/CIFAR10/first")
+    printed = export(run="runs/CIFAR10/second")[1]
+    copy = Path("runs", "CIFAR10", "first", "model_cnn.pth")
+    assert f"(replaced; {copy} is a copy of the old one)" in printed
+    again = export(run="runs/CIFAR10/second")[1]  # its own copy is replaced, too
+    assert "(replaced)\n" in again
 
 
 def test_trial_run_replaces_no_model(export, folder):

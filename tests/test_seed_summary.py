@@ -17,7 +17,15 @@ from classifier.seed_summary import summarize, train_seeds
 
 
 def make_report(seed, accuracy, losses, **results):
-    results = {"test_accuracy": accuracy, "seconds": 2.5, "f1": seed} | results
+    best_epoch = losses.index(min(losses)) if losses[0] is not None else len(losses) - 1
+    results = {
+        "test_accuracy": accuracy,
+        "test_accuracy_interval": [accuracy - 0.02, accuracy + 0.02],
+        "seconds": 2.5,
+        "f1": seed,
+        "best_epoch": best_epoch,
+        **results,
+    }
     history = [{"valid_loss": loss, "image_scale": 1.0} for loss in losses]
     return Report(results, history, Path("run", f"seed-{seed}"), Path(f"seed-{seed}", "best.pth"))
 
@@ -31,11 +39,13 @@ def test_summary_has_mean_spread_and_the_model_of_the_lowest_loss(capsys):
     report = summarize(reports, Path("run"))
     half_width = 4.302653 * 0.01 / math.sqrt(3)  # Student's t, 2 degrees of freedom
     interval = [0.92 - half_width, 0.92 + half_width]
-    assert report.results["test_accuracy"] == pytest.approx(0.92)
+    assert report.results["test_accuracy_mean"] == pytest.approx(0.92)
     assert report.results["test_accuracy_std"] == pytest.approx(0.01)
-    assert report.results["test_accuracy_interval"] == pytest.approx(interval)
-    assert report.results["kept"] == "seed-1" and report.results["f1"] == 1
-    assert report.results["seconds"] == 7.5
+    assert report.results["test_accuracy_mean_interval"] == pytest.approx(interval)
+    assert report.results["seconds_total"] == 7.5
+    assert report.results["kept"] == "seed-1"
+    kept = reports[1].results
+    assert {name: report.results[name] for name in kept} == kept  # with its own interval
     assert report.results["repeats"] == [each.results for each in reports]
     assert report.run == Path("run") and report.checkpoint == reports[1].checkpoint
     assert report.history == reports[1].history
@@ -56,10 +66,23 @@ def test_accuracy_with_several_views_has_a_mean_of_its_own(capsys):
     ]
     results = summarize(reports, Path("run")).results
     assert results["test_accuracy_std"] == 0
-    assert results["test_views_accuracy"] == pytest.approx(0.88)
+    assert results["test_views_accuracy"] == 0.86  # of the kept seed
+    assert results["test_views_accuracy_mean"] == pytest.approx(0.88)
     assert results["test_views_accuracy_std"] == pytest.approx(0.04 / math.sqrt(2))
-    assert results["test_views_accuracy_interval"][1] == 1.0  # no accuracy is higher
+    assert results["test_views_accuracy_mean_interval"][1] == 1.0  # no accuracy is higher
     assert "Mean test accuracy of 2 seeds with 6 views: 88.00 %, " in capsys.readouterr().out
+
+
+def test_the_loss_that_counts_is_that_of_the_weights_that_were_kept():
+    """An epoch may have a lower loss and not be the best one: on smaller images, for example."""
+    first = make_report(0, 0.9, [0.1, 0.5], best_epoch=1)
+    second = make_report(1, 0.9, [0.9, 0.4])
+    assert summarize([first, second], Path("run")).results["kept"] == "seed-1"
+
+
+def test_loss_of_zero_is_the_lowest():
+    reports = [make_report(0, 0.9, [0.1]), make_report(1, 0.9, [0.0])]
+    assert summarize(reports, Path("run")).results["kept"] == "seed-1"
 
 
 def test_first_seed_is_kept_without_validation_images():

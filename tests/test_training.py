@@ -226,7 +226,7 @@ def test_replacing_a_model_is_said(inside, folder):
     assert "mine.pth (replaced)" in inside(*briefly, "--out", "mine.pth")[0]
     assert weights(folder / "mine.pth")
     assert "(replaced" not in inside(*briefly)[0]
-    assert "model_cnn_digits.pth (replaced; the run" in inside(*briefly)[0]
+    assert "model_cnn_digits.pth (replaced; runs" in inside(*briefly)[0]
 
 
 def test_console_that_knows_only_cp1252(program):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import events_of, only_run, rows_of, tool, wait_for
+from conftest import REPOSITORY, SCRIPT, events_of, only_run, rows_of, tool, wait_for, write_images
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
@@ -22,7 +23,7 @@ from classifier import lr_sweep, search_space
 from classifier.cli import build_parser, parse_settings
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
-from classifier.errors import UsageError, UserError
+from classifier.errors import Diverged, UsageError, UserError
 from classifier.recipes import find_recipe
 from classifier.resolve import configure, resolve_defaults
 from classifier.runs import StopRequest
@@ -49,6 +50,11 @@ def trials_of(folder):
 
 def states_of(folder):
     return [trial.state for trial in trials_of(folder)]
+
+
+def line_after(out, words):
+    """What follows these words, to the end of the line."""
+    return out.rpartition(words)[2].partition("\n")[0]
 
 
 def trial_numbers(out):
@@ -98,13 +104,14 @@ def test_best_settings_are_named(searched):
     if best.number:
         gain = 100 * (best.value - trials[0].value)
         assert f"That is {gain:.1f} percentage points better" in out
-        command = f"python image_classification.py --recipe {STUDY / 'best.json'}"
-        assert f"Train with it: {command}\n" in out
+        *command, option, recipe_file = shlex.split(line_after(out, "Train with it: "))
+        assert Path(command[1]).samefile(SCRIPT)
+        assert [option, recipe_file] == ["--recipe", str(STUDY / "best.json")]
     else:
         assert "No trial was better than the defaults" in out
 
     # the last line is a command with the same settings
-    options = out.rpartition("python image_classification.py ")[2].split()
+    options = shlex.split(out.rpartition("image_classification.py ")[2])
     parser = build_parser("", ic.DEFAULT_RECIPE, "")
     assert configure(**parse_settings(parser, options)) == configure(**recipe)
 
@@ -221,7 +228,8 @@ def test_stopped_search_goes_on(here, folder):
     time.sleep(0.2)  # into the next trial
     process.send_signal(signal.SIGINT)
     out, _ = program.finish(process, status=130, timeout=60)
-    assert "Best: trial " in out and "Resume with: python " in out
+    assert "Best: trial " in out
+    assert Path(shlex.split(line_after(out, "Resume with: "))[1]).samefile(REPOSITORY / "tune.py")
     assert (folder / STUDY / "best.json").exists()
     states = states_of(folder)
     assert TrialState.RUNNING not in states
@@ -333,6 +341,45 @@ def test_study_of_other_images_is_refused(study):
         study.begin({"epochs": 3}, [*FINGERPRINT[:-1], 8.0])
 
 
+def test_study_that_did_not_record_its_images_says_so(study, capsys):
+    study.optuna_study.set_user_attr(FIXED, {"epochs": 3})  # as version 0.9 did, without images
+    study.optuna_study.enqueue_trial({}, user_attrs={DEFAULTS: True})
+    study.complete(study.ask(worker=0, max_trials=9), 0.5)
+    study.begin({"epochs": 3}, FINGERPRINT)
+    assert "--study" in capsys.readouterr().out
+    study.begin({"epochs": 3}, FINGERPRINT)
+    assert not capsys.readouterr().out
+
+
+def test_search_does_not_go_on_when_its_folder_has_changed(here, folder):
+    """Accuracies on other validation images are not comparable."""
+    write_images(folder / "photos", {"red": 30, "blue": 30}, size=(16, 16))
+    fixed = ["--dataset", "photos", "--epochs", "1", "--width", "0.25", "--batch-size", "20"]
+    here(*fixed, "--trials", "1")
+    out, _ = here(*fixed, "--trials", "2")
+    assert trial_numbers(out) == [1]
+    names = [folder / "photos" / label / "3.png" for label in ("red", "blue")]
+    pictures = [path.read_bytes() for path in names]
+    for path, picture in zip(names, reversed(pictures), strict=True):  # two labels corrected
+        path.write_bytes(picture)
+    line = here.error(*fixed, "--trials", "3", status=2)
+    assert "--study" in line and "images" in line
+    out, _ = here(*fixed, "--trials", "1", "--study", "corrected")
+    assert trial_numbers(out) == [0]
+
+
+def test_trial_that_finished_no_epoch_has_no_accuracy(here, folder, monkeypatch):
+    def diverge(trainer, batch):
+        raise Diverged("the loss is no longer finite")
+
+    monkeypatch.setattr(ic.Trainer, "train_step", diverge)
+    error = here.error(*FAST, "--trials", "1")
+    assert "no trial is complete" in error
+    assert states_of(folder) == [TrialState.PRUNED]
+    events = events_of(folder / STUDY / "trial-0000")
+    assert "validation accuracy" not in events.Tags()["scalars"]
+
+
 def test_study_of_version_0_9_goes_on(here, study, folder):
     settings = {"dataset": "digits", "subset": 200, "epochs": 2, "width": 0.25, "batch_size": 100}
     old_names = {"low_res": 0.5, "test_views": 2, "depth": None, "make_imbalanced": 0.0}
@@ -422,6 +469,12 @@ def test_only_options_of_the_network_are_searched(random_study, model, names):
     assert space.draw(random_study.ask()).keys() == names
 
 
+def test_width_of_weights_to_start_from_is_not_searched(random_study):
+    space = digits_space()
+    space.start.init_from = "model.pth"
+    assert "width" not in space.draw(random_study.ask())
+
+
 def test_flips_and_pretrained_networks(random_study):
     space = digits_space()
     space.data.flip_keeps_label = True
@@ -443,7 +496,7 @@ def test_sweep_draws_and_names_a_rate(here, folder, bounds):
     low, high = map(float, bounds[1:]) if bounds else (0.12 / 1000, 0.12 * 10)
     assert low < rate < high
     assert (folder / STUDY / "find-lr.png").read_bytes().startswith(b"\x89PNG")
-    command = out.partition("Train with it: python image_classification.py ")[2]
+    command = line_after(out, "Train with it: ")
     assert f"--lr {rate}" in command and "--dataset digits" in command
     assert not err and not list(folder.glob("runs/tune/*/journal.log"))
 
@@ -571,7 +624,9 @@ def test_settings_that_equal_the_defaults_are_left_out():
 def test_command_is_quoted():
     settings = {"dataset": "my photos", "ema": True, "lr": 0.1}
     command = tune.train_command(settings)
-    assert command == "python image_classification.py --dataset 'my photos' --ema --lr 0.1"
+    words = ["--dataset", "my photos", "--ema", "--lr", "0.1"]
+    _, script, *options = shlex.split(command)
+    assert Path(script).samefile(SCRIPT) and options == words
 
 
 def test_custom_networks_can_be_tuned(here, folder):

@@ -4,11 +4,14 @@ import dataclasses
 import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUICK, SCRIPT, Program, only_run, report_of
+from PIL import Image
 
 import image_classification as ic
 from classifier.config import flag
@@ -236,3 +239,28 @@ def test_digits_are_not_mirrored(inside):
 def test_batches_of_one_image(inside):
     out, _ = inside(*DIGITS, "--fast-dev-run", "--batch-size", "1", "--width", "0.25")
     assert "Accuracy of the network on the 1 test images" in out
+
+
+TINY_NETWORK = """
+from torch import nn
+
+def tiny(classes, channels, image_size):
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels * 16, classes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="the command is run by a POSIX shell")
+@pytest.mark.parametrize("model", ["cnn", "my net.py:tiny"])
+@pytest.mark.parametrize("called", ["absolute", "relative"])
+def test_last_command_works_from_any_folder(folder, called, model):
+    """From a folder that is not the program's, with names that a shell has to have quoted."""
+    (folder / "my net.py").write_text(TINY_NETWORK)
+    script = SCRIPT if called == "absolute" else Path(os.path.relpath(SCRIPT))
+    options = [*QUICK[:-2], "--epochs", "1", "--out", "it's R&D.pth", "--model", model]
+    out, _ = Program(folder, script)(*options)
+    (line,) = [line for line in out.splitlines() if line.startswith("Use it: ")]
+    Image.new("RGB", (32, 32)).save(folder / "a b.png")
+    command = line.removeprefix("Use it: ").replace("IMAGE", "'a b.png'")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "a b.png" in done.stdout, done.stderr

@@ -76,6 +76,7 @@ class Dataset:
         drawn: what images were drawn for by rules that are not those of version 0.9: "testing",
             "validation", "--subset N".
         earlier_digests: int64, digests of the images that the weights to start from have seen.
+        test_files: of a folder of images, the paths of the test images, relative to it.
     """
 
     name: str
@@ -97,11 +98,17 @@ class Dataset:
     test_ids: Identity | None = None
     drawn: tuple[str, ...] = ()
     earlier_digests: torch.Tensor | None = None
+    test_files: list[str] | None = None
+
+    @functools.cached_property
+    def unresized_test(self) -> Split:
+        """The test images at their own size; read at the first use."""
+        return self.load_test()
 
     @functools.cached_property
     def test(self) -> Split:
         """The test images, at the size of the training images; read at the first use."""
-        return resize(self.load_test(), self.train.images.shape[-1])
+        return resize(self.unresized_test, self.train.images.shape[-1])
 
     def first(self, count: int) -> "Dataset":
         """Only the first images of each part, for a trial run."""
@@ -109,11 +116,12 @@ class Dataset:
             self,
             train=self.train.first(count),
             valid=self.valid.first(count),
-            load_test=lambda: self.test.first(count),
+            load_test=lambda: self.unresized_test.first(count),
             num_test_images=min(self.num_test_images, count),
             train_ids=_first_ids(self.train_ids, count),
             valid_ids=_first_ids(self.valid_ids, count),
             test_ids=_first_ids(self.test_ids, count),
+            test_files=None if self.test_files is None else self.test_files[:count],
         )
 
     def fingerprint(self) -> list[float]:

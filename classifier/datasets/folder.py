@@ -39,6 +39,7 @@ class Images(NamedTuple):
         pixel_ranges: of the values of images with more than 8 bits a pixel.
         train_ids, valid_ids, test_ids: what the images of each split are known by.
         drawn: see Dataset.
+        test_files: the same of each test image.
     """
 
     classes: list[str]
@@ -52,6 +53,7 @@ class Images(NamedTuple):
     valid_ids: Identity
     test_ids: Identity
     drawn: tuple[str, ...]
+    test_files: list[str]
 
 
 def load_folder(config: Config, image_size: int | None = None) -> Dataset:
@@ -92,13 +94,16 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         valid_ids=images.valid_ids,
         test_ids=images.test_ids,
         drawn=images.drawn,
+        test_files=images.test_files,
     )
 
 
 def _dataset_name(folder: Path) -> str:
     """The folder's name, made different from those of the other data sets."""
     name = folder.resolve().name or "images"
-    if name.lower() in ("cifar10", "digits", *named.NAMES):
+    others = ["cifar10", "digits", *named.NAMES]
+    others += [each.class_name.lower() for each in named.DATASETS.values()]
+    if name.lower() in others:
         return f"{name}-images"
     return name
 
@@ -157,6 +162,7 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
         valid_ids=ids.select(valid),
         test_ids=ids.select(test),
         drawn=drawn,
+        test_files=images["path"][test].tolist(),
     )
 
 

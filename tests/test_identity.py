@@ -1,0 +1,64 @@
+"""Digests that tell which image is which."""
+
+import hashlib
+import os
+
+import pytest
+from conftest import load_photos
+
+import image_classification as ic
+from classifier.datasets import identity
+
+
+def test_test_images_of_a_folder_are_named_by_their_files(photos):
+    data = load_photos()
+    names = identity.name_test_images(data)
+    digests = identity.digest_test_images(data)
+    assert len(names) == len(digests) == len(data.test.labels)
+    for name, digest, label in zip(names, digests, data.test.labels, strict=True):
+        content = (photos / name).read_bytes()
+        assert name.split("/")[0] == data.classes[label]
+        assert digest == hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def test_digests_do_not_depend_on_the_image_size_or_on_names(photos, folder):
+    digests = identity.digest_test_images(load_photos())
+    assert identity.digest_test_images(load_photos(image_size=16)) == digests
+    photos.rename(folder / "renamed")
+    data = ic.load_data(ic.Config(dataset="renamed"))
+    assert identity.digest_test_images(data) == digests
+
+
+def test_digests_of_arrays_are_of_the_pixels_before_they_are_resized():
+    data = ic.load_data(ic.Config(dataset="digits"))
+    digests = identity.digest_test_images(data)
+    pixels = [image.numpy().tobytes() for image in data.test.images]
+    assert digests == [hashlib.blake2b(each, digest_size=8).hexdigest() for each in pixels]
+    assert identity.name_test_images(data) == [str(i) for i in range(len(digests))]
+    smaller = ic.load_data(ic.Config(dataset="digits", image_size=16))
+    assert smaller.test.images.shape[-1] == 16
+    assert identity.digest_test_images(smaller) == digests
+
+
+@pytest.mark.parametrize("dataset", ["digits", "photos"])
+def test_trial_run_has_the_first_of_them(photos, dataset):
+    data = ic.load_data(ic.Config(dataset=dataset, image_size=16))
+    first = data.first(5)
+    assert identity.digest_test_images(first) == identity.digest_test_images(data)[:5]
+    assert identity.name_test_images(first) == identity.name_test_images(data)[:5]
+    assert first.test.images.equal(data.test.images[:5])
+
+
+def test_file_that_is_gone_has_no_digest(photos):
+    data = load_photos()
+    names = identity.name_test_images(data)
+    before = identity.digest_test_images(data)
+    os.remove(photos / names[3])
+    assert identity.digest_test_images(data) == [*before[:3], "", *before[4:]]
+
+
+def test_digest_of_all_does_not_depend_on_the_order():
+    together = identity.digest_all(["a", "b", "b"], ["cat", "dog", "dog"])
+    assert identity.digest_all(["b", "a", "b"], ["dog", "cat", "dog"]) == together
+    assert identity.digest_all(["a", "b"], ["cat", "dog"]) != together
+    assert identity.digest_all(["a", "b", "b"], ["cat", "dog", "cat"]) != together
