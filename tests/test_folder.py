@@ -307,8 +307,39 @@ def test_missing_folder_is_named(folder):
 
 
 def test_classes_may_be_called_like_splits(folder):
-    write_images(folder / "photos", {"bullet_train": 10, "test_tube": 10})
-    assert load().classes == ["bullet_train", "test_tube"]
+    for names in (["bullet_train", "test_tube"], ["bus", "train_test"], ["test_train", "val_test"]):
+        shutil.rmtree(folder / "photos", ignore_errors=True)
+        write_images(folder / "photos", dict.fromkeys([f"{name}/inner" for name in names], 10))
+        assert load().classes == names
+
+
+@pytest.mark.parametrize(
+    ("images", "inner"),
+    [
+        (["photos/red", "photos/green"], "photos"),
+        (["photos/photos/red", "photos/photos/green"], "photos/photos"),
+        (["photos/train/red", "photos/train/green", "photos/test/red"], "photos"),
+        (["photos/train/red", "photos/train/green"], "photos"),
+        (["photos/red/2019", "photos/red/2020", "photos/green/2020"], "photos"),
+        (["only/2019", "only/2020"], "only"),
+    ],
+)
+def test_folder_in_a_folder_as_unpacked_from_a_zip(folder, images, inner):
+    write_images(folder / "photos", dict.fromkeys(images, 4))
+    (folder / "photos" / "__MACOSX" / "photos").mkdir(parents=True)
+    (folder / "photos" / "README.txt").touch()
+    inner_folder = os.path.join("photos", *inner.split("/"))
+    with pytest.raises(UserError) as caught:
+        load()
+    assert str(caught.value).endswith(f"--dataset {inner_folder}")
+
+
+@posix_only
+def test_folder_that_links_to_itself(folder):
+    (folder / "photos").mkdir()
+    (folder / "photos" / "again").symlink_to(folder / "photos")
+    with pytest.raises(UserError, match="class folder"):
+        load()
 
 
 @pytest.mark.parametrize(

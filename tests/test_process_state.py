@@ -10,17 +10,24 @@ call, and which parts of the process state had changed.
 """
 
 import contextlib
+import gc
 import json
+import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import image_classification as ic
@@ -117,6 +124,19 @@ def process_state():
         "autocast": torch.is_autocast_enabled("cpu"),
         "stdout": id(sys.stdout),
         "stderr": id(sys.stderr),
+        "warning filters": list(warnings.filters),
+        "profile and trace": (sys.getprofile(), sys.gettrace()),
+        "excepthook": sys.excepthook,
+        "recursion limit": sys.getrecursionlimit(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "socket timeout": socket.getdefaulttimeout(),
+        "root logger": (list(logging.root.handlers), logging.root.level, logging.root.disabled),
+        "Pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        "matplotlib": (matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams)),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "default device": torch.get_default_device(),
+        "umask": umask(),
+        "threads of Python": threading.active_count(),
         "SIGINT": signal.getsignal(signal.SIGINT),
         "SIGTERM": signal.getsignal(signal.SIGTERM),
         "folder": os.getcwd(),
@@ -126,6 +146,12 @@ def process_state():
         state["cuda random state"] = torch.cuda.get_rng_state().tolist()
         state["cuda stream"] = torch.cuda.current_stream()
     return state | precision_flags()
+
+
+def umask():
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def interrupt_training(times):
