@@ -188,7 +188,7 @@ class Program:
             ]
             run = ["-c", "\n".join(code)]
         command = [sys.executable, *run, *arguments]
-        paths = [str(REPOSITORY)]
+        paths = [str(self.script.parent)]
         if "PYTHONPATH" in os.environ:
             paths.append(os.environ["PYTHONPATH"])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (env or {})

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, Program, only_run, rows_of, same, state_of, wait_for, weights
+from conftest import (
+    QUICK,
+    REPOSITORY,
+    Program,
+    only_run,
+    rows_of,
+    same,
+    state_of,
+    wait_for,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -178,7 +188,8 @@ def test_error_of_one_process_is_the_one_that_is_printed(together, folder):
     """Not that of the others, which lose their connection to it."""
     together.script = folder / "failing.py"
     together.script.write_text(FAILING)
-    process = together.start(*QUICK, "--device", "cpu", "--batch-size", "40")
+    options = [*QUICK, "--device", "cpu", "--batch-size", "40"]
+    process = together.start(*options, env={"PYTHONPATH": str(REPOSITORY)})
     _, err = process.communicate(timeout=100)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1 and len(lines) == 1, err
@@ -188,7 +199,7 @@ def test_error_of_one_process_is_the_one_that_is_printed(together, folder):
 def test_processes_train_again_after_an_error_of_one(together, folder):
     together.script = folder / "failing.py"
     together.script.write_text(FAILING)
-    together()
+    together(env={"PYTHONPATH": str(REPOSITORY)})
     outcomes = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert outcomes[0][0] != "done" and outcomes[0][1:] == [False, "done", False]
     assert outcomes[1] == ["ValueError", False, "done", False]
