@@ -89,13 +89,13 @@ def _needs_two_images(
 
 
 def _accepts(model: nn.Module, images: torch.Tensor) -> bool:
-    """Whether a network's forward pass of these images works."""
+    """Whether a network's forward pass of these images works, or would with more memory."""
     devices = [images.device] if images.is_cuda else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             model(images)
-    except Exception:  # a user's network may raise anything
-        return False
+    except Exception as error:  # a user's network may raise anything
+        return is_out_of_memory(error)
     return True
 
 

@@ -67,7 +67,7 @@ def read_only(folder, monkeypatch):
     touch, mkdir = Path.touch, Path.mkdir
 
     def refuse(path, do, **options):
-        if path.absolute().is_relative_to(folder):
+        if path.resolve().is_relative_to(folder.resolve()):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         do(path, **options)
 
