@@ -60,10 +60,10 @@ def silence_all_but_rank_0() -> None:
 def wait_for_first_error() -> None:
     """Wait before printing an error, unless this process was the first to fail.
 
-    When that one ends, so does torchrun all others: their errors are the same, or follow from it.
+    When that one has ended, torchrun ends the others: their errors are the same, or follow from it.
     """
     if LAUNCHED and not _failed_first():
-        time.sleep(3)
+        time.sleep(10)  # a process takes seconds to end where others compute
 
 
 def _failed_first() -> bool:
@@ -331,7 +331,7 @@ class Group:
         Python would abort if it ended while a thread of Gloo still holds a tensor.
 
         after_error: do not wait for the other processes, which may have ended, or be waiting for
-            this one.
+            this one. They go on waiting until it ends, or for TIMEOUT.
         """
         if not self.owns_process_group:
             return

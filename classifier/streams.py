@@ -4,8 +4,10 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 # errno of a pipe whose reader has gone; on Windows it is EINVAL
 CLOSED_PIPE = {errno.EPIPE, errno.EINVAL} if os.name == "nt" else {errno.EPIPE}
@@ -61,11 +63,26 @@ def drop_unwritable() -> bool:
     """
     found = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            found = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+        if _can_write(stream):
+            continue
+        found = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
     return found
+
+
+def _can_write(stream: TextIO) -> bool:
+    """Whether what is left to write can be written, and, of a pipe, has a reader."""
+    try:
+        stream.flush()
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:  # it is in memory
+        return True
+    except OSError:
+        return False
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
