@@ -124,7 +124,7 @@ def process_state():
         "autocast": torch.is_autocast_enabled("cpu"),
         "stdout": id(sys.stdout),
         "stderr": id(sys.stderr),
-        "warning filters": list(warnings.filters),
+        "warning filters": [each for each in warnings.filters if is_builtin(each[2])],
         "profile and trace": (sys.getprofile(), sys.gettrace()),
         "excepthook": sys.excepthook,
         "recursion limit": sys.getrecursionlimit(),
@@ -136,7 +136,7 @@ def process_state():
         "anomaly detection": torch.is_anomaly_enabled(),
         "default device": torch.get_default_device(),
         "umask": umask(),
-        "threads of Python": threading.active_count(),
+        "threads of Python": [each for each in threading.enumerate() if not is_of_tqdm(each)],
         "SIGINT": signal.getsignal(signal.SIGINT),
         "SIGTERM": signal.getsignal(signal.SIGTERM),
         "folder": os.getcwd(),
@@ -146,6 +146,16 @@ def process_state():
         state["cuda random state"] = torch.cuda.get_rng_state().tolist()
         state["cuda stream"] = torch.cuda.current_stream()
     return state | precision_flags()
+
+
+def is_builtin(category):
+    """Whether a category of warnings is no other package's, which its import may filter."""
+    return category.__module__ == "builtins"
+
+
+def is_of_tqdm(thread):
+    """Whether it is the thread by which progress bars watch each other."""
+    return thread.name == "tqdm_monitor"
 
 
 def umask():

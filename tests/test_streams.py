@@ -55,14 +55,13 @@ def closed_pipe(monkeypatch, name, buffered):
     """Within it a standard stream is a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    raw = open(writer, "wb", buffering=-1 if buffered else 0)
-    with (
-        io.TextIOWrapper(raw, write_through=not buffered) as stream,
-        monkeypatch.context() as patch,
-    ):
-        patch.setattr(sys, name, stream)
-        yield
-        streams.drop_unwritable()  # or closing it would fail
+    raw = io.FileIO(writer, "w")
+    binary = io.BufferedWriter(raw) if buffered else raw
+    with io.TextIOWrapper(binary, write_through=not buffered) as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, stream)
+            yield
+            streams.drop_unwritable()  # or closing it would fail
 
 
 @posix_only
