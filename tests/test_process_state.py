@@ -132,7 +132,8 @@ def process_state():
         "socket timeout": socket.getdefaulttimeout(),
         "root logger": (list(logging.root.handlers), logging.root.level, logging.root.disabled),
         "Pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
-        "matplotlib": (matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams)),
+        "matplotlib's backend": matplotlib.get_backend(auto_select=False),
+        "matplotlib's settings": matplotlib_settings(),
         "anomaly detection": torch.is_anomaly_enabled(),
         "default device": torch.get_default_device(),
         "umask": umask(),
@@ -156,6 +157,12 @@ def is_builtin(category):
 def is_of_tqdm(thread):
     """Whether it is the thread by which progress bars watch each other."""
     return thread.name == "tqdm_monitor"
+
+
+def matplotlib_settings():
+    """All but the backend, which is chosen when it is read."""
+    settings = matplotlib.rcParams
+    return {name: settings[name] for name in settings if name != "backend"}
 
 
 def umask():
