@@ -188,26 +188,22 @@ def draw_confusion_matrix(
     labels, predictions: int64 (N,). From 31 classes on no numbers are written: they would be too
     small to read, and take long to draw.
     """
-    from sklearn.metrics import confusion_matrix  # its display would import pyplot
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-    class_indices = range(len(classes))
-    matrix = confusion_matrix(labels, predictions, labels=class_indices)
     has_numbers = len(classes) <= MAX_CLASSES_WITH_NUMBERS
     figure = new_figure(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))
     (axes,) = figure.axes
-    picture = axes.imshow(matrix, cmap="Blues")
-    axes.set_xlabel("Predicted label")
-    axes.set_ylabel("True label")
-    axes.set_xticks(class_indices, classes, rotation=45 if has_numbers else 90)
-    axes.set_yticks(class_indices, classes)
-    if has_numbers:
-        light, dark = picture.cmap(0.0), picture.cmap(1.0)
-        middle = (matrix.min() + matrix.max()) / 2
-        for row in class_indices:
-            for column in class_indices:
-                count = matrix[row, column]
-                color = dark if count < middle else light
-                axes.text(column, row, count, ha="center", va="center", color=color)
+    ConfusionMatrixDisplay.from_predictions(
+        labels,
+        predictions,
+        labels=range(len(classes)),
+        display_labels=classes,
+        ax=axes,
+        cmap="Blues",
+        colorbar=False,
+        include_values=has_numbers,
+        xticks_rotation=45 if has_numbers else "vertical",
+    )
     for label in axes.get_xticklabels() + axes.get_yticklabels():
         label.set_parse_math(False)  # a class may be called under_$10
     return figure

@@ -193,13 +193,6 @@ def test_torchvision_that_does_not_fit_is_named(program, folder):
     assert "torchvision::nms" in error and REINSTALL_TORCH in error
 
 
-@pytest.mark.slow
-def test_matplotlib_backend_that_is_not_installed_ends_no_run(program, folder):
-    """Jupyter leaves such a setting to the programs it starts; it would fail after the training."""
-    program(*QUICK, "--epochs", "1", env={"MPLBACKEND": "module://nothing_like_this"})
-    assert (only_run(folder) / "confusion_matrix.png").exists()
-
-
 # ---- recipes and other settings that reach a run ----
 
 
