@@ -18,6 +18,9 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
 try:
     import gradio as gr
     import numpy as np

@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -24,6 +25,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     from classifier.cli import run_tool

@@ -18,11 +18,15 @@ import contextlib
 import functools
 import io
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     import numpy as np

@@ -13,12 +13,16 @@ import argparse
 import io
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
     import numpy as np

@@ -42,6 +42,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
 try:
     import torch
     import torch.nn.functional as F
@@ -66,6 +69,7 @@ try:
         schedules,
         seed_summary,
         seen_images,
+        streams,
         time_budget,
         train_state,
     )
@@ -194,8 +198,14 @@ def plan_epoch(
 
 
 def slice_epoch(epoch_size: int, batch_size: int) -> list[slice]:
-    """Which slice of an epoch's plan each step takes: batches of nearly equal size."""
+    """Which slice of an epoch's plan each step takes: batches of nearly equal size.
+
+    Batches of two become batches of two and three where an image would be left alone: batch norm
+    may need more than one.
+    """
     steps = math.ceil(epoch_size / batch_size)
+    if batch_size > 1:
+        steps = min(steps, max(1, epoch_size // 2))
     bounds = [epoch_size * step // steps for step in range(steps + 1)]
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
@@ -353,6 +363,7 @@ def build_model(config: Config, data: Dataset, init_weights: bool = True) -> nn.
     model = instantiate(config, len(data.classes), data.mean, data.std, image_size)
     if init_weights:
         build.smoke_test_custom(model, config, images.shape[1:])
+        micro_batches.check_single_images(model, config, tuple(images.shape))
     build.freeze(model, config)
     if not init_weights:
         return model
@@ -576,7 +587,7 @@ class Trainer:
             model,
             first_batch,
             config,
-            image_size=self.train_set.images.shape[-1],
+            image_shape=tuple(self.train_set.images.shape[1:]),
             device=device,
             world_size=self.group.world_size,
         )
@@ -836,7 +847,9 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
             console.print_epoch(progress, row, is_best, heartbeat.eta())
             heartbeat.stop_between_epochs()
         print("Finished Training")
-        return group.broadcast_from_rank0(lambda: test(trainer, run, log))
+        report = group.broadcast_from_rank0(lambda: test(trainer, run, log))
+        heartbeat.stop_between_epochs()  # a signal during the test: resumed, it is tested again
+        return report
 
 
 def draw_inputs(trainer: Trainer) -> "Figure":
@@ -878,6 +891,7 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
     return reports.write_report(run, log, config, results, history, data, tested.logits, best)
 
 
+@streams.present()
 def train(
     config: Config,
     data: Dataset | None = None,
@@ -888,7 +902,8 @@ def train(
 ) -> Report:
     """The whole job: data, network, training, test, files; with --repeat for several seeds.
 
-    The caller's process stays as it was: random states, flags of torch, signal handlers.
+    The caller's process stays as it was, after an error too: random states, flags of torch, signal
+    handlers, standard streams.
 
     Args:
         data: None: load_data(config).
@@ -902,6 +917,8 @@ def train(
     """
     begun = time.perf_counter() if begun is None else begun
     resolve.check_before_data(config)
+    if distributed.is_main_process():
+        resolve.check_places(config, reads_data=data is None)
     device = devices.choose_device(distributed.device_name(config.device))
     if data is None:
         data = distributed.load_once_per_machine(lambda: load_data(config))
@@ -911,10 +928,13 @@ def train(
     config = resolve.resolve_defaults(config, data, DEFAULT_RECIPE)
     if config.fast_dev_run:
         data = data.first(config.batch_size)
-    group = distributed.join(device)  # after the data, which may take longer than processes wait
-    resolve.check_processes(config, data, group)
 
-    with devices.training_process(device, config.deterministic):
+    # after the data, which may take longer than processes wait for each other
+    with (
+        distributed.joined(device) as group,
+        devices.training_process(device, config.deterministic),
+    ):
+        resolve.check_processes(config, data, group)
         models = []  # those of other seeds are built when it is their turn
         if config.resume:
             folder = Path(config.resume)
@@ -950,7 +970,6 @@ def train(
                 lambda: reports.export_model(report, config, data)
             )
             run.finish(finished.results)
-    group.leave()
     console.print_end(time.perf_counter() - begun, config.minutes)
     return finished
 
@@ -962,6 +981,7 @@ SOURCE = reports.source_of(globals().get("__spec__"), globals().get("__loader__"
 VERSIONS = reports.versions(SOURCE)
 
 
+@streams.present()
 def load_data(config: Config) -> Dataset:
     """Find, download if need be, verify and read the data set that `config.dataset` names.
 
@@ -1012,7 +1032,7 @@ def main(arguments: list[str] | None = None) -> int:
         run,
         parser,
         debug=given.get("debug", False),
-        before_report=distributed.wait_for_rank_0,
+        before_report=distributed.wait_for_first_error,
     )
 
 

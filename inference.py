@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
 try:
     import numpy as np
     from tqdm import tqdm

@@ -26,6 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
 try:
     import torch
     from optuna import Trial

@@ -1,9 +1,11 @@
 """The command line: options made from Config, and how a program starts, reports an error and ends.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 128 + N stopped by signal N (130: Ctrl-C).
+Exit status: 0 done, 1 failed, 2 wrong usage, 128 + N stopped by signal N (130: Ctrl-C), 141 if
+what it prints is no longer read (| head), as other programs end then.
 """
 
 import argparse
+import atexit
 import difflib
 import importlib.util
 import io
@@ -19,6 +21,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from classifier import streams
 from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
 from classifier.errors import INSTALL, INSTALL_EXTRAS, Stopped, UsageError, UserError, format_error
 from classifier.legacy import REMOVED_OPTIONS, RENAMED_CHOICES, RENAMED_OPTIONS
@@ -35,6 +38,7 @@ METAVARS = {
     "out": "FILE.pth",
     "resume": "DIR",
 }
+NOBODY_READS = 141  # exit status: 128 + SIGPIPE, which Windows does not know
 PACKAGES = ["torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"]
 EPILOG = (
     "Defaults are for the network cnn on CIFAR-10. Other networks, optimisers and data sets\n"
@@ -221,7 +225,12 @@ def tool_parser(description: str | None, device: bool = True) -> argparse.Argume
 
 
 def prepare_console() -> None:
-    """Print lines at once, and a ? for each character that the console's encoding lacks."""
+    """Print lines at once, and a ? for each character that the console's encoding lacks.
+
+    What is printed is lost where there is no console (pythonw, 2>&-).
+    """
+    streams.open_missing()
+    atexit.register(streams.drop_unwritable)
     for console in (sys.stdout, sys.stderr):
         if isinstance(console, io.TextIOWrapper):
             console.reconfigure(errors="replace", line_buffering=True)
@@ -265,6 +274,10 @@ def run_program(
         print("\nStopped", file=sys.stderr)
         return exit_status(stopped)
     except Exception as error:
+        if isinstance(error, OSError) and streams.drop_unwritable():
+            if error.errno in streams.CLOSED_PIPE:
+                return NOBODY_READS
+            error.filename = error.filename or "standard output"
         if debug and not isinstance(error, UsageError):
             raise
         if before_report is not None:

@@ -36,29 +36,42 @@ def choose_device(name: str) -> torch.device:
     Raises UserError if there is no such device.
     """
     driver_problem = _nvidia_problem()
-    if name == "auto" and driver_problem:
-        print(f"note: {driver_problem}")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    best = accelerator or torch.device("cpu")
+    if name == "auto":
+        if driver_problem:
+            print(f"note: {driver_problem}")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        wanted = accelerator or torch.device("cpu")
+        remedy = "choose another, such as --device cpu"
+    else:
+        wanted = _parse_device(name)
+        remedy = "leave it out to use the best device"
     try:
         # allocating adds the index, and finds out whether the device works
-        return torch.empty(0, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = driver_problem or str(error).partition("\n")[0]
-        if "Expected one of" in reason:  # torch lists devices that this program does not know
-            reason = "choose auto, cpu, cuda, cuda:N or mps"
-        message = f"--device {name} is not available: {reason}; leave it out to use the best device"
-        raise UserError(message) from None
+        return torch.empty(0, device=wanted).device
+    except Exception as error:  # each kind of device raises its own
+        reason = str(error).partition("\n")[0]
+        if wanted.type == "cuda" and driver_problem:
+            reason = driver_problem
+        raise UserError(f"--device {name} is not available: {reason}; {remedy}") from None
+
+
+def _parse_device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:  # whose text lists devices that this program does not know
+        raise UserError(
+            f"--device {name} is no device: choose auto, cpu, cuda, cuda:N or mps"
+        ) from None
 
 
 def _nvidia_problem() -> str:
-    """What to do if there is an NVIDIA driver, but this build of torch cannot use it; else ""."""
+    """What to do if NVIDIA's tools are there, but this torch was built without CUDA; else ""."""
     built_for_gpu = torch.version.cuda or torch.version.hip
     if built_for_gpu or not shutil.which("nvidia-smi"):
         return ""
     return (
-        f"this torch {torch.__version__} cannot use the NVIDIA GPU; "
-        f"install one that can: {REINSTALL_FOR_NVIDIA}"
+        f"this torch {torch.__version__} was built without CUDA; for an NVIDIA GPU install one "
+        f"that has it: {REINSTALL_FOR_NVIDIA}"
     )
 
 
@@ -149,9 +162,10 @@ def _glibc() -> ctypes.CDLL | None:
 def training_process(device: torch.device, deterministic: bool) -> Iterator[None]:
     """Prepare this process for training on `device`; afterwards all is as it was before.
 
-    Inside, fp32 means fp32 (see `exact_fp32`), torch uses deterministic algorithms or not, and CUDA
-    work runs on a side stream. Afterwards, also after an exception, these and the random states and
-    the number of threads are restored. Enter it before the first random number is drawn.
+    Inside, fp32 means fp32 (see `exact_fp32`), torch uses deterministic algorithms if that is asked
+    for, here or by the caller, and CUDA work runs on a side stream. Afterwards, also after an
+    exception, these and the random states and the number of threads are restored. Enter it before
+    the first random number is drawn.
     """
     with (
         _restore_num_threads(),
@@ -191,20 +205,24 @@ def _restore_random_states(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Use deterministic algorithms or not; with a warning for operations that have none."""
+    """Use deterministic algorithms, with a warning for operations that have none.
+
+    enabled: False: only if the caller of this program uses them; then as the caller does.
+    """
     enabled_before = torch.are_deterministic_algorithms_enabled()
     warn_only_before = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace_before = os.environ.get(CUBLAS_WORKSPACE)
-    if enabled and workspace_before is None:
+    sets_workspace = workspace_before is None and (enabled or enabled_before)
+    if sets_workspace:
         os.environ[CUBLAS_WORKSPACE] = ":4096:8"
-    if enabled != enabled_before:
-        torch.use_deterministic_algorithms(enabled, warn_only=True)
+    if enabled and not enabled_before:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        if enabled != enabled_before:
-            torch.use_deterministic_algorithms(enabled_before, warn_only=warn_only_before)
-        if enabled and workspace_before is None:
+        if enabled and not enabled_before:
+            torch.use_deterministic_algorithms(False, warn_only=warn_only_before)
+        if sets_workspace:
             os.environ.pop(CUBLAS_WORKSPACE, None)
 
 

@@ -9,10 +9,11 @@ import gc
 import io
 import json
 import os
+import pickle
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -23,16 +24,18 @@ import torch.distributed as dist
 from torch import nn
 
 from classifier.config import is_custom_model
-from classifier.errors import UserError
+from classifier.errors import Stopped, UserError
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # did torchrun start this process?
 TIMEOUT = timedelta(minutes=30)  # for which processes wait for each other
+STORE_TIMEOUT = timedelta(minutes=5)  # for which they try to reach torchrun's store
 LOAD_TIMEOUT = timedelta(days=2)  # for which they wait for one of them to load the data
 
 # Keys in torchrun's store.
 RUN_KEY = "image_classification/run"
 PREFIX_KEY = "image_classification/part"
 LOADED_KEY = "image_classification/loaded by {}"  # by the machine of that number
+FAILED_KEY = "image_classification/failed first after {} restarts"
 
 # Settings that a run still takes from the command line when torchrun restarts it.
 RESTART_OVERRIDES = ("data_dir", "mirror", "debug")
@@ -54,10 +57,24 @@ def silence_all_but_rank_0() -> None:
         sys.stdout = io.StringIO()
 
 
-def wait_for_rank_0() -> None:
-    """Wait before printing an error: if rank 0 fails as well, torchrun ends this process first."""
-    if not is_main_process():
-        time.sleep(3)
+def wait_for_first_error() -> None:
+    """Wait before printing an error, unless this process was the first to fail.
+
+    When that one has ended, torchrun ends the others: their errors are the same, or follow from it.
+    """
+    if LAUNCHED and not _failed_first():
+        time.sleep(10)  # a process takes seconds to end where others compute
+
+
+def _failed_first() -> bool:
+    """Whether this process was the first to ask this, of those of one start of torchrun."""
+    rank = os.environ["RANK"]
+    with contextlib.suppress(RuntimeError):  # torchrun itself has ended
+        store = _agent_store(timedelta(seconds=10))
+        if store is not None:
+            key = FAILED_KEY.format(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            return store.compare_set(key, "", rank).decode() == rank
+    return rank == "0"
 
 
 def begin(given: dict[str, Any]) -> dict[str, Any]:
@@ -164,12 +181,12 @@ def resume_command(command: list[str]) -> list[str]:
     return [*launcher, *command[1:]]
 
 
-def _agent_store() -> "dist.Store | None":
+def _agent_store(timeout: timedelta = STORE_TIMEOUT) -> "dist.Store | None":
     """What all processes of this torchrun share, also after a restart; None if it has no store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False)
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout)
 
 
 # ---- the group ----
@@ -259,12 +276,25 @@ class Group:
         return poll and bool(sums[-1] > 0)
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and return its result in all processes, which wait for it."""
+        """Call `make` on rank 0 and return its result in all processes, which wait for it.
+
+        If it raises an error there, all of them raise it.
+        """
         if self.world_size == 1:
             return make()
-        content = [make() if self.is_main else None]
-        dist.broadcast_object_list(content)
-        return content[0]  # type: ignore[return-value]
+        outcome: list[Any] = [None, None]  # the result and the error
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                with contextlib.suppress(RuntimeError):  # another process has failed as well
+                    dist.broadcast_object_list([None, _to_send(error)])
+                raise
+        dist.broadcast_object_list(outcome)
+        result, error_of_rank_0 = outcome
+        if error_of_rank_0 is not None:
+            raise error_of_rank_0
+        return result
 
     def share_evaluation(
         self, model: nn.Module, images: Any, classify: Callable[[Any], torch.Tensor]
@@ -295,17 +325,50 @@ class Group:
         if self.world_size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
+    def leave(self, after_error: bool = False) -> None:
         """Destroy the process group that `join` created.
 
         Python would abort if it ended while a thread of Gloo still holds a tensor.
+
+        after_error: do not wait for the other processes, which may have ended, or be waiting for
+            this one. They go on waiting until it ends, or for TIMEOUT.
         """
         if not self.owns_process_group:
             return
-        dist.barrier()  # others may still need this process
+        if not after_error:
+            dist.barrier()  # others may still need this process
+        elif dist.get_backend() == "nccl" and dist.group.WORLD is not None:
+            dist.group.WORLD.abort()  # otherwise it waits for what the GPU has begun to exchange
         gc.collect()  # DDP holds the group, and is part of a reference cycle
         dist.destroy_process_group()
         self.owns_process_group = False
+
+
+def _to_send(error: Exception) -> Exception:
+    """An error as other processes can receive it; one that cannot be sent becomes its text."""
+    with contextlib.suppress(Exception):  # anybody's error, with anything in it
+        return pickle.loads(pickle.dumps(error))
+    return RuntimeError(repr(error))
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """Train together with the other processes of this torchrun, and leave them afterwards."""
+    gpu_before = torch.cuda.current_device() if device.type == "cuda" else None
+    group = join(device)
+    try:
+        yield group
+        group.leave()
+    except BaseException as error:
+        is_stopped = isinstance(error, Stopped)  # as all processes are, at the same step
+        if LAUNCHED and not is_stopped:
+            _failed_first()  # before the others lose this process, and fail as well
+        with contextlib.suppress(RuntimeError):  # the first error is the one to report
+            group.leave(after_error=not is_stopped)
+        raise
+    finally:
+        if gpu_before is not None:
+            torch.cuda.set_device(gpu_before)
 
 
 def join(device: torch.device) -> Group:

@@ -1,14 +1,23 @@
 """What a user can fix, and how an error becomes one line on the screen."""
 
+import errno
+import sys
+import traceback
 from pathlib import Path
+
+from classifier.files import NOT_WRITABLE
 
 INSTALL = "install what this program needs with: pip install -r requirements.txt"
 INSTALL_EXTRAS = "install what the tools need with: pip install -r requirements-extras.txt"
 REINSTALL_TORCH = (
-    "torch and torchvision do not fit each other: pip install --force-reinstall torch torchvision"
+    "torchvision cannot be imported; install it together with the torch that it was built for: "
+    "pip install --force-reinstall torch torchvision"
 )
 
 MAX_LENGTH = 500  # characters of an error of another program, which may list all its tensors
+# errno of a disk that is full, or a user's share of it, which Windows does not know
+NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, and hipErrorOutOfMemory
 
 
 class UserError(Exception):
@@ -44,34 +53,86 @@ class Stopped(Exception):
 def format_error(error: Exception, install: str = INSTALL) -> str:
     """One line that says what is wrong and what to do.
 
+    An error is judged by its type, its errno and where it comes from: words in its text may be part
+    of a path.
+
     install: what to do about a missing package.
     """
     text = " ".join(str(error).split())
-    if "operator torchvision::" in text:
+    if _failed_to_import("torchvision", error):
         return f"{text}: {REINSTALL_TORCH}"
     if isinstance(error, UserError):
         return text
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"{error.filename}: there is no such file or folder"
     if isinstance(error, OSError):
         return _format_os_error(error, text)
     if isinstance(error, ModuleNotFoundError):
         return f"{text}: {install}"
-    if "out of memory" in text:
-        first_sentence = text.partition(". ")[0]
-        return f"{first_sentence}: try a smaller --batch-size, or --device cpu"
+    if is_out_of_memory(error):
+        return _format_out_of_memory(error, text)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         first_line = str(error).partition("\n")[0]
-        return f"--compile does not work here: {first_line}: leave it out"
-    if "torchvision" in text:
-        return f"{text}: {REINSTALL_TORCH}"
+        return f"torch.compile fails here: {first_line}: leave out --compile"
     return f"{repr(error)[:MAX_LENGTH]} (--debug shows where)"
 
 
+def _failed_to_import(package: str, error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, arose while a package was imported.
+
+    Not if the package lacks another one: then that one has to be installed.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            module = frame.f_globals.get("__name__", "")
+            is_imported = frame.f_code.co_name == "<module>"
+            if is_imported and module.partition(".")[0] == package:
+                return not isinstance(cause, ModuleNotFoundError)
+        cause = cause.__cause__
+    return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of the device was too small.
+
+    torch has a type for this error on GPUs, but CPUs and MPS raise a plain RuntimeError: nothing
+    but its text tells it from others.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # only torch raises its errors, and it is slow to import
+    if torch is None:
+        return False
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, torch.AcceleratorError):
+        return getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY
+    return type(error) is RuntimeError and (_is_of_mps(error) or _is_of_cpu(error))
+
+
+def _is_of_mps(error: BaseException) -> bool:
+    return str(error).startswith("MPS backend out of memory")
+
+
+def _is_of_cpu(error: BaseException) -> bool:
+    return "DefaultCPUAllocator: " in str(error)
+
+
+def _format_out_of_memory(error: Exception, text: str) -> str:
+    """How much memory there is on a device, and what to try."""
+    if isinstance(error, MemoryError) or _is_of_cpu(error):
+        return "the memory of this machine is too small: try a smaller --batch-size or --image-size"
+    first_sentence = text.partition(". ")[0]
+    return f"{first_sentence}: try a smaller --batch-size, or --device cpu"
+
+
 def _format_os_error(error: OSError, text: str) -> str:
-    """The file, what is wrong with it, and what to check on the disk."""
+    """The file, what is wrong with it, and what to do where its errno tells."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename}: there is no such file or folder"
     reason = error.strerror or text
     named = f"{error.filename}: {reason}" if error.filename else reason
-    if isinstance(error, (FileExistsError, IsADirectoryError, NotADirectoryError)):
-        return named
-    return f"{named}: is there space, and the right to write?"
+    if error.errno in NO_SPACE:
+        return f"{named}: make room, or use another place"
+    if error.errno in NOT_WRITABLE:
+        return f"{named}: change its permissions, or use another place"
+    return named

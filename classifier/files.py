@@ -35,6 +35,25 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink()  # gone already, if all went well
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless files can be written in a folder, which need not exist yet.
+
+    It makes the folder and writes a file, then removes both: only that tells, because root and
+    network drives do not go by permissions alone.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        for each in missing:  # the innermost first
+            with contextlib.suppress(OSError):  # never made, or another process uses it already
+                each.rmdir()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a dictionary as indented JSON, atomically."""
     write_atomically(path, json.dumps(content, indent=2).encode())

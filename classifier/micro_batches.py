@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from classifier.config import Config
-from classifier.errors import UserError
+from classifier.errors import UsageError, UserError, is_out_of_memory
+from classifier.progress import STEP_COST
+from classifier.text import pluralize
 
 MIN_MICRO_BATCH = 16  # images: batch norm needs some
 SMALL_IMAGE, SMALL_MICRO_BATCH = 32, 500  # pixels and images for which memory is not measured
@@ -47,13 +49,63 @@ class Fit(NamedTuple):
     has_unused_params: bool
 
 
+def check_single_images(model: nn.Module, config: Config, shape: tuple[int, ...]) -> None:
+    """Raise UsageError if the network would get images one at a time, and needs two to be trained.
+
+    shape: of the training images, (N, C, H, W).
+    """
+    num_images = shape[0]
+    batch_size = min(config.batch_size or 2, num_images)
+    is_single = batch_size == 1 or config.micro_batch == 1
+    if config.freeze or not is_single:  # with --freeze, layers keep their statistics
+        return
+    if not _needs_two_images(model, shape[1:], config.progressive_resizing or 0.0):
+        return
+    needs_two = f"the network {config.model} can be trained on two at a time, but not on one"
+    if num_images == 1:
+        raise UsageError(f"one training image is too few: {needs_two}")
+    option = "--batch-size" if batch_size == 1 else "--micro-batch"
+    raise UsageError(f"{option} 1 is too small for these images: {needs_two}")
+
+
+def _needs_two_images(
+    model: nn.Module, image_shape: tuple[int, ...], progressive_resizing: float
+) -> bool:
+    """Whether a network can be trained on two images at a time, but not on one.
+
+    Batch norm cannot where it gets one value per channel, as from an image of one pixel: the last
+    layers of a network may see such images, above all where --progressive-resizing makes them
+    small. image_shape: (C, H, W).
+    """
+    scales = list(STEP_COST) if progressive_resizing else [1.0]
+    trial = copy.deepcopy(model).train()
+    device = next(model.parameters()).device
+    for scale in scales:
+        height, width = (int(scale * side) for side in image_shape[1:])
+        images = torch.zeros(2, image_shape[0], height, width, device=device)
+        if _accepts(trial, images) and not _accepts(trial, images[:1]):
+            return True
+    return False
+
+
+def _accepts(model: nn.Module, images: torch.Tensor) -> bool:
+    """Whether a network's forward pass of these images works, or would with more memory."""
+    devices = [images.device] if images.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            model(images)
+    except Exception as error:  # a user's network may raise anything
+        return is_out_of_memory(error)
+    return True
+
+
 def fit(
     forward_backward: ForwardBackward[BatchT],
     model: nn.Module,
     batch: BatchT,
     config: Config,
     *,
-    image_size: int,
+    image_shape: tuple[int, ...],
     device: torch.device,
     world_size: int,
 ) -> Fit:
@@ -62,14 +114,18 @@ def fit(
     Tries steps on copies of the network, which draw random numbers as a step does, and prints a
     note if the micro-batches have to be smaller than asked for. On a CPU the default network is not
     tried: as it is by default it fits every machine that torch fits, and larger it is measured.
-    Raises UserError if not even one image fits.
+    Raises UserError if not even one image fits, or two where the network needs as many.
 
-    batch: the first batch of the run, for all processes. image_size: width of the images, in
-    pixels.
+    batch: the first batch of the run, for all processes; no later one is smaller. image_shape:
+    (C, H, W).
     """
     local_batch_size = math.ceil(len(batch.order) / world_size)
     micro_batch = config.micro_batch or local_batch_size
     count = math.ceil(local_batch_size / micro_batch)
+    smallest_share = len(batch.order) // world_size  # of the process with the fewest images
+    if micro_batch > 1:
+        count = min(count, max(1, smallest_share // 2))  # leave no image alone: three instead
+    image_size = image_shape[-1]
     on_cpu = device.type == "cpu"
     is_default_network = config.model == "cnn"
     is_small = (config.width or 1.0) <= 1 and image_size <= SMALL_IMAGE
@@ -81,16 +137,20 @@ def fit(
         return Fit(count, has_unused_params=False)
     while True:
         try:
-            micro_batches = min(count, len(batch.order) // world_size)
+            micro_batches = min(count, smallest_share)
             has_unused_params = _trial_step(forward_backward, model, batch, micro_batches)
             return Fit(count, has_unused_params)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-        if count >= local_batch_size:
+        most = local_batch_size
+        if _needs_two_images(model, image_shape, config.progressive_resizing or 0.0):
+            most = max(1, smallest_share // 2)
+        if count >= most:
+            images = math.ceil(local_batch_size / most)
             remedy = "--image-size or a smaller network" if on_cpu else "--device cpu"
-            raise UserError(f"memory is too small for even a single image: try {remedy}")
-        count = min(2 * count, local_batch_size)
+            raise UserError(f"memory is too small for {pluralize(images, 'image')}: try {remedy}")
+        count = min(2 * count, most)
         _print_note("out of memory", count, local_batch_size)
 
 
@@ -102,12 +162,6 @@ def _trial_step(
     forward_backward(trial, batch, 1.0, micro_batches)
     trained = [weight for weight in trial.parameters() if weight.requires_grad]
     return any(weight.grad is None for weight in trained)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """True for torch.OutOfMemoryError, and for the plain RuntimeError that MPS and CPUs raise."""
-    text = str(error)
-    return "out of memory" in text or "allocate memory" in text
 
 
 def _fit_cpu(

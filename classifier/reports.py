@@ -306,6 +306,7 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
     content = report.checkpoint.read_bytes()
     write_atomically(run_copy, content)
     if out != run_copy:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, content)
 
     if data.fallback_reason:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from classifier import augmentations, recipes, runs
+from classifier import augmentations, files, recipes, runs, sampling
 from classifier.config import Config, is_custom_model, parse_augment
+from classifier.datasets import load, named
 from classifier.datasets.dataset import Dataset, same_images
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
@@ -78,6 +79,38 @@ def check_before_data(config: Config) -> None:
     network_defaults(config.model)
     if config.init_from and not config.resume:
         os.stat(config.init_from)
+    if config.out and Path(config.out).is_dir():
+        raise UserError(f"--out {config.out} is a folder: name a file with --out FILE.pth")
+
+
+def check_places(config: Config, reads_data: bool = True) -> None:
+    """Raise UserError if a run could not write its files; it tries, and leaves nothing behind.
+
+    reads_data: whether a data set that is not on this machine will be downloaded.
+    """
+    places = {"--run-dir": Path(config.run_dir) if config.run_dir else runs.RUNS}
+    if config.resume:
+        places = {"--resume": Path(config.resume)}
+    if not config.fast_dev_run:
+        places["--out"] = Path(config.out).parent
+    name = "cifar10" if config.dataset == "auto" else config.dataset
+    is_downloaded = name == "cifar10" or name in named.NAMES
+    settings = {"dataset": name, "data_dir": config.data_dir}
+    if reads_data and is_downloaded and not load.dataset_available(settings, image_size=0):
+        places["--data-dir"] = Path(config.data_dir).expanduser()
+
+    problems = []
+    options = []
+    for option, folder in places.items():
+        try:
+            files.check_writable(folder)
+        except OSError as error:
+            problems.append(f"{folder.absolute()}: {error.strerror}")
+            options.append(option)
+    if problems:
+        raise UserError(
+            f"cannot write to {', '.join(problems)}; name another place with {', '.join(options)}"
+        )
 
 
 def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) -> Config:
@@ -86,14 +119,13 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     default_recipe: the settings for the network cnn on CIFAR-10, and of their optimiser.
 
     Prints notes on settings that are changed or not advisable. Raises UsageError for settings that
-    do not fit this data set, UserError for an --out that cannot be written.
+    do not fit this data set.
     """
     defaults = _default_settings(config, data, default_recipe)
     config = _limit_batch_size(config, defaults, data)
     config = _limit_tta(config, data)
     if config.fast_dev_run:
         config = replace(config, epochs=1, minutes=0.0, repeat=1, progressive_resizing=0.0)
-    _check_out(config.out)
     _check_augment(config.augment, data)
     config = replace(config, dataset=_dataset_to_record(config.dataset, data))
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
@@ -180,14 +212,6 @@ def _limit_tta(config: Config, data: Dataset) -> Config:
     return replace(config, tta=1)
 
 
-def _check_out(out: str) -> None:
-    """Fail before training if the model could not be written after it."""
-    path = Path(out or "model.pth")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        target = out or Path.cwd()
-        raise UserError(f"the model cannot be written to {target}: name a file with --out FILE.pth")
-
-
 def _check_augment(text: str | None, data: Dataset) -> None:
     flip, max_shift, _ = parse_augment(text)
     if flip and not data.flip_keeps_label:
@@ -230,9 +254,11 @@ def check_processes(config: Config, data: Dataset, group: Group) -> None:
     of_rank_0 = group.broadcast_from_rank0(data.fingerprint)
     if not same_images(fingerprint, of_rank_0):
         raise UserError("the processes have different images: give all machines the same data set")
-    smallest = MIN_BATCH_SIZE * group.world_size
-    if group.world_size > 1 and config.batch_size < smallest:
-        raise UsageError(
-            f"--batch-size {config.batch_size} is too small for {group.world_size} processes: "
-            f"at least {smallest} are needed"
-        )
+    if group.world_size == 1:
+        return
+    needed = f"{group.world_size} processes need {MIN_BATCH_SIZE * group.world_size} at least"
+    if config.batch_size < MIN_BATCH_SIZE * group.world_size:
+        raise UsageError(f"--batch-size {config.batch_size} is too small: {needed}")
+    epoch_size = sampling.epoch_size(data.train.labels, config.class_balance)
+    if epoch_size < MIN_BATCH_SIZE * group.world_size:
+        raise UsageError(f"{epoch_size} training images in an epoch are too few: {needed}")

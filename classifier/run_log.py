@@ -140,10 +140,11 @@ class RunLog:
             try:
                 write_csv(self.run / "metrics.csv", [COLUMNS, *rows])
                 return
-            except PermissionError:
+            except PermissionError as error:
+                reason = error.strerror
                 if pause is not None:
                     time.sleep(pause)
-        print("note: metrics.csv is locked: close it in other programs")
+        print(f"note: metrics.csv cannot be written ({reason}): is it open in another program?")
 
     def report(
         self, config: Config, epoch: int, metrics: dict[str, float], pictures: dict[str, Any]

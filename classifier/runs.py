@@ -25,7 +25,8 @@ from classifier.seen_images import describe_changes
 SAVE_EVERY = 120.0  # seconds between checkpoints within an epoch: what a power cut may cost
 STOP_POLL_STEPS = 12  # on accelerators: steps after which processes ask each other whether to stop
 RUNS = Path("runs")
-RESUME_OVERRIDES = {"epochs", "data_dir", "mirror", "debug"}  # settings that may change on resuming
+# Settings that may change on resuming.
+RESUME_OVERRIDES = {"epochs", "data_dir", "mirror", "out", "debug"}
 
 
 class StopRequest:

@@ -35,6 +35,12 @@ def balanced_indices(
     return torch.cat(chosen)
 
 
+def epoch_size(labels: torch.Tensor, class_balance: str) -> int:
+    """Number of images in an epoch. labels: int64 (N,)."""
+    balanced = balanced_indices(labels, class_balance, seed=0, epoch=0)
+    return len(labels) if balanced is None else len(balanced)
+
+
 def class_weights(
     labels: torch.Tensor, num_classes: int, class_balance: str
 ) -> torch.Tensor | None:

@@ -1,5 +1,8 @@
 """Batches: what is random in an epoch, its slices, and images flipped, shifted and normalised."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -122,6 +125,23 @@ def test_split_makes_micro_batches(count):
     assert same(join(parts), batch)
     sizes = [len(part.order) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 50, 500])
+def test_steps_take_all_images_in_batches_of_nearly_equal_size(batch_size):
+    for epoch_size in (1, 2, 3, 4, 5, 8, 49, 50, 51, 100, 101, 1000):
+        slices = ic.slice_epoch(epoch_size, batch_size)
+        assert slices[0].start == 0 and slices[-1].stop == epoch_size
+        assert all(one.stop == other.start for one, other in itertools.pairwise(slices))
+        sizes = [each.stop - each.start for each in slices]
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) == sizes[0]
+        if batch_size == 1 or epoch_size == 1:
+            assert set(sizes) == {1}
+        else:
+            assert min(sizes) >= 2, "an image is left alone"
+            assert max(sizes) <= max(batch_size, 3)
+        if batch_size != 2:
+            assert len(slices) == math.ceil(epoch_size / batch_size)
 
 
 # ---- images ----

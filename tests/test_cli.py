@@ -227,7 +227,7 @@ def test_status_of_a_program_that_ends_well():
         (UserError("no such  \n thing"), 1, "error: no such thing"),
         (FileNotFoundError(2, "No such file", "a.pth"), 1, "error: a.pth"),
         (OSError(28, "No space left on device", "b.pth"), 1, "error: b.pth: No space left"),
-        (RuntimeError("CUDA out of memory. Tried"), 1, "--batch-size"),
+        (MemoryError(), 1, "--batch-size"),
         (ModuleNotFoundError("No module named 'kornia'"), 1, "pip install"),
         (ZeroDivisionError("oops"), 1, "--debug"),
         (KeyboardInterrupt(), 130, "Stopped"),

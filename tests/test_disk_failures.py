@@ -1,13 +1,16 @@
 """Files of a run: never half written, and one clear line when the disk refuses."""
 
+import errno
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import QUICK, beforehand, weights
 
-from classifier.files import write_atomically
+import image_classification as ic
+from classifier.files import check_writable, write_atomically
 from classifier.run_log import RunLog
 
 
@@ -23,25 +26,76 @@ def test_writers_leave_old_or_new_but_never_half(folder):
     assert list(folder.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("out", ["nowhere/model.pth", "."])
+@pytest.mark.parametrize("out", ["file/model.pth", "."])
 def test_model_that_cannot_be_written_is_named_before_training(inside, folder, out):
+    (folder / "file").touch()
     error = inside.error(*QUICK, "--out", out)
-    assert "--out" in error and out in error
-    assert list(folder.iterdir()) == []
+    assert "--out" in error and out.partition("/")[0] in error
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_folder_of_the_model_is_made(inside, folder):
+    inside(*QUICK, "--epochs", "1", "--out", "new/inner/model.pth")
+    assert weights(folder / "new" / "inner" / "model.pth")
+    assert not list(folder.glob("*.pth"))
+
+
+def test_place_that_can_be_written_is_left_as_it_was(folder):
+    for place in (folder, folder / "new" / "inner", folder / "new"):
+        check_writable(place)
+        assert list(folder.iterdir()) == []
 
 
 def test_folder_of_runs_that_cannot_be_written(inside, folder, unwritable):
     (folder / "runs").mkdir()
     unwritable(folder / "runs")
     error = inside.error(*QUICK)
-    assert "runs" in error and "right to write" in error
+    assert "runs" in error and "--run-dir" in error and "--out" not in error
 
 
 def test_current_folder_that_cannot_be_written(inside, folder, unwritable):
     (folder / "elsewhere").mkdir()
     unwritable(folder)
-    assert "--out" in inside.error(*QUICK, "--run-dir", folder / "elsewhere")
+    error = inside.error(*QUICK, "--run-dir", folder / "elsewhere")
+    assert "--out" in error and "--run-dir" not in error
     assert list((folder / "elsewhere").iterdir()) == []
+
+
+@pytest.fixture
+def read_only(folder, monkeypatch):
+    """The current folder, in which nothing can be made."""
+    touch, mkdir = Path.touch, Path.mkdir
+
+    def refuse(path, do, **options):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        do(path, **options)
+
+    monkeypatch.setattr(Path, "touch", lambda path, **options: refuse(path, touch, **options))
+    monkeypatch.setattr(Path, "mkdir", lambda path, **options: refuse(path, mkdir, **options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (QUICK, ["--run-dir", "--out"]),
+        ([*QUICK, "--fast-dev-run"], ["--run-dir"]),  # which leaves no model in the current folder
+        ([*QUICK, "--run-dir", ".."], ["--out"]),
+        ([*QUICK, "--run-dir", "../run", "--out", "here.pth"], ["--out"]),
+        ([*QUICK, "--run-dir", "here", "--out", "../model.pth"], ["--run-dir"]),
+        (["--dataset", "cifar10"], ["--run-dir", "--out", "--data-dir"]),
+        (["--dataset", "mnist", "--data-dir", "../data"], ["--run-dir", "--out"]),
+    ],
+)
+def test_read_only_folder_is_named_with_the_options_that_lead_elsewhere(
+    inside, folder, read_only, monkeypatch, arguments, named
+):
+    monkeypatch.setattr(ic, "load_data", lambda config: pytest.fail("the data were read"))
+    error = inside.error(*arguments)
+    assert str(folder) in error and os.strerror(errno.EROFS) in error
+    for option in ("--run-dir", "--out", "--data-dir"):
+        assert (option in error) == (option in named), error
+    assert list(folder.iterdir()) == [] and not (folder.parent / "data").exists()
 
 
 def test_full_disk_while_saving(inside, small_disk):
@@ -61,7 +115,7 @@ def test_locked_metrics_do_not_stop_a_run(inside, folder, unwritable):
     if os.name == "posix" and os.geteuid() != 0:
         pytest.skip("a file's rights do not stop it from being replaced here")
     out, _ = inside(*QUICK, "--epochs", "1", "--run-dir", "run")
-    assert "metrics.csv is locked" in out
+    assert "note: metrics.csv" in out
     assert "Done in" in out and (run / "report.json").exists()
     assert (run / "metrics.csv").read_text() == "locked"
 

@@ -461,3 +461,83 @@ def test_processes_meet_again_after_a_restart(folder):
     results, _ = torchrun(folder, RESTARTED, "--max-restarts=1")
     resumed = {"data_dir": "images", "resume": str((folder / "run").absolute())}
     assert results == [{"settings": resumed, "max": 1}] * 2
+
+
+ERRORS = """
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from classifier import distributed
+from classifier.errors import Stopped, UserError
+
+distributed.begin({})
+found = {}
+
+
+class Unsendable(Exception):
+    def __init__(self, function):
+        super().__init__("not to be sent")
+        self.function = function
+
+
+def attempt(name, work):
+    outcome = "nothing"
+    try:
+        with distributed.joined(torch.device("cpu")) as group:
+            outcome = work(group)
+    except Exception as error:
+        outcome = [type(error).__name__, str(error)]
+    found[name] = {"outcome": outcome, "left": not dist.is_initialized()}
+
+
+def fail_on(rank):
+    def work(group):
+        if group.rank == rank:
+            raise ValueError("boom")
+        return group.max(5)  # waits for the other
+
+    return work
+
+
+def fail_in_broadcast(error):
+    def make():
+        raise error
+
+    return lambda group: group.broadcast_from_rank0(make)
+
+
+def stop(group):
+    group.barrier()
+    raise Stopped(15)
+
+
+attempt("rank 0", fail_on(0))
+attempt("rank 1", fail_on(1))
+attempt("user error", fail_in_broadcast(UserError("told to all")))
+attempt("system error", fail_in_broadcast(OSError(28, "No space", "a file")))
+attempt("unsendable", fail_in_broadcast(Unsendable(lambda: None)))
+attempt("stopped", stop)
+attempt("well", lambda group: group.max(group.rank))
+rank = int(distributed.os.environ["RANK"])
+Path(f"rank-{rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun there needs a build with libuv")
+def test_processes_leave_after_an_error_and_can_meet_again(folder):
+    """Without waiting for a process that does not come; an error of rank 0 is raised in all."""
+    results, _ = torchrun(folder, ERRORS)
+    for rank, found in enumerate(results):
+        assert all(each["left"] for each in found.values())
+        outcomes = {name: each["outcome"] for name, each in found.items()}
+        assert outcomes[f"rank {rank}"] == ["ValueError", "boom"]
+        assert outcomes[f"rank {1 - rank}"][0] != "ValueError"  # the connection was lost
+        assert outcomes["user error"] == ["UserError", "told to all"]
+        assert outcomes["system error"] == ["OSError", "[Errno 28] No space: 'a file'"]
+        assert "not to be sent" in outcomes["unsendable"][1]
+        assert outcomes["stopped"][0] == "Stopped"
+        assert outcomes["well"] == 1

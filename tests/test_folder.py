@@ -315,6 +315,42 @@ def test_classes_may_be_called_like_splits(folder):
     assert load().classes == ["bullet_train", "test_tube"]
 
 
+@pytest.mark.parametrize("names", [["bus", "train_test"], ["test_train", "val_test"]])
+def test_classes_may_be_called_like_several_splits(folder, names):
+    """Then they are no splits, even with folders within."""
+    write_images(folder / "photos", {f"{name}/inner {name}": 10 for name in names})
+    assert load().classes == names
+
+
+@pytest.mark.parametrize(
+    ("images", "inner"),
+    [
+        (["photos/red", "photos/green"], "photos"),
+        (["photos/photos/red", "photos/photos/green"], "photos/photos"),
+        (["photos/train/red", "photos/train/green", "photos/test/red"], "photos"),
+        (["photos/train/red", "photos/train/green"], "photos"),
+        (["photos/red/2019", "photos/red/2020", "photos/green/2020"], "photos"),
+        (["only/2019", "only/2020"], "only"),
+    ],
+)
+def test_folder_in_a_folder_as_unpacked_from_a_zip(folder, images, inner):
+    write_images(folder / "photos", dict.fromkeys(images, 4))
+    (folder / "photos" / "__MACOSX" / "photos").mkdir(parents=True)
+    (folder / "photos" / "README.txt").touch()
+    inner_folder = os.path.join("photos", *inner.split("/"))
+    with pytest.raises(UserError) as caught:
+        load()
+    assert str(caught.value).endswith(f"--dataset {inner_folder}")
+
+
+@posix_only
+def test_folder_that_links_to_itself(folder):
+    (folder / "photos").mkdir()
+    (folder / "photos" / "again").symlink_to(folder / "photos")
+    with pytest.raises(UserError, match="class folder"):
+        load()
+
+
 # ---- names of classes ----
 
 CAFE, CAFE_IN_PARTS = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

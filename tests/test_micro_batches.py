@@ -9,7 +9,7 @@ from torch import nn
 
 from classifier import micro_batches
 from classifier.config import Config
-from classifier.errors import UserError
+from classifier.errors import UsageError, UserError
 
 CPU = torch.device("cpu")
 PIXELS = 64
@@ -26,15 +26,19 @@ class Batch(NamedTuple):
 class Hungry(nn.Sequential):
     """A small network that runs out of memory with more than `limit` images at once."""
 
-    def __init__(self, limit, message="CUDA out of memory. Tried to allocate 2 GiB"):
+    def __init__(self, limit, message="", needs_two=False):
         super().__init__(nn.Linear(PIXELS, 8), nn.ReLU(), nn.Linear(8, 3))
+        if needs_two:
+            self.insert(1, nn.BatchNorm1d(8))
         self.limit = limit
-        self.message = message
+        self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if message:
+            self.error = RuntimeError(message)
 
     def forward(self, images):
         if self.training and len(images) > self.limit:
-            raise RuntimeError(self.message)
-        return super().forward(images)
+            raise self.error
+        return super().forward(images.flatten(1)[:, :PIXELS])
 
 
 class Step:
@@ -65,20 +69,22 @@ def batch_of(count):
 def fit(
     step, model, num_images, micro_batch=500, device=CPU, is_default_network=False, image_size=32
 ):
+    """The result of the function of that name, for images of one channel."""
     config = Config(model="cnn" if is_default_network else "fcn", micro_batch=micro_batch)
     return micro_batches.fit(
         step,
         model,
         batch_of(num_images),
         config,
-        image_size=image_size,
+        image_shape=(1, image_size, image_size),
         device=device,
         world_size=step.world_size,
     )
 
 
 @pytest.mark.parametrize(
-    ("images", "micro_batch", "expected"), [(500, 500, 1), (500, 250, 2), (500, 170, 3), (7, 2, 4)]
+    ("images", "micro_batch", "expected"),
+    [(500, 500, 1), (500, 250, 2), (500, 170, 3), (8, 2, 4), (7, 1, 7)],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_micro_batches_have_at_most_so_many_images(images, micro_batch, expected, device):
@@ -117,8 +123,74 @@ def test_not_even_one_image_fits(device):
 
 
 def test_error_of_mps_is_recognised():
-    network = Hungry(5, message="MPS backend: cannot allocate memory")
+    network = Hungry(5, message="MPS backend out of memory (MPS allocated: 3 GB)")
     assert fit(Step(), network, 20, device=torch.device("mps")).count == 4
+
+
+@pytest.mark.parametrize(("images", "micro_batch"), [(3, 2), (5, 2), (7, 2), (9, 4), (7, 6)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_image_is_computed_alone(images, micro_batch, world_size):
+    """Micro-batches of two become micro-batches of two and three."""
+    images *= world_size
+    for rank in range(world_size):
+        for extra in range(world_size):  # which some processes do not get
+            step = Step(rank, world_size)
+            fit(step, Hungry(1000, needs_two=True), images + extra, micro_batch)
+            assert step.calls  # the step worked
+
+
+def test_memory_for_one_image_is_too_little_where_two_are_needed():
+    """Where batch norm gets a single value of each channel from an image."""
+
+    def fit_on_gpu(limit, images, needs_two=True):
+        network = Hungry(limit, needs_two=needs_two)
+        return fit(Step(), network, images, device=torch.device("cuda"))
+
+    assert fit_on_gpu(2, 8).count == 4
+    assert fit_on_gpu(3, 9).count == 4
+    with pytest.raises(UserError, match="2 images"):
+        fit_on_gpu(1, 8)
+    assert fit_on_gpu(1, 8, needs_two=False).count == 8
+
+
+# ---- images that come one at a time ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "named"),
+    [
+        ({"batch_size": 1}, (9, 3, 4, 4), "--batch-size 1 "),
+        ({"batch_size": 500}, (1, 3, 4, 4), "one training image"),
+        ({"batch_size": 8, "micro_batch": 1}, (9, 3, 4, 4), "--micro-batch 1 "),
+        ({"batch_size": 1, "progressive_resizing": 0.5}, (9, 3, 8, 8), "--batch-size 1 "),
+        ({"batch_size": 1, "progressive_resizing": 0.0}, (9, 3, 8, 8), ""),
+        ({"batch_size": 2}, (9, 3, 4, 4), ""),
+        ({"batch_size": 1, "freeze": True, "init_from": "a.pth"}, (9, 3, 4, 4), ""),
+    ],
+)
+def test_single_images_are_refused_where_batch_norm_needs_two(settings, shape, named):
+    """Which gets one value of each channel from an image of 4 by 4 pixels."""
+    layers = [nn.Conv2d(3, 4, 1), nn.AvgPool2d(4), nn.BatchNorm2d(4), nn.Dropout(0.5)]
+    network = nn.Sequential(*layers).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    config = Config(model="fcn", **settings)
+    if named:
+        with pytest.raises(UsageError, match=named):
+            micro_batches.check_single_images(network, config, shape)
+    else:
+        micro_batches.check_single_images(network, config, shape)
+    assert torch.equal(torch.get_rng_state(), state) and not network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_network_that_takes_no_images_at_all_is_not_blamed_on_their_number():
+    config = Config(model="fcn", batch_size=1)
+    micro_batches.check_single_images(nn.Linear(7, 2), config, (9, 3, 4, 4))
+
+
+# ---- other errors ----
 
 
 def test_other_errors_are_not_swallowed():

@@ -10,17 +10,24 @@ call, and which parts of the process state had changed.
 """
 
 import contextlib
+import gc
 import json
+import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import image_classification as ic
@@ -117,6 +124,20 @@ def process_state():
         "autocast": torch.is_autocast_enabled("cpu"),
         "stdout": id(sys.stdout),
         "stderr": id(sys.stderr),
+        "warning filters": [each for each in warnings.filters if is_builtin(each[2])],
+        "profile and trace": (sys.getprofile(), sys.gettrace()),
+        "excepthook": sys.excepthook,
+        "recursion limit": sys.getrecursionlimit(),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
+        "socket timeout": socket.getdefaulttimeout(),
+        "root logger": (list(logging.root.handlers), logging.root.level, logging.root.disabled),
+        "Pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        "matplotlib's backend": matplotlib.get_backend(auto_select=False),
+        "matplotlib's settings": matplotlib_settings(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "default device": torch.get_default_device(),
+        "umask": umask(),
+        "threads of Python": [each for each in threading.enumerate() if not is_of_tqdm(each)],
         "SIGINT": signal.getsignal(signal.SIGINT),
         "SIGTERM": signal.getsignal(signal.SIGTERM),
         "folder": os.getcwd(),
@@ -126,6 +147,28 @@ def process_state():
         state["cuda random state"] = torch.cuda.get_rng_state().tolist()
         state["cuda stream"] = torch.cuda.current_stream()
     return state | precision_flags()
+
+
+def is_builtin(category):
+    """Whether a category of warnings is no other package's, which its import may filter."""
+    return category.__module__ == "builtins"
+
+
+def is_of_tqdm(thread):
+    """Whether it is the thread by which progress bars watch each other."""
+    return thread.name == "tqdm_monitor"
+
+
+def matplotlib_settings():
+    """All but the backend, which is chosen when it is read."""
+    settings = matplotlib.rcParams
+    return {name: settings[name] for name in settings if name != "backend"}
+
+
+def umask():
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def interrupt_training(times):

@@ -1,5 +1,6 @@
 """Several processes that train together, as torchrun starts them."""
 
+import json
 import os
 import signal
 import sys
@@ -7,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, Program, only_run, rows_of, same, state_of, wait_for, weights
+from conftest import (
+    QUICK,
+    REPOSITORY,
+    Program,
+    only_run,
+    rows_of,
+    same,
+    state_of,
+    wait_for,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -134,3 +145,61 @@ def test_error_of_all_processes_is_one_line_of_the_program(together, folder):
     lines = [line for line in err.splitlines() if line.startswith("image_classification.py: error")]
     assert len(lines) == 1 and "--batch-size 7" in lines[0]
     assert not list(folder.glob("runs/*/*/config.json"))
+
+
+# Runs the program, whose rank 1 fails in its third step; or library calls, where all ranks do.
+FAILING = """
+import json, sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+import image_classification as ic
+
+train_step = ic.Trainer.train_step
+steps = []
+
+
+def failing_step(trainer, batch):
+    steps.append(1)
+    if len(steps) == 3 and (trainer.group.rank == 1 or not sys.argv[1:]):
+        raise ValueError("boom")
+    return train_step(trainer, batch)
+
+
+ic.Trainer.train_step = failing_step
+if sys.argv[1:]:
+    sys.exit(ic.main())
+settings = {"dataset": "digits", "subset": 400, "width": 0.25, "image_size": 16, "device": "cpu"}
+config = ic.Config(**settings, epochs=1, batch_size=40)
+outcomes = []
+for _ in range(2):
+    try:
+        ic.train(config)
+        outcomes.append("done")
+    except Exception as error:
+        outcomes.append(type(error).__name__)
+    outcomes.append("joined" if dist.is_initialized() else "left")
+Path(f"rank-{ic.distributed.os.environ['RANK']}.json").write_text(json.dumps(outcomes))
+"""
+
+
+def test_error_of_one_process_is_the_one_that_is_printed(together, folder):
+    """Not that of the others, which lose their connection to it."""
+    together.script = folder / "failing.py"
+    together.script.write_text(FAILING)
+    options = [*QUICK, "--device", "cpu", "--batch-size", "40"]
+    process = together.start(*options, env={"PYTHONPATH": str(REPOSITORY)})
+    _, err = process.communicate(timeout=100)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 1 and len(lines) == 1, err
+    assert "boom" in lines[0]
+
+
+def test_processes_train_again_after_an_error(together, folder):
+    together.script = folder / "failing.py"
+    together.script.write_text(FAILING)
+    together(env={"PYTHONPATH": str(REPOSITORY)})
+    for rank in range(2):
+        outcomes = json.loads((folder / f"rank-{rank}.json").read_text())
+        assert outcomes == ["ValueError", "left", "done", "left"]

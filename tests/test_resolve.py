@@ -10,10 +10,13 @@ import torch
 from classifier import runs
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset, Split
+from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
 from classifier.recipes import RECIPES
 from classifier.resolve import (
     check_before_data,
+    check_places,
+    check_processes,
     configure,
     network_defaults,
     resolve_defaults,
@@ -286,13 +289,29 @@ def test_shift_out_of_sight_is_wrong_usage():
 
 
 def test_model_that_cannot_be_written_is_named(folder, unwritable):
-    for out in (".", str(folder), "nowhere/model.pth"):
+    for out in (".", str(folder)):
         with pytest.raises(UserError, match="--out"):
-            resolved(out=out)
-    assert resolved(out="model.pth").out == "model.pth"
+            check_before_data(Config(out=out))
+    for out in ("", "model.pth", "nowhere/model.pth"):
+        check_before_data(Config(out=out))
+        check_places(Config(dataset="digits", out=out))
     unwritable(folder)
-    with pytest.raises(UserError, match="--out"):
-        resolved()
+    with pytest.raises(UserError, match="--run-dir, --out"):
+        check_places(Config(dataset="digits"))
+
+
+def test_data_are_downloaded_only_where_they_are_not_there(folder, unwritable):
+    (folder / "mine").mkdir()
+    (folder / "data" / "MNIST").mkdir(parents=True)
+    (folder / "elsewhere").mkdir()
+    unwritable(folder)
+    places = {"run_dir": "elsewhere/run", "out": "elsewhere/model.pth"}
+    for dataset_name in ("digits", "mine", "mnist"):
+        check_places(Config(dataset=dataset_name, **places))
+    missing = Config(dataset="svhn", data_dir="missing", **places)
+    check_places(missing, reads_data=False)
+    with pytest.raises(UserError, match="--data-dir"):
+        check_places(missing)
 
 
 def test_folder_of_images_is_recorded_with_its_whole_path(folder, monkeypatch):
@@ -309,3 +328,30 @@ def test_fallback_is_recorded_as_what_it_is():
     assert config.dataset == "digits"
     assert resolved(dataset="cifar10").dataset == "cifar10"
     assert json.loads(json.dumps(dataclasses.asdict(config)))["dataset"] == "digits"
+
+
+class Processes(Group):
+    """Several processes with the same images."""
+
+    def broadcast_from_rank0(self, make):
+        return make()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "given", "named"),
+    [
+        (2, {"batch_size": 3}, "--batch-size 3"),
+        (2, {"batch_size": 7}, "--batch-size 7"),
+        (3, {"batch_size": 8}, "--batch-size 8"),
+        (2, {"batch_size": 8, "class_balance": "undersample"}, "6 training images"),
+    ],
+)
+def test_processes_need_some_images_each(world_size, given, named):
+    data = dataset(count=600)
+    data.train.labels[:3] = 1  # an epoch of "undersample" has three images of each class
+    config = resolved(data, **given)
+    with pytest.raises(UsageError, match=named):
+        check_processes(config, data, Processes(world_size=world_size))
+    check_processes(config, data, Group())
+    config = resolved(data, batch_size=4 * world_size)
+    check_processes(config, data, Processes(world_size=world_size))

@@ -32,8 +32,9 @@ from conftest import (
 from filelock import FileLock
 
 import image_classification as ic
-from classifier import cuda_graphs, runs
+from classifier import cuda_graphs, reports, runs
 from classifier.datasets import download, load
+from classifier.run_log import RunLog
 from classifier.time_budget import TimeBudget
 
 FIXTURES = Path(__file__).with_name("fixtures") / "0.9.1"
@@ -147,6 +148,43 @@ def test_moving_average_and_scaler_go_on(inside, folder, stopped):
     check_same_state(first, second)
     assert same(first["ema"], second["ema"])
     assert first["scaler"] == second["scaler"] and first["scaler"]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(ic, "test"), (reports, "write_report"), (RunLog, "report")]
+)
+def test_stop_while_testing_is_no_finished_run(inside, folder, owner, name, signum, status):
+    """The training is done; the resumed run tests, and equals the unbroken one."""
+    brief = [*BRIEF, "--epochs", "1"]
+    inside(*brief, "--run-dir", "unbroken")
+    with beforehand(owner, name, lambda *_, **__: signal.raise_signal(signum)):
+        out, _ = inside(*brief, status=status)
+    run = only_run(folder)
+    assert not (run / "report.json").exists()
+    command = re.search(r"Resume with: .+image_classification.py\"? (--resume .+)", out)[1]
+    assert command.endswith(str(run.relative_to(folder)))
+    (folder / "model_cnn_digits.pth").unlink()
+    out, _ = inside("--resume", "last")
+    assert "Epoch 0000" not in out and "Finished Training" in out
+    check_same_state(state_of(run), state_of(folder / "unbroken"))
+    report, unbroken = report_of(run), report_of(folder / "unbroken")
+    assert {name for name in unbroken if report[name] != unbroken[name]} <= {"seconds"}
+    assert (folder / "model_cnn_digits.pth").exists()
+
+
+def test_stop_while_the_last_seed_is_tested(inside, folder):
+    calls = itertools.count(1)
+
+    def interrupt(*_):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with beforehand(ic, "test", interrupt):
+        inside(*BRIEF, "--epochs", "1", "--repeat", "2", "--run-dir", "run", status=130)
+    assert not (folder / "run" / "report.json").exists()
+    inside("--resume", "run")
+    assert len(report_of(folder / "run")["repeats"]) == 2
 
 
 @no_signals

@@ -266,8 +266,10 @@ def test_unfinished_run_is_resumed_with_its_settings(folder):
 
 def test_settings_that_may_change_do(folder):
     run = str(write_run(folder / "run", minutes=2.0))
-    config = resume_config(run, epochs=9, data_dir="there", mirror="https://a.b", debug=True)
-    assert (config.epochs, config.data_dir, config.debug) == (9, "there", True)
+    changes = {"epochs": 9, "data_dir": "there", "out": "there.pth", "debug": True}
+    config = resume_config(run, mirror="https://a.b", **changes)
+    for name, value in changes.items():
+        assert getattr(config, name) == value
     assert config.mirror == "https://a.b"
     assert config.minutes == 0.0  # epochs are counted now
 

@@ -123,7 +123,7 @@ def test_missing_file_of_weights_is_named_before_the_data_are_looked_for(inside,
 
 def test_folder_as_a_file_of_weights(inside):
     error = inside.error(*QUICK, "--init-from", ".")
-    assert "space" not in error  # the disk is not to blame
+    assert "room" not in error and "permissions" not in error  # the disk is not to blame
 
 
 def test_debug_shows_the_traceback(inside):
@@ -234,6 +234,30 @@ def test_digits_are_not_mirrored(inside):
     assert any("test-time augmentation" in note for note in notes)
     assert any("--augment" in note for note in notes)
     assert "6 views" not in out
+
+
+@pytest.mark.parametrize("subset", ["4", "5", "7"])
+def test_batches_of_two_leave_no_image_alone(inside, folder, subset):
+    """ResNet-18 has batch norm over a single value of each channel, from images of 16 pixels."""
+    options = ["--model", "torchvision:resnet18", "--image-size", "16", "--val-fraction", "0"]
+    inside(*DIGITS, *options, "--subset", subset, "--batch-size", "2", "--epochs", "1")
+    assert report_of(only_run(folder))["train_images"] == int(subset)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--batch-size", "1"], "--batch-size 1 "),
+        (["--micro-batch", "1"], "--micro-batch 1 "),
+        (["--subset", "1"], "one training image"),
+    ],
+)
+@pytest.mark.parametrize("size", [["32"], ["48", "--progressive-resizing", "0.5"]])
+def test_images_one_at_a_time_are_refused_before_a_run_begins(inside, folder, options, named, size):
+    network = ["--model", "torchvision:resnet18", "--image-size", *size]
+    error = inside.error(*DIGITS, *network, "--val-fraction", "0", *options, status=2)
+    assert named in error and "torchvision:resnet18" in error
+    assert list(folder.iterdir()) == []
 
 
 def test_batches_of_one_image(inside):

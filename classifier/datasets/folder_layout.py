@@ -26,6 +26,7 @@ SPLITS = {  # names of folders, in lower case, and the splits that they hold
     "valid": "valid",
     "validation": "valid",
 }
+MAX_NESTED = 10  # folders with one folder within: a link may lead round in a circle
 # Files are named after classes: characters and names that some file system refuses.
 UNSAFE = re.compile(
     r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE
@@ -52,6 +53,7 @@ def find_splits(folder: Path) -> dict[str, Path]:
             splits[split] = path
     if not splits:
         _check_not_splits(folder, others)
+        _check_not_nested(folder)
         return {"all": folder}
     if others:
         first_split = next(iter(splits.values())).name
@@ -72,10 +74,11 @@ def _check_not_splits(folder: Path, names: list[str]) -> None:
     """
     names_by_split: dict[str, str] = {}
     for name in names:
-        for word in re.split(r"[\W_]+", name):
-            split = SPLITS.get(word.lower())
-            if split is not None:
-                names_by_split[split] = name
+        words = re.split(r"[\W_]+", name.lower())
+        found = {SPLITS[word] for word in words if word in SPLITS}
+        if len(found) != 1:  # not train_test, which may be a class
+            return
+        names_by_split[found.pop()] = name
     if len(names_by_split) < 2 or len(names_by_split) != len(names):
         return
     if all(subfolders(folder / name) for name in names):
@@ -83,6 +86,22 @@ def _check_not_splits(folder: Path, names: list[str]) -> None:
         raise UserError(
             f"{folder} has {listed}: splits of the data? "
             "Name the folders that hold the class folders train and test"
+        )
+
+
+def _check_not_nested(folder: Path) -> None:
+    """Raise UserError if all is in one folder within: photos/photos/, as some ZIP files unpack."""
+    inner = folder
+    inside = subfolders(inner)
+    for _ in range(MAX_NESTED):
+        if len(inside) != 1 or inside[0].name.lower() in SPLITS:
+            break
+        inner = inside[0]
+        inside = subfolders(inner)
+    if inner != folder and inside:
+        raise UserError(
+            f"{folder} has 1 class folder: at least two are needed; if the classes are in {inner}, "
+            f"use --dataset {inner}"
         )
 
 

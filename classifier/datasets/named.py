@@ -1,7 +1,8 @@
 """Five more data sets by their names, which torchvision reads and downloads."""
 
-import errno
 import http.client
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset, Split, build_dataset
-from classifier.errors import DatasetUnavailable, UserError
+from classifier.errors import NO_SPACE, DatasetUnavailable, UserError
 from classifier.files import NOT_WRITABLE
 
 
@@ -86,9 +87,12 @@ def load_named(name: str, config: Config) -> Dataset:
     Raises DatasetUnavailable if that fails, and UserError if its files are damaged or cannot be
     written.
     """
+    from torchvision import datasets  # fails for other reasons than those below
+
     data_dir = Path(config.data_dir).expanduser()
+    dataset_class = getattr(datasets, DATASETS[name].class_name)
     try:
-        train, test = _open(name, data_dir)
+        train, test = _open(name, dataset_class, str(data_dir))
     except (*DOWNLOAD_ERRORS, *DAMAGED_FILE_ERRORS) as error:
         raise _to_user_error(error, name, data_dir) from error
 
@@ -104,12 +108,8 @@ def load_named(name: str, config: Config) -> Dataset:
     )
 
 
-def _open(name: str, data_dir: Path) -> tuple[Any, Any]:
-    """The training and the test images as objects of torchvision."""
-    from torchvision import datasets
-
-    dataset_class = getattr(datasets, DATASETS[name].class_name)
-    root = str(data_dir)
+def _open(name: str, dataset_class: Callable[..., Any], root: str) -> tuple[Any, Any]:
+    """The training and the test images as objects of torchvision, from files in the folder root."""
     if name in ("svhn", "stl10"):
         train = dataset_class(root, split="train", download=True)
         test = dataset_class(root, split="test", download=True)
@@ -122,13 +122,14 @@ def _open(name: str, data_dir: Path) -> tuple[Any, Any]:
 def _to_user_error(error: Exception, name: str, data_dir: Path) -> UserError:
     """The error that says what to do about one that torchvision raised."""
     folder = data_dir / DATASETS[name].folder
-    is_write_error = getattr(error, "errno", None) in {*NOT_WRITABLE, errno.ENOSPC}
+    is_write_error = getattr(error, "errno", None) in NOT_WRITABLE | NO_SPACE
     if is_write_error:
         return UserError(f"--dataset {name}: {error}")
     reason = " ".join(str(error).split())
-    # PyTorch's own RuntimeError, for one of MNIST's files that was cut off
-    is_wrong_size = "invalid for input of size" in reason
-    if is_wrong_size or not isinstance(error, DOWNLOAD_ERRORS):
+    # in torchvision's classes, a method of this name finds and fetches the files
+    frames = traceback.extract_tb(error.__traceback__)
+    in_download = any(frame.name == "download" for frame in frames)
+    if not in_download or not isinstance(error, DOWNLOAD_ERRORS):
         return UserError(
             f"--dataset {name}: its files in {folder} are damaged: delete them and run again"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from classifier.errors import UsageError, UserError
+from classifier.errors import UsageError, UserError, is_out_of_memory
 
 
 def split_custom_model(model: str) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def smoke_test(
     except UserError:
         raise
     except Exception as error:
-        if "out of memory" in str(error):  # the run finds out how many images fit
+        if is_out_of_memory(error):  # the run finds out how many images fit
             return
         reason = describe_error(error) + error_hint(error, model)
         raise UserError(f"--model {model} cannot be trained: {reason}") from error
