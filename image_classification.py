@@ -985,7 +985,7 @@ def main(arguments: list[str] | None = None) -> int:
                 on_second_interrupt=lambda: os._exit(130),
             )
         except Stopped as stopped:
-            command = cli.resume_command(str(stopped.run), config.model)
+            command = cli.resume_command(str(stopped.run), config.model, config.out)
             return cli.report_stopped(stopped, distributed.resume_command(command))
         devices.trim_free_memory()  # to unload its libraries, Python needs 100 MiB more
         return 0

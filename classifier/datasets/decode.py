@@ -38,16 +38,34 @@ def decode(path: Path, size: int) -> Decoded:
         size_in_file = file.size  # before draft() changes it
         # A JPEG is decoded at a fraction of its size, which is several times as fast.
         file.draft(None, (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = _on_white(image)
-        image = image.convert("RGB")
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(square)
+        image = _upright_rgb(file)
+    pixels = _middle_square(image, size)
     digest = hash64(pixels.tobytes())
     return Decoded(pixels, size_in_file, digest, difference_hash(image))
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """An image in memory as `decode` makes it from a file: uint8 (size, size, 3).
+
+    Of a JPEG the last digits may differ: a file is decoded at a fraction of its size.
+    """
+    return _middle_square(_upright_rgb(image), size)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, turned as its EXIF data say, on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = _on_white(image)
+    return image.convert("RGB")
+
+
+def _middle_square(image: Image.Image, size: int) -> np.ndarray:
+    """The middle square of an RGB image, resized: uint8 (size, size, 3)."""
+    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(fitted)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

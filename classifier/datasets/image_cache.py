@@ -37,6 +37,7 @@ from classifier.errors import UserError
 from classifier.files import NOT_WRITABLE, write_atomically
 from classifier.text import pluralize
 
+CACHE_FOLDER = ".decoded"  # in --data-dir: the caches of all data sets
 # What `index` holds of an image, in the order of `images`. Its bytes are the format on disk.
 RECORD = np.dtype(
     [
@@ -334,7 +335,7 @@ def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> De
         if failure is not None:
             unwritable = failure.filename or failure
             print(f"note: {unwritable} cannot be written: the decoded images are in {folder}")
-        cache = DecodedCache(folder / ".decoded" / title, source, size)
+        cache = DecodedCache(folder / CACHE_FOLDER / title, source, size)
         try:
             cache.fill(files)
             return cache
