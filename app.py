@@ -112,12 +112,12 @@ def example_pictures(folder: str) -> list[str]:
 def write_test_images(model: Classifier, data_dir: str | None, folder: Path) -> list[str]:
     """Write a test image of each class, if the data set is on this machine; returns their paths.
 
-    data_dir: where the data set is, if not where it was in training.
+    data_dir: what the user typed, if anything: see load_dataset_of.
     """
     if not dataset_available(model, data_dir):
         return []
     try:
-        test = load_dataset_of(model, data_dir).test
+        test = load_dataset_of(model, data_dir, may_download=False).test
     except UserError:
         return []
     _, first_of_class = np.unique(test.labels.numpy(), return_index=True)
@@ -227,7 +227,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="where the data set with these test images is (default: where it was in training)",
+        help="where the data set with these test images is (default: data/, else where it was in "
+        "training)",
     )
     return parser.parse_args()
 

@@ -70,7 +70,7 @@ try:
     )
     from classifier.checkpoints import save_checkpoint
     from classifier.config import Augment, Config, parse_augment
-    from classifier.datasets import load
+    from classifier.datasets import checks, load
     from classifier.datasets.dataset import Dataset
     from classifier.datasets.memmap_images import MemmapImages
     from classifier.distributed import Group
@@ -712,7 +712,11 @@ def evaluate(
 
     images: uint8 (N, C, H, W). labels: int64 (N,). tta: number of views of each image whose logits
     are averaged (see classifier/tta.py). group: processes that share the images.
+
+    Raises TypeError and ValueError for images and labels of other types and shapes.
     """
+    checks.check_images(images, model.get_buffer("pixel_mean").shape[1])
+    checks.check_labels(labels, len(images))
     device = next(model.parameters()).device
     batch_size = 50  # on a CPU: small enough for its caches
     if device.type != "cpu":  # on others: as many pixels as in 500 images of 32 × 32
@@ -732,6 +736,7 @@ def evaluate(
     model.train(was_training)
 
     labels = labels.cpu()
+    checks.check_label_range(labels, logits.shape[1])
     loss = F.cross_entropy(logits, labels).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return Evaluation(loss, accuracy, logits)

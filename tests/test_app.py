@@ -24,6 +24,7 @@ from playwright import sync_api as playwright
 
 import app
 import inference
+from classifier.datasets.cifar10 import REQUIRED
 from classifier.errors import UserError
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
@@ -292,7 +293,8 @@ def test_no_examples_where_the_data_set_is_not(model, folder):
     elsewhere = replace(model, settings={"dataset": "cifar10", "data_dir": "nowhere"})
     assert app.write_test_images(elsewhere, None, folder) == []
     (folder / "nowhere").mkdir()
-    (folder / "nowhere" / "test_batch").write_text("damaged")
+    for name in REQUIRED:
+        (folder / "nowhere" / name).write_text("damaged")
     assert app.write_test_images(elsewhere, None, folder) == []
 
 
