@@ -153,21 +153,22 @@ def newest_checkpoint(folder: Path | str = ".") -> Path:
 
     Raises UserError if there is none.
     """
-    trials = 0
+    trials: list[Path] = []
     for pattern in ("model_*.pth", "runs/*/*/model_*.pth"):
         found = sorted(Path(folder).glob(pattern), key=os.path.getmtime, reverse=True)
         for path in found:
             if is_of_trial_run(path):
-                trials += 1
-                print_note(f"{path} is of a trial run, and so left out; --checkpoint FILE names it")
+                trials.append(path)
                 continue
+            if trials:
+                print_note(f"{trials[0]} is of a trial run, and so left out")
             if len(found) > 1:
                 print_note(
                     f"{path} is the newest of {len(found)} models; --checkpoint names another"
                 )
             return path
     where = Path(folder).resolve()
-    others = f" but {pluralize(trials, 'model')} of trial runs" if trials else ""
+    others = f" but {pluralize(len(trials), 'model')} of trial runs" if trials else ""
     raise UserError(f"no model_*.pth in {where}{others}: train one, or name it: --checkpoint FILE")
 
 

@@ -23,6 +23,7 @@ from classifier.datasets.load import data_dir_to_reuse
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
 from classifier.foreign_paths import refuse_network_path
+from classifier.text import URL_REFUSED, is_url
 
 SAVE_EVERY = 120.0  # seconds between checkpoints within an epoch: what a power cut may cost
 STOP_POLL_STEPS = 12  # on accelerators: steps after which processes ask each other whether to stop
@@ -227,6 +228,8 @@ def resume_config(resume: str, **changes: Any) -> Config:
 
     Raises UserError if there is no such run, and UsageError for a change that is not possible.
     """
+    if is_url(resume):
+        raise UsageError(f"--resume {resume}: {URL_REFUSED}")
     saved = _find_resumable(resume, changes.get("epochs") or 0)
     settings = asdict(Config())
     for name, value in legacy.translate_settings(saved.settings).items():
