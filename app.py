@@ -29,6 +29,7 @@ try:
     from classifier.cli import run_tool, tool_parser
     from classifier.datasets.decode import decode
     from classifier.errors import UserError
+    from classifier.text import pluralize, printable
     from explain import grad_cam, overlay
     from inference import (
         Classifier,
@@ -106,7 +107,12 @@ def example_pictures(folder: str) -> list[str]:
             problems.append(f"{path}: there is no such file or folder")
     if problems:
         raise UserError(problems[0])
-    return [str(path.resolve()) for path in paths[:MAX_EXAMPLES]]
+    names = [str(path.resolve()) for path in paths]
+    usable = [name for name in names if name == printable(name)]  # Gradio takes no others
+    if len(usable) < len(names):
+        count = pluralize(len(names) - len(usable), "picture")
+        print(f"note: {count} in {folder} left out: the names are not UTF-8")
+    return usable[:MAX_EXAMPLES]
 
 
 def write_test_images(model: Classifier, data_dir: str | None, folder: Path) -> list[str]:

@@ -282,7 +282,8 @@ def load_onnx(path: Path, device: str) -> Classifier:
     except ImportError:
         raise UserError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
     providers = onnx_providers(device, onnxruntime.get_available_providers())
-    content = path.read_bytes()  # ONNX Runtime takes no path that is not UTF-8
+    # not the path: ONNX Runtime takes none that is not UTF-8, and without it reads no other files
+    content = path.read_bytes()
     try:
         session = onnxruntime.InferenceSession(content, providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map

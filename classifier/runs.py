@@ -23,7 +23,7 @@ from classifier.datasets.load import data_dir_to_reuse
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
 from classifier.foreign_paths import refuse_network_path
-from classifier.text import URL_REFUSED, is_url
+from classifier.text import URL_REFUSED, is_url, printable
 
 SAVE_EVERY = 120.0  # seconds between checkpoints within an epoch: what a power cut may cost
 STOP_POLL_STEPS = 12  # on accelerators: steps after which processes ask each other whether to stop
@@ -194,9 +194,12 @@ class Run:
 def new_run_folder(run_dir: str, dataset: str) -> Path:
     """Make the folder of a new run: `run_dir`, or runs/<data set>/<time> if that is empty.
 
-    No two processes get the same one. Raises UserError if `run_dir` holds a run already.
+    No two processes get the same one. Raises UserError if `run_dir` holds a run already, UsageError
+    for a name that is not UTF-8.
     """
     if run_dir:
+        if run_dir != printable(run_dir):
+            raise UsageError(f"--run-dir {run_dir}: TensorBoard takes only names in UTF-8")
         run = Path(run_dir)
         if (run / "config.json").exists():
             raise UserError(

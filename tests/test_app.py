@@ -306,6 +306,17 @@ def test_own_examples(folder):
     assert paths == [str((folder / "many" / f"{i:02}.png").resolve()) for i in range(20)]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_examples_whose_names_are_not_utf_8(folder, model, capsys):
+    (folder / "mine").mkdir()
+    for name in (b"a.png", b"caf\xe9.png"):
+        Image.new("RGB", (2, 2)).save(folder / "mine" / os.fsdecode(name))
+    paths = app.example_pictures("mine")
+    assert paths == [str((folder / "mine" / "a.png").resolve())]
+    assert "note: 1 picture" in capsys.readouterr().out
+    app.build_page(model, paths)
+
+
 def test_addresses_are_not_looked_up():
     with pytest.raises(ValueError, match=r"example\.com"):
         asyncio.run(app.refuse_to_fetch("example.com"))

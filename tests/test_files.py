@@ -2,8 +2,10 @@
 
 import csv
 import os
+import sys
 
 import pytest
+from conftest import only_run, write_images
 
 from classifier.files import prepare_file, prepare_folder, write_csv
 from classifier.text import has_control_characters, is_url, printable
@@ -53,3 +55,21 @@ def test_control_characters():
         assert has_control_characters(name)
     for name in ("Übung", "数据", "می‌خواهم", "a b", ""):
         assert not has_control_characters(name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_training_on_a_folder_whose_names_are_not_utf_8(folder, inside):
+    """TensorBoard takes none of them: neither the run's folder nor a hyperparameter."""
+    photos = folder / os.fsdecode(b"f\xe9lin")
+    write_images(photos, {"red": 30, "green": 30})
+    for path in list(photos.glob("red/*.png")):
+        path.rename(path.with_name(os.fsdecode(b"\xe9") + path.name))
+    settings = ["--dataset", photos, "--epochs", "1", "--width", "0.25", "--image-size", "16"]
+    inside(*settings)
+    assert only_run(folder).parent.name == "f_lin"
+    assert (folder / "model_cnn_f_lin.pth").exists()
+    inside("--resume", only_run(folder), "--epochs", "2")
+    run_dir = os.fsdecode(b"r\xe9")
+    assert "--run-dir" in inside.error(*settings, "--run-dir", run_dir, status=2)
+    assert not (folder / run_dir).exists()
