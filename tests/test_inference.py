@@ -223,7 +223,7 @@ UINT8 = np.zeros((3, 8, 8), np.uint8)
         (torch.zeros(8, 3).byte(), ValueError),
         (torch.zeros(2, 8, 8, 3).byte(), ValueError),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_image_is_refused(both, images, kind):
     for model in both:
