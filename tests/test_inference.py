@@ -17,6 +17,7 @@ from PIL import Image
 
 import image_classification as ic
 import inference
+from classifier import prediction_output
 from classifier.datasets import decode
 from classifier.datasets.cifar10 import REQUIRED
 from classifier.errors import UserError
@@ -291,7 +292,7 @@ def test_formats_are_data_only(pictures, model, tool_inside):
 
 def test_answer_below_the_threshold_is_unsure(pictures, tool_inside, monkeypatch):
     drawn = []
-    with beforehand(inference, "draw_predictions", drawn.extend):
+    with beforehand(prediction_output, "draw_predictions", drawn.extend):
         options = ["--format", "json", "--threshold", "1.0", "--save", "look.png"]
         out, _ = tool_inside("inference")("images", *options)
     entries = json.loads(out)
