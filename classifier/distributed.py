@@ -38,7 +38,7 @@ LOADED_KEY = "image_classification/loaded by {}"  # by the machine of that numbe
 FAILED_KEY = "image_classification/failed first after {} restarts"
 
 # Settings that a run still takes from the command line when torchrun restarts it.
-RESTART_OVERRIDES = ("data_dir", "mirror", "debug")
+RESTART_OVERRIDES = ("data_dir", "mirror", "out", "debug")
 
 T = TypeVar("T")
 
