@@ -55,8 +55,15 @@ def test_held_out_images_that_were_seen_are_counted():
 
 
 def test_file_without_digests_or_with_other_things_says_nothing():
-    for content in ({}, {"train_digests": [1, 2]}, {"train_digests": torch.zeros(2, 2)}):
-        assert seen_images.digests_in_file(content) is None
+    for content in (
+        {},
+        [1, 2],
+        torch.zeros(2, 2).long(),
+        torch.zeros(2),
+        torch.zeros(2).long().to_sparse(),
+    ):
+        assert seen_images.digests_in_file({"train_digests": content}) is None
+    assert seen_images.digests_in_file({}) is None
 
 
 def test_model_file_of_a_folder_knows_its_training_images(inside, folder, photos):
