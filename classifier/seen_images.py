@@ -60,7 +60,7 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
     num_new = int((~torch.isin(now, then)).sum())
     if not num_missing and not num_new:
         return " (their classes, their order or their pixels are others)"
-    return f" ({num_missing} of {len(then)} are not among them, {num_new} are new)"
+    return f" ({num_missing} of those {len(then)} are missing, {num_new} others are there)"
 
 
 def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
