@@ -476,7 +476,7 @@ def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
     for path in list(Path("moved", "red").iterdir())[:10]:
         path.unlink()
     inference.load_dataset_of(model, "moved")
-    assert "note: the images in moved" in capsys.readouterr().out
+    assert "note: model.pth was trained on" in capsys.readouterr().out
     pretrained = replace(model, settings=model.settings | {"pretrained": True})
     assert not inference.images_have_changed(pretrained, inference.load_dataset_of(model, "moved"))
 
