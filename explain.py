@@ -34,11 +34,13 @@ try:
     from tqdm import tqdm
 
     import image_classification as ic
-    from classifier import plots
+    from classifier import plots, seen_images
     from classifier.checkpoints import check_weights, read_checkpoint, read_state_dict
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
+    from classifier.datasets import splits
     from classifier.datasets.dataset import Dataset, Split
+    from classifier.datasets.splits import Identity
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UsageError, UserError
     from classifier.files import write_atomically, write_csv
@@ -385,7 +387,7 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     """
     from cleanlab import filter as cleanlab_filter
 
-    config = settings_of_folds(model)
+    config = settings_of_folds(model, data)
     try:
         with training_process(device, config.deterministic):
             probabilities = out_of_fold_probabilities(config, data, device)
@@ -405,7 +407,7 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     )
 
 
-def settings_of_folds(model: Classifier) -> Config:
+def settings_of_folds(model: Classifier, data: Dataset) -> Config:
     """The settings of the networks that judge labels: those that the model was trained with.
 
     They start from the weights that the model started from, unless these are gone or may have seen
@@ -413,7 +415,7 @@ def settings_of_folds(model: Classifier) -> Config:
     """
     settings = {**model.settings, "minutes": 0.0, "resume": "", "compile": False}
     init_from = settings.get("init_from")
-    problem = problem_with_weights(model, init_from) if init_from else ""
+    problem = problem_with_weights(model, data, init_from) if init_from else ""
     if problem:
         settings["init_from"] = ""
         start = "ImageNet's weights"
@@ -424,7 +426,7 @@ def settings_of_folds(model: Classifier) -> Config:
     return Config(**settings)
 
 
-def problem_with_weights(model: Classifier, path: str) -> str:
+def problem_with_weights(model: Classifier, data: Dataset, path: str) -> str:
     """Why other networks cannot start from the weights that this model started from.
 
     path: the file with these weights. Empty if they can.
@@ -437,8 +439,7 @@ def problem_with_weights(model: Classifier, path: str) -> str:
     except (UserError, OSError) as error:
         is_torchvision_file = model.settings.get("pretrained") and read_state_dict(path)
         return "" if is_torchvision_file else f"the model started from {path}: {error}"
-    same_classes = content["classes"] == model.classes
-    if same_classes or content["config"].get("dataset") == model.settings.get("dataset"):
+    if may_have_seen(content, model, data):
         return f"{path}, from which the model started, may have seen these images"
     if model.settings.get("pretrained"):
         return ""
@@ -448,6 +449,18 @@ def problem_with_weights(model: Classifier, path: str) -> str:
     except UserError as error:
         return f"the model started from {path}: {error}"
     return ""
+
+
+def may_have_seen(content: dict[str, Any], model: Classifier, data: Dataset) -> bool:
+    """Whether the network in a model file may have been trained on images of a model's data set.
+
+    content: of the file. If it does not list its images, it is judged by its data set and classes.
+    """
+    digests = seen_images.digests_in_file(content)
+    if digests is not None and data.train_ids is not None:
+        return bool(torch.isin(data.train_ids.digests, digests).any())
+    same_dataset = content["config"].get("dataset") == model.settings.get("dataset")
+    return same_dataset or content["classes"] == model.classes
 
 
 def save_label_issues(
@@ -491,28 +504,44 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
     Returns float32 (N, classes). Raises UserError if a class has too few images.
     """
     probabilities = torch.zeros(len(data.train.labels), len(data.classes))
-    for number, (train_indices, held_out) in enumerate(stratified_folds(data.train.labels), 1):
+    folds = stratified_folds(data.train.labels, data.train_ids)
+    for number, (train_indices, held_out) in enumerate(folds, 1):
         print(
             f"Network {number} of {NUM_FOLDS}: trains on {len(train_indices)} images, to judge "
             f"the other {len(held_out)}"
         )
         train, valid = data.train.select(train_indices), data.train.select(held_out)
-        fold = replace(data, train=train, valid=valid)
+        fold = replace(data, train=train, valid=valid, train_ids=None, valid_ids=None)
         probabilities[held_out] = train_and_predict(config, fold, device)
     return probabilities
 
 
-def stratified_folds(labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def stratified_folds(
+    labels: torch.Tensor, ids: Identity | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Indices to train on and indices held out, for each fold; every class is in every fold.
 
-    labels: int64 (N,). Raises UserError if a class has too few images.
+    Identical and near-identical images of a folder are held out together.
+
+    labels: int64 (N,). ids: what the images of a folder are known by. Raises UserError if a class
+    has too few images.
     """
     from sklearn.model_selection import StratifiedKFold
 
-    if labels.bincount().min() < NUM_FOLDS:
+    different = labels
+    if ids is not None:
+        different = torch.stack([labels, ids.groups]).unique(dim=1)[0]  # the label of each group
+    if different.bincount().min() < NUM_FOLDS:
         raise UserError(
-            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images"
+            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images that "
+            "are not alike"
         )
+    if ids is not None:
+        fold_of_image = splits.folds(labels.numpy(), ids.groups.numpy(), NUM_FOLDS)
+        for fold in range(NUM_FOLDS):
+            is_held_out = torch.from_numpy(fold_of_image == fold)
+            yield (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
+        return
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=0)
     no_features = np.zeros(len(labels))
     for train_indices, held_out in folds.split(no_features, labels.numpy()):

@@ -29,6 +29,7 @@ try:
 
     import image_classification as ic
     from classifier.cli import command_line, program, run_tool, tool_parser
+    from classifier.datasets import pixel_range
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
     from classifier.files import write_atomically
@@ -81,6 +82,8 @@ def metadata(model: Classifier) -> dict[str, str]:
         "test_accuracy": model.test_accuracy,
         "temperature": model.temperature,
     }
+    if model.pixel_ranges:  # images with more than 8 bits a pixel: what becomes 0 and 1
+        values["pixel_ranges"] = pixel_range.to_json(model.pixel_ranges)
     return {name: json.dumps(value) for name, value in values.items()}
 
 

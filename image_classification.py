@@ -65,6 +65,7 @@ try:
         sampling,
         schedules,
         seed_summary,
+        seen_images,
         time_budget,
         train_state,
     )
@@ -890,6 +891,7 @@ def train(
         data = distributed.load_once_per_machine(lambda: load_data(config))
     if data.report:
         print(*data.report["words"], sep="\n")
+    data = seen_images.with_starting_weights(data, config)
     config = resolve.resolve_defaults(config, data, DEFAULT_RECIPE)
     if config.fast_dev_run:
         data = data.first(config.batch_size)

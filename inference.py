@@ -29,7 +29,8 @@ try:
     from tqdm import tqdm
 
     from classifier.cli import run_tool, tool_parser
-    from classifier.datasets import decode
+    from classifier.datasets import decode, pixel_range, unreadable
+    from classifier.datasets.walk import walk_files
     from classifier.errors import UsageError, UserError
     from classifier.files import write_atomically
     from classifier.text import percent
@@ -78,6 +79,9 @@ class Classifier:
         logits: maps uint8 images (N, 3, S, S) to float32 logits (N, classes), computed in fp32.
         network: on its device and in eval mode; None for an ONNX file.
         settings: the Config of its training; empty for an ONNX file.
+        pixel_ranges: of the values of images with more than 8 bits a pixel, as in training.
+        seen_digests: int64, of the images that it was trained on, see `seen_images`; None if that
+            is not known.
     """
 
     path: Path
@@ -89,6 +93,8 @@ class Classifier:
     logits: Callable[[np.ndarray], np.ndarray]
     network: "nn.Module | None" = None
     settings: dict[str, Any] = field(default_factory=dict)
+    pixel_ranges: pixel_range.Ranges = field(default_factory=dict)
+    seen_digests: "torch.Tensor | None" = None
 
     def describe(self) -> str:
         """What to know about its predictions, in two or three sentences."""
@@ -153,6 +159,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         import image_classification as ic
         from classifier.config import FIELD_TYPES
         from classifier.devices import choose_device
+        from classifier.seen_images import digests_in_file
     except ImportError as error:
         message = f"{path} needs PyTorch ({error}): pip install -r requirements.txt"
         raise UserError(message) from None
@@ -181,7 +188,20 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         logits=logits,
         network=network,
         settings=settings,
+        pixel_ranges=read_pixel_ranges(content.get("pixel_ranges"), path),
+        seen_digests=digests_in_file(content),
     )
+
+
+def read_pixel_ranges(content: Any, path: Path) -> pixel_range.Ranges:
+    """The ranges of pixel values in a model file. Raises UserError if they are none.
+
+    content: what the file says of them; None: nothing.
+    """
+    try:
+        return pixel_range.from_json(content)
+    except (TypeError, ValueError):
+        raise UserError(f"{path} is damaged: {content!r} are no ranges of pixel values") from None
 
 
 def warn_about_changed_script(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -215,6 +235,7 @@ def load_onnx(path: Path, device: str) -> Classifier:
         session = onnxruntime.InferenceSession(str(path), providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map
         known = {name: json.loads(metadata[name]) for name in ONNX_METADATA}
+        ranges = json.loads(metadata.get("pixel_ranges", "null"))
     except Exception as error:  # ONNX Runtime may raise anything for a damaged file
         kind = type(error).__name__
         raise UserError(f"{path} is damaged or was not written by export.py ({kind})") from None
@@ -227,7 +248,8 @@ def load_onnx(path: Path, device: str) -> Classifier:
             outputs.append(output)
         return np.concatenate(outputs)
 
-    return Classifier(path=path, logits=logits, **known)
+    pixel_ranges = read_pixel_ranges(ranges, path)
+    return Classifier(path=path, logits=logits, pixel_ranges=pixel_ranges, **known)
 
 
 def onnx_providers(device: str, available: list[str]) -> list[Any]:
@@ -263,7 +285,8 @@ def dataset_available(model: Classifier, data_dir: str | None = None) -> bool:
 def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset":
     """Load the data set that a .pth was trained on.
 
-    Prints a note if the images of a folder have changed since. Raises UserError.
+    Prints a note if images of a folder that are now for testing or validation were trained on.
+    Raises UserError.
 
     data_dir: where the data set is now; of a folder of images, that folder itself.
     """
@@ -278,12 +301,34 @@ def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset"
     data = load.load_data(Config(**settings))
     if data.classes != model.classes:
         raise UserError(f"{model.path} is for other classes than {data.name} has now")
-    if is_folder and images_have_changed(model, data):
-        print(
-            f"note: the images in {dataset} are not those of the training: some that are now for "
-            "testing may have been trained on"
-        )
+    if is_folder:
+        note_seen_images(model, data)
+        note_other_ranges(model, data)
     return data
+
+
+def note_other_ranges(model: Classifier, data: "Dataset") -> None:
+    """Print a note if the images' range of values is not that of the training any more."""
+    if data.pixel_ranges != model.pixel_ranges:
+        now = pixel_range.describe_ranges(data.pixel_ranges)
+        then = pixel_range.describe_ranges(model.pixel_ranges)
+        print(
+            f"note: values of pixels are taken as {now}, because of the images in the folder now, "
+            f"but {model.path} gives {then}: results for them will differ"
+        )
+
+
+def note_seen_images(model: Classifier, data: "Dataset") -> None:
+    """Print a note if the model was, or may have been, trained on images that are now held out."""
+    from classifier import seen_images
+
+    if model.seen_digests is not None:
+        seen_images.note_seen(model.path, data, model.seen_digests)
+    elif images_have_changed(model, data):
+        print(
+            f"note: {model.path} does not say what it was trained on, and the images to train on "
+            "are others now: it may have been trained on some that are now for testing"
+        )
 
 
 def images_have_changed(model: Classifier, data: "Dataset") -> bool:
@@ -347,40 +392,55 @@ class ImageFile(NamedTuple):
         path: the file.
         pixels: uint8 (3, S, S), or None if the file cannot be read.
         problem: why it cannot be read; empty if it can.
+        note: what its values have that those of the training images had not; may be empty.
     """
 
     path: Path | str
     pixels: np.ndarray | None
     problem: str = ""
+    note: str = ""
 
 
-def read_file(path: Path | str, image_size: int) -> ImageFile:
-    """Decode a file to a square of image_size × image_size pixels."""
+def read_file(
+    path: Path | str, image_size: int, ranges: pixel_range.Ranges | None = None
+) -> ImageFile:
+    """Decode a file to a square of image_size × image_size pixels.
+
+    ranges: of the values of images with more than 8 bits a pixel.
+    """
     try:
-        pixels = decode.decode(Path(path), image_size).pixels
+        decoded = decode.decode(Path(path), image_size, ranges)
     except FileNotFoundError:
         return ImageFile(path, None, "there is no such file")
     except IsADirectoryError:
         return ImageFile(path, None, "it is a folder")
     except Exception as error:  # Pillow may raise anything for a damaged file
-        return ImageFile(path, None, str(error) or type(error).__name__)
-    return ImageFile(path, pixels.transpose(2, 0, 1))
+        return ImageFile(path, None, unreadable.reason(Path(path), error))
+    note = ""
+    if decoded.extrema is not None and decoded.used_range is not None:
+        is_known = decoded.extrema.kind in (ranges or {})
+        note = pixel_range.describe_misfit(decoded.extrema, decoded.used_range, is_known)
+    return ImageFile(path, decoded.pixels.transpose(2, 0, 1), note=note)
 
 
 def read_image(model: Classifier, path: Path | str) -> np.ndarray:
     """The image in a file, uint8 (3, S, S). Raises UserError for a file that is not an image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
-        file = read_file(path, model.image_size)
+        file = read_file(path, model.image_size, model.pixel_ranges)
     if file.pixels is None:
         raise UserError(f"{path}: {file.problem}")
+    if file.note:
+        print(f"note: {path}: {file.note}", file=sys.stderr)
     return file.pixels.copy()  # Pillow's array is read-only, which torch warns about
 
 
-def read_in_batches(paths: Sequence[Path], image_size: int) -> Iterator[list[ImageFile]]:
-    """Decode files in several threads, BATCH_SIZE at a time."""
+def read_in_batches(
+    paths: Sequence[Path], image_size: int, ranges: pixel_range.Ranges | None = None
+) -> Iterator[list[ImageFile]]:
+    """Decode files in several threads, BATCH_SIZE at a time; the arguments are read_file's."""
     num_threads = min(8, os.cpu_count() or 1)  # few, as each image may be large
-    read = functools.partial(read_file, image_size=image_size)
+    read = functools.partial(read_file, image_size=image_size, ranges=ranges)
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
         for start in range(0, len(paths), BATCH_SIZE):
@@ -390,7 +450,8 @@ def read_in_batches(paths: Sequence[Path], image_size: int) -> Iterator[list[Ima
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that names, patterns and folders stand for.
 
-    Returns their paths and a line for each folder without images. A file that does not exist is
+    Returns their paths, and a line for each folder without images and each image in a folder whose
+    format is not read. A file that does not exist is
     among the paths.
     """
     found: list[Path] = []
@@ -400,7 +461,11 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             found += expand(name) or [path]
             continue
-        images = images_below(path)
+        images, others = files_below(path)
+        for file in others:
+            content = unreadable.recognise(file)
+            if content is not None and content.advice:  # an image, but of no format that is read
+                problems.append(f"{file}: {content.describe()}")
         if not images:
             problems.append(f"{name}: no image in this folder")
         found += images
@@ -418,21 +483,21 @@ def expand(name: str | Path) -> list[Path]:
     return [Path(match) for match in sorted(glob.glob(str(path)))]
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All images in a folder and the folders in it, hidden ones aside.
+def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and the folders in it, hidden ones aside, and the other files there.
+
+    They are those that training finds.
 
     A folder that cannot be read is skipped, unlike in a data set: the other images still count.
     """
-    extensions = decode.extensions()
-    images = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        is_hidden = any(part.startswith(".") for part in parts)
-        if is_hidden or not path.is_file():
-            continue
-        if path.suffix.lower() in extensions or decode.is_image(path):
-            images.append(path)
-    return images
+    images, others = [], []
+    for path, _ in walk_files(folder, folder):
+        file = folder / path
+        if decode.counts_as_image(file):
+            images.append(file)
+        else:
+            others.append(file)
+    return sorted(images), sorted(others)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -530,18 +595,20 @@ class Results:
         predictions: of the images that could be read.
         pictures: the first MAX_PICTURES of these images.
         problems: a line for each name that stands for no readable image.
+        notes: a line for each image whose values are not in the range of the training images.
     """
 
     predictions: list[Prediction] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def classify_files(
     model: Classifier, paths: Sequence[Path], top_k: int, threshold: float, results: Results
 ) -> None:
     """Classify files and add what becomes of them to the results."""
-    batches = read_in_batches(paths, model.image_size)
+    batches = read_in_batches(paths, model.image_size, model.pixel_ranges)
     with tqdm(
         desc="Classifying", total=len(paths), unit="img", leave=False, disable=None
     ) as progress_bar:
@@ -561,6 +628,8 @@ def classify_batch(
         else:
             names.append(str(file.path))
             images.append(file.pixels)
+            if file.note:
+                results.notes.append(f"{file.path}: {file.note}")
     if not images:
         return
     predicted = top_classes(model, np.stack(images), top_k)
@@ -670,6 +739,8 @@ def main() -> int:
         stopped = True
 
     print_predictions(options.format, results.predictions)
+    for note in results.notes:
+        print(f"note: {note}", file=sys.stderr)
     for problem in results.problems:
         print(f"error: {problem}", file=sys.stderr)
     if options.save and results.pictures:

@@ -31,6 +31,7 @@ try:
     from optuna import Trial
 
     import image_classification as ic
+    from classifier import seen_images
     from classifier.cli import (
         build_parser,
         command_line,
@@ -40,8 +41,7 @@ try:
         run_tool,
     )
     from classifier.config import Config, flag
-    from classifier.datasets import identity
-    from classifier.datasets.dataset import Dataset
+    from classifier.datasets.dataset import Dataset, digest_of
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import Diverged, Stopped, UsageError, UserError
     from classifier.files import write_json
@@ -509,7 +509,7 @@ def prepare(fixed: Settings, options: Options) -> Search:
     output = io.StringIO() if options.worker else sys.stdout
     with contextlib.redirect_stdout(output):
         device = choose_device(config.device)
-        data = ic.load_data(config)
+        data = seen_images.with_starting_weights(ic.load_data(config), config)
         start = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
         if not options.worker:
             ic.build_model(start, data)  # fails here if it is wrong, not in each worker
@@ -537,10 +537,12 @@ def main() -> int:
     settings = non_default_settings(configure(**search.fixed))
     for name in OF_ONE_MACHINE:
         settings.pop(name, None)
-    images = ""
-    if search.data.files is not None:  # a folder, whose images may change
-        images = identity.digest_dataset(search.data)
-    study.begin(settings, images)
+    if search.data.files is not None and study.lacks_fingerprint():
+        print(
+            "note: this search was begun by an older version, which did not record its images: if "
+            "they have changed since, name a new one with --study NAME"
+        )
+    study.begin(settings, [*search.data.fingerprint(), float(digest_of(search.data.valid))])
     num_trials = study.num_trials()
     known = f", which has {num_trials} of the trials already" if num_trials else ""
     print(f"Searching in {search.folder}{known}")

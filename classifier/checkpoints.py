@@ -56,6 +56,8 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
     content = _load(path)
     if not _is_checkpoint(content):
         raise damaged
+    if legacy.is_legacy(content["versions"]):
+        content["classes"] = legacy.compose_names(content["classes"])
     if classes and classes != content["classes"]:
         raise UserError(f"{path} is for other classes: {', '.join(content['classes'])}")
     if not legacy.is_legacy(content["versions"]):

@@ -50,7 +50,13 @@ class Config:
     val_fraction: float = setting(
         0.1, "share of the training images kept for validation", minimum=0, less_than=1
     )
-    subset: int = setting(0, "number of training images to use; 0: all", minimum=0)
+    skip_unreadable: bool = setting(
+        False,
+        "go on without the image files that cannot be read, however many (default: only if few)",
+    )
+    subset: int = setting(
+        0, "number of training images to use, of each class in proportion; 0: all", minimum=0
+    )
     image_size: int | None = setting(
         None,
         "width and height of the images in pixels (default: their own, in folders at most 64)",

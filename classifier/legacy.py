@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from typing import Any
 
 from classifier.errors import UserError
@@ -84,6 +85,16 @@ def translate_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
     if "optimizers" in content:
         translated["optimizers"] = [_translate_optimizer(each) for each in content["optimizers"]]
     return translated
+
+
+def compose_names(classes: list[str]) -> list[str]:
+    """Names of classes in Unicode's composed form, as `folder_layout` now gives them.
+
+    Version 0.9 took the names of the folders as they were, and a Mac may write "é" as two
+    characters. Where two names would be one, they stay as they are.
+    """
+    composed = [unicodedata.normalize("NFC", name) for name in classes]
+    return composed if len(set(composed)) == len(classes) else classes
 
 
 def _translate_weights(weights: dict[str, Any]) -> dict[str, Any]:

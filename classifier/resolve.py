@@ -5,7 +5,6 @@ check_before_data(config)
 config = resolve_defaults(config, load_data(config), DEFAULT_RECIPE)
 """
 
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from classifier import augmentations, recipes, runs
 from classifier.config import Config, is_custom_model, parse_augment
-from classifier.datasets.dataset import Dataset
+from classifier.datasets.dataset import Dataset, same_images
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
 from classifier.networks.custom import split_custom_model
@@ -205,7 +204,7 @@ def check_processes(config: Config, data: Dataset, group: Group) -> None:
     """
     fingerprint = data.fingerprint()
     of_rank_0 = group.broadcast_from_rank0(data.fingerprint)
-    if math.dist(fingerprint, of_rank_0) > 1e-9:
+    if not same_images(fingerprint, of_rank_0):
         raise UserError("the processes have different images: give all machines the same data set")
     smallest = MIN_BATCH_SIZE * group.world_size
     if group.world_size > 1 and config.batch_size < smallest:

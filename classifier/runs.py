@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import signal
 import threading
 import time
@@ -18,9 +17,10 @@ from torch import nn
 from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
-from classifier.datasets.dataset import Dataset
+from classifier.datasets.dataset import SPLIT_RULES, Dataset, same_images
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
+from classifier.seen_images import describe_changes
 
 SAVE_EVERY = 120.0  # seconds between checkpoints within an epoch: what a power cut may cost
 STOP_POLL_STEPS = 12  # on accelerators: steps after which processes ask each other whether to stop
@@ -335,12 +335,27 @@ def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.M
     states = saved_states(run)
     if not states and (run / "report.json").exists():
         raise UserError(f"{run} is finished, and has no last.pth any more to go on from")
-    fingerprint = data.fingerprint()
     for path in states:
         content = read_checkpoint(path, data.classes)
         load_weights(build_untrained(), content["model"], path)
-        saved_fingerprint = content.get("fingerprint", fingerprint)  # version 0.9.0 saved none
-        if math.dist(fingerprint, saved_fingerprint) > 1e-9:
-            raise UserError(f"the images are not those that {run} began with: start a new run")
+        _check_images(run, content, data)
     saved_settings = json.loads((run / "config.json").read_text())
     return replace(data, fallback_reason=saved_settings.get("substitution", ""))
+
+
+def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
+    """Raise UserError unless the training images are those of a saved state.
+
+    content: of last.pth. Version 0.9.0 saved nothing of the images, 0.9.1 only number and mean.
+    """
+    saved = content.get("fingerprint", [])
+    if saved and same_images(data.fingerprint(), saved):
+        return
+    if data.drawn and content.get("split_rules", 1) < SPLIT_RULES:
+        raise UserError(
+            f"{run} was begun by an older version of this program, which chose the images for "
+            f"{' and '.join(data.drawn)} in another way: start a new run"
+        )
+    if saved:
+        changes = describe_changes(content, data)
+        raise UserError(f"the images are not those that {run} began with{changes}: start a new run")

@@ -14,13 +14,14 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from classifier.config import flag
+from classifier.datasets.dataset import same_images
 from classifier.errors import UsageError
 from classifier.legacy import translate_settings
 from classifier.recipes import Settings
 
 # User attributes of the study and its trials.
 FIXED = "fixed"  # of the study: the settings that all its trials share
-IMAGES = "images"  # of the study: a digest of the images of its data set; see `begin`
+FINGERPRINT = "fingerprint"  # of the study: tells its images from others
 DEFAULTS = "defaults"  # of the trial with the program's defaults
 SETTINGS = "settings"  # of a trial: the settings that the search chose
 WORKER = "worker"  # of a trial: number of the worker that runs or ran it
@@ -55,21 +56,20 @@ class Study:
 
     # ---- before the search ----
 
-    def begin(self, fixed: Settings, images: str = "") -> None:
+    def begin(self, fixed: Settings, fingerprint: list[float]) -> None:
         """Fail the trials of processes that were killed, and queue a trial with the defaults.
 
         Args:
             fixed: the settings that all trials share.
-            images: a digest of the images to train and validate on; empty for a data set that is
-                the same everywhere.
+            fingerprint: of the data set.
 
-        Raises UsageError if the study has other settings or other images.
+        Raises UsageError if the study has other settings or images.
         """
         with self._ask_lock():
             self._check_fixed(fixed)
-            self._check_images(images)
+            self._check_images(fingerprint)
             self.optuna_study.set_user_attr(FIXED, fixed)
-            self.optuna_study.set_user_attr(IMAGES, images)
+            self.optuna_study.set_user_attr(FINGERPRINT, fingerprint)
             self._fail_abandoned_trials()
             if not self._has_default_trial():
                 self.optuna_study.enqueue_trial({}, user_attrs={DEFAULTS: True})
@@ -84,17 +84,16 @@ class Study:
                     "name a new one with --study NAME"
                 )
 
-    def _check_images(self, images: str) -> None:
-        known = self.optuna_study.user_attrs.get(IMAGES)
-        if known is None and images and self.num_trials():
-            print(
-                "note: this search was begun by an older version, which did not record on which "
-                "images: if they have changed since, name a new one with --study NAME"
-            )
-        elif known is not None and known != images:
+    def lacks_fingerprint(self) -> bool:
+        """Whether it has trials and does not tell on which images, as in version 0.9."""
+        return FINGERPRINT not in self.optuna_study.user_attrs and self.num_trials() > 0
+
+    def _check_images(self, fingerprint: list[float]) -> None:
+        known = self.optuna_study.user_attrs.get(FINGERPRINT, fingerprint)
+        if not same_images(known, fingerprint):
             raise UsageError(
-                f"{self.folder} is a search on other images than the data set has now, or with "
-                "other labels: name a new one with --study NAME"
+                f"{self.folder} is a search on other images than the data set has now, and their "
+                "accuracies cannot be compared: name a new one with --study NAME"
             )
 
     def _fail_abandoned_trials(self) -> None:

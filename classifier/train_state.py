@@ -11,11 +11,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from classifier.checkpoints import load_weights, read_checkpoint
 from classifier.config import Config
-from classifier.datasets.dataset import Dataset
+from classifier.datasets import pixel_range
+from classifier.datasets.dataset import SPLIT_RULES, Dataset
 from classifier.distributed import Group
 from classifier.errors import Diverged
 from classifier.networks.pretrained import ImageNetClassifier
 from classifier.progress import STEP_COST, Progress, Row
+from classifier.seen_images import EARLIER_DIGESTS, digests_for_file
 
 
 @dataclass
@@ -197,6 +199,8 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
 
+        if EARLIER_DIGESTS in saved:
+            self.description[EARLIER_DIGESTS] = saved[EARLIER_DIGESTS]
         self.progress.restore(saved, keep_total_steps)
         self.step_stats.copy_(saved["step_stats"])
 
@@ -232,7 +236,7 @@ def describe(
     mean, std = data.mean, data.std
     if isinstance(model, ImageNetClassifier):
         mean, std = model.normalisation
-    return {
+    content: dict[str, Any] = {
         "config": asdict(config),
         "classes": data.classes,
         "mean": mean,
@@ -241,8 +245,13 @@ def describe(
         "dataset": data.name,
         "train_images": len(data.train.labels),
         "fingerprint": data.fingerprint(),
+        "split_rules": SPLIT_RULES,
+        **digests_for_file(data),
         "versions": versions,
     }
+    if data.pixel_ranges:
+        content["pixel_ranges"] = pixel_range.to_json(data.pixel_ranges)
+    return content
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -25,6 +25,11 @@ WITHOUT_TORCH = [
     "classifier.legacy",
     "classifier.datasets",
     "classifier.datasets.decode",
+    "classifier.datasets.image_metadata",
+    "classifier.datasets.image_records",
+    "classifier.datasets.pixel_range",
+    "classifier.datasets.unreadable",
+    "classifier.datasets.walk",
     "classifier.networks",
 ]
 SLOW = {

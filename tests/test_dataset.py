@@ -1,12 +1,22 @@
 """Splits, resizing and statistics of a data set."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from classifier.config import Config
-from classifier.datasets.dataset import Dataset, Split, build_dataset, resize, stratified_split
+from classifier.datasets.dataset import (
+    Dataset,
+    Split,
+    build_dataset,
+    digest_of,
+    resize,
+    same_images,
+    stratified_split,
+)
 from classifier.datasets.decode import decode
 from classifier.errors import UsageError
 
@@ -157,8 +167,32 @@ def test_subset_is_of_the_training_images_alone(images_and_labels):
     assert len(data.train.labels) == 30 == len(data.train_indices.unique())
     assert set(data.train_indices.tolist()) <= set(everything.train_indices.tolist())
     assert data.train.images.equal(images_and_labels.images[data.train_indices])
+    assert data.train.labels.bincount().tolist() == [23, 7]  # of 120 and 40
     smaller = build(images_and_labels, val_fraction=0.2, subset=10)
     assert smaller.train_indices.equal(data.train_indices[:10])
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 30, 64])
+def test_each_class_is_in_a_subset_in_proportion(count):
+    sizes = torch.tensor([100, 20, 3])
+    labels = torch.arange(3).repeat_interleave(sizes)
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = build(Split(images, labels), val_fraction=0.0, subset=count)
+    counts = data.train.labels.bincount(minlength=3)
+    assert counts.sum() == count
+    if count < 3:
+        assert counts.tolist() == [1, 1, 0]  # those of the largest classes
+        return
+    assert counts.min() >= 1
+    assert ((counts - count * sizes / sizes.sum()).abs() <= 1.5).all()
+
+
+def test_small_subset_has_as_many_of_each_class():
+    """They used to be drawn from all classes together: some had one image, some five."""
+    labels = torch.arange(200) % 10
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = build(Split(images, labels), val_fraction=0.1, subset=30)
+    assert data.train.labels.bincount().tolist() == [3] * 10
 
 
 def test_subset_larger_than_the_data_set_is_all_of_it(images_and_labels):
@@ -176,7 +210,74 @@ def test_mean_and_std_are_those_of_the_training_images(images_and_labels):
     values = data.train.images.numpy().astype(np.float64) / 255
     assert data.mean == pytest.approx(values.mean(axis=(0, 2, 3)), abs=1e-6)
     assert data.std == pytest.approx(values.std(axis=(0, 2, 3)), abs=1e-6)
-    assert data.fingerprint() == [len(data.train.labels), *data.mean]
+    assert data.fingerprint()[:4] == [len(data.train.labels), *data.mean]
+
+
+def test_fingerprint_is_of_pixels_labels_and_order():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1200, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(1200) % 4
+
+    def fingerprint(images, labels):
+        return build(Split(images, labels), val_fraction=0.0).fingerprint()
+
+    original = fingerprint(images, labels)
+    assert fingerprint(images.clone(), labels.clone()) == original
+    assert same_images(original, original)
+
+    reversed_order = torch.arange(1199, -1, -1)
+    two_places = torch.arange(1200)
+    two_places[[3, 700]] = two_places[[700, 3]]
+    last_pixels = images.clone()
+    last_pixels[3, -1, -1, -1] ^= 1  # and so that the mean stays the same
+    last_pixels[4, -1, -1, -1] += images[3, -1, -1, -1] - last_pixels[3, -1, -1, -1]
+    others = [
+        (images[reversed_order], labels[reversed_order]),
+        (images, labels[two_places]),  # labels were corrected: number and mean are the same
+        (images[two_places], labels),
+        (last_pixels, labels),
+    ]
+    for other_images, other_labels in others:
+        other = fingerprint(other_images, other_labels)
+        assert math.dist(original[:4], other[:4]) < 1e-9
+        assert not same_images(original, other)
+
+
+def test_fingerprint_does_not_depend_on_the_layout_in_memory():
+    images = torch.randint(0, 256, (700, 3, 12, 12), dtype=torch.uint8)
+    labels = torch.arange(700) % 4
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert digest_of(Split(channels_last, labels)) == digest_of(Split(images, labels))
+
+
+def test_fingerprint_stays_the_same():
+    """It is saved with each run."""
+    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8)
+    assert digest_of(Split(images, torch.tensor([0, 1]))) == 0xE812D17F
+
+
+def test_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes():
+    new = [100, 0.5, 0.4, 0.3, 12345.0]
+    assert same_images(new, [100, 0.5, 0.4, 0.3])
+    assert same_images([100, 0.5, 0.4, 0.3], new)
+    assert not same_images(new, [100, 0.5, 0.4, 0.31])
+    assert not same_images(new, [100, 0.5, 0.4, 0.3, 12346.0])
+
+
+def test_fingerprint_tells_images_from_others(images_and_labels):
+    data = build(images_and_labels)
+    assert same_images(data.fingerprint(), data.fingerprint())
+    assert same_images(data.fingerprint(), data.fingerprint()[:4])  # as version 0.9.1 wrote it
+    labels = images_and_labels.labels.clone()
+    labels[[0, 1]] = labels[[1, 0]]  # the images are the same, and so many of each class
+    relabelled = build(Split(images_and_labels.images, labels))
+    others = [
+        relabelled,
+        build(images_and_labels, subset=100),
+        build(Split(255 - images_and_labels.images, images_and_labels.labels)),
+    ]
+    for other in others:
+        assert not same_images(data.fingerprint(), other.fingerprint())
 
 
 def test_images_of_one_color_have_a_std_to_divide_by():

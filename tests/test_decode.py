@@ -1,7 +1,10 @@
 """Image files of all kinds as squares of pixels."""
 
+import io
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from PIL import Image
 
 from classifier.datasets import decode
+from classifier.datasets.pixel_range import PixelRange
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -48,6 +52,105 @@ def test_exif_orientation_is_applied(folder):
     assert lower < 5
 
 
+# ---- damaged metadata ----
+
+JUNK = b"no exif at all"
+EXIF_ENTRIES = [
+    struct.pack("<HHI4s", 0x011A, 2, 3, b"72"),  # XResolution, as text
+    struct.pack("<HHII", 0x0112, 3, 1, 6),  # Orientation: to be turned by 90 degrees clockwise
+]
+TURNED_WITH_TEXT_AS_RESOLUTION = (
+    b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(EXIF_ENTRIES) + bytes(4)
+)
+
+
+def png_chunk(name, data, is_sound=True):
+    checksum = zlib.crc32(name + data) if is_sound else 0
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+
+def jpeg_segment(marker, data):
+    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+
+PNG_CHUNKS = {
+    "EXIF": png_chunk(b"eXIf", JUNK),
+    "EXIF, checksum": png_chunk(b"eXIf", b"II*\0", is_sound=False),
+    "text, checksum": png_chunk(b"tEXt", b"a\0b", is_sound=False),
+    "text, method": png_chunk(b"zTXt", b"a\0\5b"),
+    "text, large": png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000))),
+    "colour profile": png_chunk(b"iCCP", b"name"),
+    "resolution": png_chunk(b"pHYs", b"\0"),
+    "gamma": png_chunk(b"gAMA", b"\0"),
+    "XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe"),
+}
+JPEG_SEGMENTS = {
+    "EXIF": jpeg_segment(0xE1, b"Exif\0\0" + JUNK),
+    "EXIF, short": jpeg_segment(0xE1, b"Exif\0\0II*\0"),
+    "XMP": jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta junk"),
+    "colour profile": jpeg_segment(0xE2, b"ICC_PROFILE\0\1"),
+    "Photoshop": jpeg_segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+    "Adobe": jpeg_segment(0xEE, b"Adobe"),
+    "JFIF": jpeg_segment(0xE0, b"JFIF"),
+    "comment": jpeg_segment(0xFE, b"\xff\xfe"),
+    "many pictures": jpeg_segment(0xE2, b"MPF\0junk"),
+}
+
+
+def with_metadata(format, part):
+    """An image file with this part after its header, and the same image without it."""
+    plain = io.BytesIO()
+    Image.fromarray(upper_half(200)).save(plain, format)
+    content = plain.getvalue()
+    header = 33 if format == "png" else 2
+    return content[:header] + part + content[header:], content
+
+
+@pytest.mark.parametrize("part", PNG_CHUNKS.values(), ids=PNG_CHUNKS)
+def test_png_with_damaged_metadata(folder, part):
+    check_same_image(folder, *with_metadata("png", part))
+
+
+@pytest.mark.parametrize("part", JPEG_SEGMENTS.values(), ids=JPEG_SEGMENTS)
+def test_jpeg_with_damaged_metadata(folder, part):
+    check_same_image(folder, *with_metadata("jpeg", part))
+
+
+def check_same_image(folder, content, plain):
+    # without an extension, a file is known by its content
+    (folder / "damaged").write_bytes(content)
+    (folder / "plain").write_bytes(plain)
+    expected = decode.decode(folder / "plain", 32).pixels
+    assert np.array_equal(decode.decode(folder / "damaged", 32).pixels, expected)
+    assert decode.image_size(folder / "damaged") == (40, 60)
+
+
+def test_webp_with_damaged_exif(folder):
+    Image.fromarray(upper_half(200)).save(folder / "image.webp", exif=JUNK, lossless=True)
+    upper, lower = brightness_of_halves(folder / "image.webp")
+    assert abs(upper - 200) < 6 and lower < 5
+
+
+def test_orientation_is_read_beside_damaged_metadata(folder):
+    """Neither the resolution nor the colour profile is needed to turn the image."""
+    plain = io.BytesIO()
+    Image.fromarray(upper_half(200)).rotate(90, expand=True).save(plain, "jpeg")
+    exif = jpeg_segment(0xE1, TURNED_WITH_TEXT_AS_RESOLUTION)
+    for part in (exif, exif + JPEG_SEGMENTS["colour profile"]):
+        (folder / "image.jpg").write_bytes(plain.getvalue()[:2] + part + plain.getvalue()[2:])
+        upper, lower = brightness_of_halves(folder / "image.jpg")
+        assert abs(upper - 200) < 6 and lower < 5
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg"])
+def test_damaged_pixels_are_an_error_with_and_without_metadata(folder, format):
+    part = PNG_CHUNKS["resolution"] if format == "png" else JPEG_SEGMENTS["Adobe"]
+    for content in with_metadata(format, part):
+        (folder / "image").write_bytes(content[: len(content) // 2])
+        with pytest.raises((OSError, ValueError, SyntaxError)):
+            decode.decode(folder / "image", 32)
+
+
 def test_middle_square_of_a_wide_image_is_used(folder):
     pixels = np.zeros((40, 120, 3), np.uint8)
     pixels[:, 40:80] = 255
@@ -73,14 +176,25 @@ def test_16_bits_a_pixel(folder):
 
 
 @pytest.mark.parametrize(
-    ("maximum", "expected"), [(1.0, 255), (255.0, 255), (1000.0, 4), (65535.0, 255), (1e6, 255)]
+    ("maximum", "expected"), [(1.0, 255), (255.0, 255), (1000.0, 249), (65535.0, 255), (1e6, 255)]
 )
-def test_range_of_floats_is_guessed(folder, maximum, expected):
+def test_image_without_a_data_set_decides_on_its_range(folder, maximum, expected):
     grey = (upper_half(1)[..., 0] * maximum).astype(np.float32)
     Image.fromarray(grey).save(folder / "image.tiff")
     upper, lower = brightness_of_halves(folder / "image.tiff")
     assert abs(upper - expected) < 1
     assert lower < 1
+
+
+def test_range_of_a_data_set(folder):
+    grey = upper_half(1)[..., 0].astype(np.float32) * 1000
+    Image.fromarray(grey).save(folder / "image.tiff")
+    decoded = decode.decode(folder / "image.tiff", 32, {"floats": PixelRange(0, 4000)})
+    assert decoded.extrema == ("floats", 0, 1000)
+    assert decoded.used_range == (0, 4000)
+    assert decoded.pixels.max() == 64
+    of_others = decode.decode(folder / "image.tiff", 32, {"integers": PixelRange(0, 4000)})
+    assert of_others.used_range == (0, 1023)
 
 
 def test_what_is_no_number_is_black(folder):

@@ -1,4 +1,6 @@
-"""Identical and near-identical images: finding them, and keeping them on one side of a split."""
+"""Identical and near-identical images: finding them, and which belong together."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from PIL import Image
 
 from classifier.config import Config
 from classifier.datasets import duplicates
-from classifier.datasets.dataset import stratified_split
 from classifier.datasets.folder import load_folder
 from classifier.datasets.folder_layout import list_images
 from classifier.datasets.image_cache import open_cache
@@ -50,7 +51,8 @@ def test_pairs_of_identical_and_near_identical_images(folder, pictures):
         (red / name).write_bytes((red / "5.png").read_bytes())
     Image.open(red / "6.png").save(red / "6.jpg", quality=80)
     images, cache = pictures()
-    pairs = duplicates.near_duplicates(images, cache)
+    pairs, is_complete = duplicates.near_duplicates(images, cache)
+    assert is_complete
     assert pairs.dtype == np.int64
     paths = images["path"]
     named = {(paths[first], paths[second], kind) for first, second, kind in pairs.tolist()}
@@ -66,7 +68,7 @@ def test_plain_images_are_not_near_identical(folder, pictures):
     for grey in (100, 101, 102):
         Image.new("RGB", (40, 40), (grey, grey, grey)).save(folder / "photos" / f"red/{grey}.png")
     images, cache = pictures()
-    assert not len(duplicates.near_duplicates(images, cache))
+    assert not len(duplicates.near_duplicates(images, cache).pairs)
 
 
 def test_similar_hashes_are_not_enough(folder, pictures):
@@ -80,7 +82,7 @@ def test_similar_hashes_are_not_enough(folder, pictures):
     first = index_of(images, str((photos / "red" / "0.png").relative_to(photos)))
     second = index_of(images, str((photos / "red" / "dark.png").relative_to(photos)))
     assert (bits[first] != bits[second]).sum() <= duplicates.MAX_DIFFERENT_BITS
-    assert not len(duplicates.near_duplicates(images, cache))
+    assert not len(duplicates.near_duplicates(images, cache).pairs)
 
 
 def test_images_in_several_chunks_are_compared(folder, pictures, monkeypatch):
@@ -88,21 +90,43 @@ def test_images_in_several_chunks_are_compared(folder, pictures, monkeypatch):
     for path in [*folder.rglob("*.png")]:
         Image.open(path).save(path.with_name(f"z{path.stem}.jpg"), quality=80)
     images, cache = pictures()
-    expected = duplicates.near_duplicates(images, cache)
+    expected = duplicates.near_duplicates(images, cache).pairs
     assert len(expected) == 20
     (cache.path / "near.npz").unlink()
     monkeypatch.setattr(duplicates, "CHUNK", 3)
-    assert np.array_equal(duplicates.near_duplicates(images, cache), expected)
+    assert np.array_equal(duplicates.near_duplicates(images, cache).pairs, expected)
 
 
-def test_search_ends_when_there_are_many(folder, pictures, monkeypatch):
+def test_where_there_are_many_pairs_those_that_join_groups_are_enough(
+    folder, pictures, monkeypatch
+):
+    write_images(folder / "photos", {"red": 4, "green": 4})
+    for path in [*folder.rglob("*.png")]:
+        for quality in (70, 80, 90, 95):
+            file = path.with_name(f"{quality}-{path.stem}.jpg")
+            Image.open(path).save(file, quality=quality)
+    images, cache = pictures()
+    every_pair = duplicates.near_duplicates(images, cache).pairs
+    assert len(every_pair) == 8 * 10
+    (cache.path / "near.npz").unlink()
+    monkeypatch.setattr(duplicates, "CHUNK", 2)
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 5)
+    pairs, is_complete = duplicates.near_duplicates(images, cache)
+    assert is_complete and 8 * 4 <= len(pairs) < 50
+    digests = np.arange(len(images))
+    expected = duplicates.group_images(digests, every_pair)
+    assert duplicates.group_images(digests, pairs).tolist() == expected.tolist()
+
+
+def test_search_among_too_many_similar_images_ends(folder, pictures, monkeypatch):
     write_images(folder / "photos", {"red": 10, "green": 10})
     for path in [*folder.rglob("*.png")]:
         Image.open(path).save(path.with_name(f"z{path.stem}.jpg"), quality=80)
     images, cache = pictures()
-    monkeypatch.setattr(duplicates, "CHUNK", 2)
-    monkeypatch.setattr(duplicates, "MAX_PAIRS", 5)
-    assert len(duplicates.near_duplicates(images, cache)) == 6
+    monkeypatch.setattr(duplicates, "MAX_VALUES", 5 * cache.image_bytes)
+    for _ in range(2):  # the second time from the file
+        pairs, is_complete = duplicates.near_duplicates(images, cache)
+        assert len(pairs) == 5 and not is_complete
 
 
 def test_many_images_are_only_searched_for_identical_ones(folder, monkeypatch):
@@ -114,6 +138,7 @@ def test_many_images_are_only_searched_for_identical_ones(folder, monkeypatch):
     report = load().report
     assert [kind for *_, kind in report["twins"]] == ["identical"]
     assert "61 are too many" in "\n".join(report["words"])
+    assert "near-identical ones may be in training as well" in "\n".join(report["words"])
 
 
 def test_pairs_are_kept_beside_the_cache(folder, pictures, monkeypatch):
@@ -121,16 +146,16 @@ def test_pairs_are_kept_beside_the_cache(folder, pictures, monkeypatch):
     red = folder / "photos" / "red"
     Image.open(red / "6.png").save(red / "6.jpg", quality=80)
     images, cache = pictures()
-    expected = duplicates.near_duplicates(images, cache)
+    expected = duplicates.near_duplicates(images, cache).pairs
     assert len(expected) == 1
     searches = []
 
     def search(*given):
         searches.append(given)
-        return np.empty((0, 2), np.int64)
+        return np.empty((0, 2), np.int64), True
 
     monkeypatch.setattr(duplicates, "_search", search)
-    assert np.array_equal(duplicates.near_duplicates(images, cache), expected)
+    assert np.array_equal(duplicates.near_duplicates(images, cache).pairs, expected)
     assert not searches
     (red / "7.png").unlink()
     images, cache = pictures()
@@ -149,63 +174,42 @@ def test_first_occurrence(values):
     assert duplicates.first_occurrence(values).tolist() == expected
 
 
-# ---- keeping them on one side ----
+# ---- groups ----
 
 
 @QUICK
-@given(LABELS, st.data())
-def test_test_images_share_no_group_with_training_images(labels, data):
-    places = st.integers(0, len(labels) - 1)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40), st.data())
+def test_group_is_the_smallest_digest_of_all_that_are_linked(digests, data):
+    places = st.integers(0, len(digests) - 1)
     links = data.draw(st.lists(st.tuples(places, places), max_size=20))
     pairs = np.array([(*sorted(pair), 0) for pair in links], np.int64).reshape(-1, 3)
-    indices = np.array(data.draw(st.lists(places, unique=True, min_size=1)))
-    indices.sort()
-    is_test = duplicates.draw_test(labels, indices, pairs)
-    assert is_test.shape == indices.shape
-    assert is_test.dtype == bool
-    for label in set(labels[indices].tolist()):
-        assert not is_test[labels[indices] == label].all()  # each class is trained on
-    side = dict(zip(indices.tolist(), is_test.tolist(), strict=True))
-    for first, second, _ in pairs.tolist():
-        if first in side and second in side and labels[first] == labels[second]:
-            assert side[first] == side[second]
-    if not len(pairs):
-        drawn = stratified_split(torch.from_numpy(labels[indices]), duplicates.TEST_FRACTION)[1]
-        assert np.flatnonzero(is_test).tolist() == drawn.tolist()
+    linked = [{place} for place in range(len(digests))]
+    for first, second in links * len(digests):
+        linked[first] |= linked[second]
+        linked[second] |= linked[first]
+    groups = duplicates.group_images(np.array(digests), pairs)
+    expected = [min(digests[place] for place in places) for places in linked]
+    assert groups.tolist() == expected
 
 
 def test_near_identical_images_stay_on_one_side_of_the_split(folder):
     write_images(folder / "photos", {"red": 30, "green": 30})
     for path in [*folder.rglob("*.png")]:
         Image.open(path).save(path.with_suffix(".jpg"), quality=80)
-    data = load(val_fraction=0.0)
+    data = load()
     assert len(data.report["twins"]) == 60
     assert 12 < len(data.test.labels) < 36
-    train = data.train.images.flatten(1).float()
-    test = data.test.images.flatten(1).float()
-    mean_differences = torch.cdist(test, train, p=1) / test.shape[1]
-    assert mean_differences.min() > duplicates.MAX_DIFFERENCE
+    parts = [split.images.flatten(1).float() for split in (data.train, data.valid, data.test)]
+    for first, second in itertools.combinations(parts, 2):
+        mean_differences = torch.cdist(first, second, p=1) / first.shape[1]
+        assert mean_differences.min() > duplicates.MAX_DIFFERENCE
 
 
-@pytest.mark.parametrize(
-    ("count", "pairs", "num_test"),
-    [(30, [[0, 9], [8, 9]], 6 + 2), (10, [[0, i] for i in range(1, 10)], 0)],
-    ids=["a chain", "a whole class"],
-)
-def test_near_identical_images_are_for_one_purpose(folder, monkeypatch, count, pairs, num_test):
-    """Two images of a chain are like a third; a class whose images are all alike is trained on."""
-
-    def hold_out_the_first(labels, fraction):
-        held_out = torch.zeros(len(labels), dtype=torch.bool)
-        for label in labels.unique():
-            members = (labels == label).nonzero()[:, 0]
-            held_out[members[: round(len(members) * fraction)]] = True
-        return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-
-    write_images(folder / "photos", {"red": 30, "green": count})
-    monkeypatch.setattr(duplicates, "stratified_split", hold_out_the_first)
-    monkeypatch.setattr(duplicates, "near_identical", lambda *given: np.array(pairs))
-    data = load(val_fraction=0.0)
-    green = data.classes.index("green")
-    counts = [int((split.labels == green).sum()) for split in (data.train, data.test)]
-    assert counts == [count - num_test, num_test]
+def test_images_that_a_third_is_like_are_for_one_purpose(folder, monkeypatch):
+    """The first and the last of a chain differ."""
+    write_images(folder / "photos", {"red": 30, "green": 30})
+    chain = np.array([[0, 9], [8, 9]])
+    monkeypatch.setattr(duplicates, "near_identical", lambda *given: (chain, True))
+    data = load()
+    groups = [set(ids.groups.tolist()) for ids in (data.train_ids, data.valid_ids, data.test_ids)]
+    assert sum(map(len, groups)) == 58 == len(set.union(*groups))

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,16 @@ def test_class_folders_are_split(photos):
     data = load()
     assert data.name == "photos"
     assert data.classes == ["blue", "green", "red"]
-    assert sizes_of_splits(data) == [80, 8, 22]
-    assert data.test.labels.bincount().tolist() == [6, 8, 8]
-    assert data.num_test_images == 22
+    num_train, num_valid, num_test = sizes_of_splits(data)
+    assert num_train + num_valid + num_test == 110
+    for count, share in zip(data.test.labels.bincount().tolist(), (6, 8, 8), strict=True):
+        assert abs(count - share) <= share // 4
+    assert data.valid.labels.bincount().min() >= 2
+    assert data.num_test_images == num_test
     assert data.flip_keeps_label
     assert data.train.images.dtype == torch.uint8
-    assert data.train.images.shape == (80, 3, 48, 48)
-    assert len(data.files) == 88  # before validation images were held out
+    assert data.train.images.shape == (num_train, 3, 48, 48)
+    assert len(data.files) == num_train + num_valid  # before validation images were held out
     for index, label in zip(data.train_indices.tolist(), data.train.labels.tolist(), strict=True):
         assert Path(data.files[index]).parent.name == data.classes[label]
 
@@ -311,8 +315,60 @@ def test_classes_may_be_called_like_splits(folder):
     assert load().classes == ["bullet_train", "test_tube"]
 
 
+# ---- names of classes ----
+
+CAFE, CAFE_IN_PARTS = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def make_folders(folder, names):
+    """Make folders of these names; the test is skipped where two of them are one."""
+    for name in names:
+        try:
+            (folder / name).mkdir(parents=True)
+        except FileExistsError:
+            pytest.skip("these names are one folder here")
+
+
 @pytest.mark.parametrize(
-    ("count", "words"), [(5, ["5 of 110", "0.png"]), (40, ["photos", "class red"])]
+    "names", [("Cat", "cat"), (CAFE, CAFE_IN_PARTS), (CAFE.upper(), CAFE_IN_PARTS)]
+)
+@pytest.mark.parametrize("where", ["", "train", "test"])
+def test_two_classes_of_one_name_are_named(folder, names, where):
+    """Files are named after classes, and some systems know no difference."""
+    images = {"red": 3, "green": 3}
+    if where == "test":
+        write_images(folder / "photos" / "train", {**images, **dict.fromkeys(names, 3)})
+    make_folders(folder / "photos" / where, names)
+    write_images(folder / "photos" / where, {**images, **dict.fromkeys(names, 3)})
+    with pytest.raises(UserError) as caught:
+        load()
+    for name in names:
+        assert name in str(caught.value) or ascii(name) in str(caught.value)
+
+
+@pytest.mark.parametrize(("first", "second"), [(CAFE, CAFE_IN_PARTS), (CAFE_IN_PARTS, CAFE)])
+def test_class_is_the_same_in_both_forms_of_its_name(folder, first, second):
+    write_images(folder / "photos" / "train", {first: 10, "red": 10})
+    write_images(folder / "photos" / "test", {second: 5, "red": 5}, seed=1)
+    data = load()
+    assert data.classes == [CAFE, "red"]
+    assert data.test.labels.bincount().tolist() == [5, 5]
+
+
+def test_order_of_classes_is_that_of_their_composed_names(folder):
+    write_images(folder / "photos", {CAFE_IN_PARTS: 10, "cafz": 10, "zoo": 10})
+    assert load().classes == ["cafz", CAFE, "zoo"]
+
+
+def test_class_that_differs_in_case_between_splits_is_named(folder):
+    write_images(folder / "photos" / "train", {"Cat": 3, "dog": 3})
+    write_images(folder / "photos" / "test", {"cat": 3, "dog": 3}, seed=1)
+    with pytest.raises(UserError, match="class cat .* Cat"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(6, ["6 of 110", "0.png"]), (40, ["photos", "class red"])]
 )
 def test_too_many_unreadable_images(photos, count, words):
     for i in range(count):

@@ -40,9 +40,9 @@ def decoded(monkeypatch):
     names = []
     original = decode.decode
 
-    def decode_and_note(path, size):
+    def decode_and_note(path, *arguments):
         names.append(path.name)
-        return original(path, size)
+        return original(path, *arguments)
 
     monkeypatch.setattr(decode, "decode", decode_and_note)
     return names
@@ -61,11 +61,12 @@ def test_class_folders_are_split_and_learned(inside, folder, photos):
     out, _ = inside(*PHOTOS, "--epochs", "12", "--image-size", "24")
     assert out.count("all: 110 images (blue 30, green 40, red 40)") == 1
     assert "Accuracy for class green is: " in out and "Accuracy for class red   is: " in out
-    assert out.count(" 8 tested)") == 2 and out.count(" 6 tested)") == 1
     run = only_run(folder)
     report = report_of(run)
-    assert report["test_accuracy"] > 0.8 and report["train_images"] == 80
-    assert sum(sum(row) for row in report["confusion_matrix"]) == 22
+    assert report["test_accuracy"] > 0.8 and 74 <= report["train_images"] <= 86
+    num_tested = [sum(row) for row in report["confusion_matrix"]]
+    assert all(5 <= count <= 10 for count in num_tested)
+    assert out.count(" tested)") == 3 and f", {num_tested[0]} tested)" in out
     assert set(report["recall"]) == {"red", "green", "blue"}
     assert run.parent.name == "photos"
     data_report = json.loads((run / "data_report.json").read_text())
@@ -209,9 +210,9 @@ from classifier.datasets import decode, image_cache
 
 original = decode.decode
 
-def decode_slowly(path, size):
+def decode_slowly(*arguments):
     time.sleep(0.05)
-    return original(path, size)
+    return original(*arguments)
 
 decode.decode = decode_slowly
 image_cache.WRITE_BYTES = 0

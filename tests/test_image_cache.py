@@ -19,12 +19,14 @@ from conftest import wait_for, write_images
 from PIL import Image
 
 from classifier.config import Config
-from classifier.datasets import decode, image_cache
+from classifier.datasets import decode, image_cache, image_records
 from classifier.datasets import folder as folder_module
+from classifier.datasets.dataset import same_images
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FORMATS = decode.formats()
 LOAD_SLOWLY = """
 import time, zlib
 from classifier.config import Config
@@ -34,9 +36,9 @@ image_cache.WRITE_BYTES = 0
 image_cache.THREADS = 2
 decode_fast = decode.decode
 
-def decode_slowly(path, size):
+def decode_slowly(*arguments):
     time.sleep(0.05)
-    return decode_fast(path, size)
+    return decode_fast(*arguments)
 
 decode.decode = decode_slowly
 data = folder.load_folder(Config(dataset="photos"))
@@ -64,9 +66,9 @@ def decoded(monkeypatch):
     names = []
     original = decode.decode
 
-    def decode_and_note(path, size):
+    def decode_and_note(path, *arguments):
         names.append(path.name)
-        return original(path, size)
+        return original(path, *arguments)
 
     monkeypatch.setattr(decode, "decode", decode_and_note)
     return names
@@ -96,7 +98,7 @@ def the_cache(folder):
 def count_images(folder):
     """Number of images in the caches of the data folder."""
     paths = folder.glob("data/.decoded/*/index")
-    return sum(path.stat().st_size for path in paths) / image_cache.RECORD.itemsize
+    return sum(path.stat().st_size for path in paths) / image_records.RECORD.itemsize
 
 
 def check_images(folder, data):
@@ -126,7 +128,7 @@ def test_images_are_decoded_once(folder, photos, decoded, capsys):
 def write_cache_of_091(folder):
     """A cache as version 0.9.1 lays it out, in which the first file is known to be broken.
 
-    Returns the pixels of the others, which are not those of the files: uint8 (N, 32, 32, 3).
+    Its pixels are not those of the files.
     """
 
     def hash64(content):
@@ -134,7 +136,7 @@ def write_cache_of_091(folder):
 
     photos = folder / "photos"
     identity = hash64(os.fsencode(f"{photos.resolve()} 2"))
-    cache = folder / "data" / ".decoded" / f"photos-32-{identity:016x}"
+    cache = folder / "data" / ".decoded" / f"photos-48-{identity:016x}"
     cache.mkdir(parents=True)
     paths = sorted(path.relative_to(photos) for path in photos.rglob("*.png"))
     keys = []
@@ -143,7 +145,7 @@ def write_cache_of_091(folder):
         keys.append(hash64(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")))
 
     random = np.random.default_rng(5)
-    pixels = random.integers(0, 256, (len(paths) - 1, 32, 32, 3), dtype=np.uint8)
+    pixels = random.integers(0, 256, (len(paths) - 1, 48, 48, 3), dtype=np.uint8)
     layout = [
         ("key", "<u8"),
         ("digest", "<u8"),
@@ -154,41 +156,91 @@ def write_cache_of_091(folder):
     records = np.zeros(len(pixels), layout)
     records["key"] = keys[1:]
     records["digest"] = [hash64(image.tobytes()) for image in pixels]
-    records["width"] = 77
-    records["height"] = 55
-    order = random.permutation(len(pixels))  # that in which they were decoded
-    (cache / "images").write_bytes(pixels[order].tobytes())
-    (cache / "index").write_bytes(records[order].tobytes())
+    (cache / "images").write_bytes(pixels.tobytes())
+    (cache / "index").write_bytes(records.tobytes())
     broken = {"pillow": PIL.__version__, "files": {str(keys[0]): "a reason from before"}}
     (cache / "unreadable.json").write_text(json.dumps(broken))
     of = np.uint64(hash64(records["digest"].tobytes()))
     np.savez(cache / "near.npz", of=of, pairs=np.array([[0, 3]]))
-    return pixels
+    return cache
 
 
-def test_cache_of_091_is_used(folder, decoded, capsys):
-    write_images(folder / "photos", {"red": 100, "green": 100}, size=(30, 30))
-    pixels = write_cache_of_091(folder)
-    content = {path.name: path.read_bytes() for path in the_cache(folder).iterdir()}
-    data = load(val_fraction=0.0)
-    assert not decoded
-    assert "Decoding" not in capsys.readouterr().out
-    (reason,) = data.report["unreadable"].values()
-    assert reason == "a reason from before"
-    assert data.report["sizes"] == [["77x55", 199]]
-    ((_, _, kind),) = data.report["twins"]
-    assert kind == "near-identical"
-    expected = {image.tobytes() for image in pixels}
-    used = torch.cat([data.train.images, data.test.images]).permute(0, 2, 3, 1)
-    assert {image.numpy().tobytes() for image in used} == expected
-    assert {path.name: path.read_bytes() for path in the_cache(folder).iterdir()} == content
+def test_cache_of_091_is_not_used(folder, photos, decoded):
+    """Its keys do not tell a file from another of the same size and time."""
+    cache = write_cache_of_091(folder)
+    content = {path.name: path.read_bytes() for path in cache.iterdir()}
+    for _ in range(2):
+        data = load()
+        assert len(decoded) == 110
+        assert not data.report["unreadable"] and not data.report["twins"]
+    check_images(folder, data)
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == content
 
 
-def test_record_has_the_layout_of_091():
-    fields = image_cache.RECORD.fields.values()
-    assert [offset for _, offset in fields] == [0, 8, 16, 20, 24]
-    assert image_cache.RECORD.itemsize == 56
-    assert image_cache.DECODED_AS == 2
+def test_layout_on_disk_stays_the_same():
+    fields = image_records.RECORD.fields.values()
+    assert [offset for _, offset in fields] == [0, 8, 16, 24, 28, 32]
+    assert image_records.RECORD.itemsize == 64
+    assert image_records.DECODED_AS == 3
+    fields = image_records.EXTREMA.fields.values()
+    assert [offset for _, offset in fields] == [0, 8, 16, 24]
+    assert image_records.EXTREMA.itemsize == 32
+
+
+def test_content_of_files_is_known(folder, photos):
+    load()
+    load(image_size=20)
+    for path in (folder / "data" / ".decoded").iterdir():
+        index = np.fromfile(path / "index", image_records.RECORD)
+        expected = {decode.hash64(file.read_bytes()) for file in photos.rglob("*.png")}
+        assert set(index["content"].tolist()) == expected
+
+
+# ---- files that took the place of others ----
+
+
+def swap_by_renaming(first, second):
+    between = first.with_name("between")
+    first.rename(between)
+    second.rename(first)
+    between.rename(second)
+
+
+def swap_contents(first, second):
+    """As `cp -p` does: the files stay, and keep their times."""
+    first_content, second_content = first.read_bytes(), second.read_bytes()
+    for path, content in ((first, second_content), (second, first_content)):
+        status = path.stat()
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("has_change_time", [True, False])
+@pytest.mark.parametrize("swap", [swap_by_renaming, swap_contents])
+def test_files_of_one_size_and_time_that_change_places(
+    folder, decoded, monkeypatch, swap, has_change_time
+):
+    """Labels are corrected by moving files, and uncompressed ones have all the same size."""
+    if has_change_time and os.name != "posix":
+        pytest.skip("there is no such time")
+    monkeypatch.setattr(image_records, "HAS_CHANGE_TIME", has_change_time)
+    write_images(folder / "png", {"red": 20, "green": 20})
+    for path in (folder / "png").rglob("*.png"):
+        bmp = folder / "photos" / path.parent.name / f"{path.stem}.bmp"
+        bmp.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(bmp)
+        os.utime(bmp, (10**9, 10**9))
+    before = load()
+    check_images(folder, before)
+    decoded.clear()
+    for i in range(9):
+        swap(*(folder / "photos" / name / f"{i}.bmp" for name in ("red", "green")))
+    after = load()
+    assert len(decoded) == 18
+    load()
+    assert len(decoded) == 18
+    check_images(folder, after)
+    assert not same_images(before.fingerprint(), after.fingerprint())
 
 
 def test_changed_files_are_decoded_again(folder, photos, decoded):
@@ -369,12 +421,17 @@ def test_broken_files_are_remembered(folder, decoded, capsys):
     assert "Decoding" not in capsys.readouterr().out
 
 
-def test_broken_files_are_tried_again_by_another_pillow(folder, decoded, monkeypatch):
-    write_images(folder / "photos", {"red": 200, "green": 200})
+@pytest.mark.parametrize("what", ["another Pillow", "a plugin"])
+def test_broken_files_are_tried_again_by(folder, decoded, monkeypatch, what):
+    write_images(folder / "photos", {"red": 20, "green": 20})
     (folder / "photos" / "red" / "0.png").write_text("no image")
     load()
     decoded.clear()
-    monkeypatch.setattr(PIL, "__version__", "99.0")
+    if what == "another Pillow":
+        monkeypatch.setattr(PIL, "__version__", "99.0")
+    else:
+        monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
+        monkeypatch.setattr(decode, "formats", lambda: [*FORMATS, "HEIF"])
     load()
     assert decoded == ["0.png"]
 
@@ -385,10 +442,10 @@ def test_files_that_failed_for_a_moment_are_tried_again(folder, decoded, monkeyp
     original = decode.decode
     errors = [OSError(5, "Input/output error"), MemoryError()]
 
-    def fail_twice(path, size):
+    def fail_twice(path, *arguments):
         if path.name == "0.png" and errors:
             raise errors.pop()
-        return original(path, size)
+        return original(path, *arguments)
 
     monkeypatch.setattr(decode, "decode", fail_twice)
     reasons = load().report["unreadable"].values()
@@ -401,15 +458,16 @@ def test_files_that_failed_for_a_moment_are_tried_again(folder, decoded, monkeyp
 
 def test_cache_that_is_mostly_of_files_that_are_gone_begins_anew(folder, photos):
     load()
-    for path in photos.rglob("*.png"):
+    for path in [*photos.rglob("*.png")][:50]:
         os.utime(path, (0, 0))
     load()
-    assert count_images(folder) == 220
+    assert count_images(folder) == 160  # 50 of them are of files as they were
     for path in [*photos.rglob("*.png")]:
-        if int(path.stem) < 20:
-            os.utime(path, (1, 1))
-        else:
+        if int(path.stem) >= 20:
             path.unlink()
+    load()
+    assert count_images(folder) == 160  # nothing is missing
+    os.utime(photos / "red" / "0.png", (1, 1))
     check_images(folder, load())
     assert count_images(folder) == 60
 

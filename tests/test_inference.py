@@ -1,5 +1,6 @@
 """inference.py: predictions from model files, on the command line and from Python."""
 
+import contextlib
 import json
 import lzma
 import os
@@ -12,12 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, REPOSITORY, Program, beforehand, load_photos, save, table_of, tool
+from conftest import (
+    QUICK,
+    REPOSITORY,
+    Program,
+    beforehand,
+    load_photos,
+    save,
+    table_of,
+    tool,
+    write_images,
+)
 from PIL import Image
 
 import image_classification as ic
 import inference
+from classifier.config import Config
 from classifier.datasets import decode
+from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
 
 OLD_FILES = Path(__file__).resolve().parent / "fixtures" / "0.9.1"
@@ -217,6 +230,50 @@ def test_hidden_files_and_others_in_a_folder(folder):
     assert not problems
 
 
+def test_folders_are_walked_as_in_training(folder):
+    """Links into the folder, thumbnails of a NAS and what a Mac adds to archives are no images."""
+    write_images(folder / "photos", {"red": 12, "green": 12})
+    write_images(folder / "elsewhere", {"blue": 3})
+    photos = folder / "photos"
+    for name in (".hidden.png", ".trash/1.png", "__MACOSX/._2.png", "@eaDir/3.png", "@eaDir.png"):
+        path = photos / "red" / name
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(photos / "red" / "0.png", path)
+    with contextlib.suppress(OSError):  # Windows lets few make links
+        (photos / "red" / "aside").symlink_to(photos / "green")
+        (photos / "red" / "up").symlink_to(photos)
+        (photos / "red" / "more").symlink_to(folder / "elsewhere" / "blue")
+        (photos / "red" / "nowhere.png").symlink_to(folder / "missing.png")
+    found, problems = inference.find_images(["photos"])
+    data = load_folder(Config(dataset="photos", val_fraction=0.0))
+    num_images = sum(data.report["images_per_class"]["all"].values())
+    assert len(found) == len(set(found)) == num_images in (24, 27)
+    assert not problems
+    trained_on = {Path("photos", path) for path in data.files}
+    assert trained_on < set(found)
+
+
+def test_folder_that_is_named_is_walked_whatever_its_name(folder):
+    write_images(folder / ".cache", {"@eaDir": 2, "red": 3})
+    assert len(inference.find_images([".cache"])[0]) == 3
+    assert len(inference.find_images([".cache/@eaDir"])[0]) == 2
+
+
+def test_folder_that_cannot_be_read_is_skipped(folder, monkeypatch):
+    """The images beside it still count."""
+    write_images(folder / "photos", {"red": 2, "secret": 2})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found, problems = inference.find_images(["photos"])
+    assert len(found) == 2 and not problems
+
+
 def test_patterns_and_names_that_look_like_something_else(pictures, tool_inside):
     for name in ("$a_b$.png", "~tmp.png"):
         shutil.copy(pictures / "images" / "0.png", pictures / name)
@@ -249,7 +306,7 @@ def test_images_are_classified_in_batches(pictures, tool_inside, monkeypatch):
 
     monkeypatch.setattr(inference, "BATCH_SIZE", 4)
     with (
-        beforehand(decode, "decode", lambda path, size: decoded.append(path)),
+        beforehand(decode, "decode", lambda path, *others: decoded.append(path)),
         beforehand(inference, "top_classes", watch),
     ):
         out, _ = tool_inside("inference")("images", "--format", "csv")

@@ -1,6 +1,7 @@
 """Settings and states of version 0.9 under the names of this version."""
 
 import copy
+import unicodedata
 
 import pytest
 
@@ -10,6 +11,7 @@ from classifier.legacy import (
     REMOVED_OPTIONS,
     RENAMED_CHOICES,
     RENAMED_OPTIONS,
+    compose_names,
     is_legacy,
     translate_checkpoint,
     translate_settings,
@@ -115,6 +117,13 @@ def test_weights_of_other_networks_keep_their_names():
     for model in ("convnet", "resnet18", "mine.py:net"):
         content = {"config": {"model": model}, "model": weights_of_0_9()}
         assert translate_checkpoint(content)["model"] == weights_of_0_9()
+
+
+def test_names_of_classes_are_composed():
+    """As those of folders are now."""
+    parts, composed = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
+    assert compose_names(["bar", parts]) == ["bar", composed]
+    assert compose_names([composed, parts]) == [composed, parts]
 
 
 def test_state_of_a_run():

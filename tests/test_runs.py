@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import PIPE
 
@@ -21,9 +21,11 @@ from torch import nn
 from classifier import distributed, runs
 from classifier.checkpoints import read_checkpoint, save_checkpoint
 from classifier.config import Config
-from classifier.datasets.dataset import Dataset, Split
+from classifier.datasets.dataset import SPLIT_RULES, Dataset, Split
+from classifier.datasets.splits import Identity
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.runs import Run, StopRequest, resume_config
+from classifier.seen_images import digests_for_file
 
 REPOSITORY = Path(runs.__file__).parent.parent
 CLASSES = ["cat", "dog"]
@@ -435,9 +437,55 @@ def test_run_with_other_images_cannot_go_on(saved_run, data, where):
     with pytest.raises(UserError, match="images"):
         runs.check_resumable(saved_run.path, data, make_network)
     assert data.fallback_reason == ""
+    content["fingerprint"] = data.fingerprint()[:-1]  # version 0.9.1 knew number and mean
+    save_checkpoint(saved_run.path / where, content)
+    runs.check_resumable(saved_run.path, data, make_network)
     del content["fingerprint"]  # an older version saved none
     save_checkpoint(saved_run.path / where, content)
     runs.check_resumable(saved_run.path, data, make_network)
+
+
+@pytest.mark.parametrize("fingerprint", [[4, 0.5, 0.4, 0.31], None])
+def test_run_of_a_version_that_drew_otherwise_cannot_go_on(saved_run, data, fingerprint):
+    """Version 0.9.0 saved no fingerprint."""
+    content = make_content(make_network())
+    if fingerprint is not None:
+        content["fingerprint"] = fingerprint
+    save_checkpoint(saved_run.path / "last.pth", content)
+    drawn = replace(data, drawn=("testing", "validation"))
+    with pytest.raises(UserError, match="older version.* testing and validation"):
+        runs.check_resumable(saved_run.path, drawn, make_network)
+    # the same images, as where --subset holds all of them
+    content["fingerprint"] = data.fingerprint()[:4]
+    save_checkpoint(saved_run.path / "last.pth", content)
+    runs.check_resumable(saved_run.path, drawn, make_network)
+
+
+@pytest.mark.parametrize(
+    ("digests", "labels", "said"),
+    [
+        ([1, 2, 3, 9], [0, 1, 0, 1], "1 of 4 .*1 are new"),
+        ([1, 2, 3, 4], [1, 0, 0, 1], "classes"),
+    ],
+)
+def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
+    def with_digests(digests, labels):
+        ids = Identity(torch.tensor(digests), torch.tensor(digests))
+        images = torch.tensor(digests, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+        train = Split(images, torch.tensor(labels))
+        return replace(data, train=train, train_ids=ids, drawn=("testing",))
+
+    then = with_digests([1, 2, 3, 4], [0, 1, 0, 1])
+    content = make_content(
+        make_network(),
+        fingerprint=then.fingerprint(),
+        split_rules=SPLIT_RULES,
+        **digests_for_file(then),
+    )
+    save_checkpoint(saved_run.path / "last.pth", content)
+    runs.check_resumable(saved_run.path, then, make_network)
+    with pytest.raises(UserError, match=f"images are not those .*{said}"):
+        runs.check_resumable(saved_run.path, with_digests(digests, labels), make_network)
 
 
 def test_damaged_state_is_named(saved_run, data):

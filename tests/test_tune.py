@@ -23,6 +23,7 @@ from classifier import lr_sweep, search_space
 from classifier.cli import build_parser, parse_settings
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
+from classifier.datasets.decode import hash64
 from classifier.errors import Diverged, UsageError, UserError
 from classifier.recipes import find_recipe
 from classifier.resolve import configure, resolve_defaults
@@ -35,6 +36,7 @@ QUICK = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--width", "
 # Optimiser, rate, decay, dropout and augmentation remain to be searched.
 FAST = [*QUICK, "--batch-size", "100", "--device", "cpu"]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+FINGERPRINT = [100, 0.5, 0.5, 0.5, 7.0]  # of a data set
 STUDY = Path("runs", "tune", "digits-cnn")
 
 
@@ -294,8 +296,8 @@ def test_a_worker_has_a_number_of_its_own(study):
 
 
 def test_trials_are_counted_and_handed_out(study):
-    study.begin({"epochs": 3})
-    study.begin({"epochs": 3})
+    study.begin({"epochs": 3}, FINGERPRINT)
+    study.begin({"epochs": 3}, FINGERPRINT)
     first = study.ask(worker=5, max_trials=2)
     assert first.user_attrs == {DEFAULTS: True, "worker": 5}
     second = study.ask(worker=0, max_trials=2)
@@ -317,50 +319,54 @@ def test_trials_are_counted_and_handed_out(study):
 
 
 def test_abandoned_trials_fail_but_not_those_of_living_workers(study):
-    study.begin({})
+    study.begin({}, FINGERPRINT)
     with study.worker() as number:
         study.ask(number, 10)
         study.ask(number + 1, 10)  # of a process that was killed
-        study.begin({})
+        study.begin({}, FINGERPRINT)
     assert [trial.state for trial in study._trials()] == [TrialState.RUNNING, TrialState.FAIL]
 
 
 def test_study_with_other_settings_is_refused(study):
-    study.begin({"epochs": 3, "subset": 100})
+    study.begin({"epochs": 3, "subset": 100}, FINGERPRINT)
     for other in ({"epochs": 4, "subset": 100}, {"epochs": 3}, {"epochs": 3, "subset": 1, "lr": 1}):
         with pytest.raises(UsageError, match="--study"):
-            study.begin(other)
-    study.begin({"subset": 100, "epochs": 3})
+            study.begin(other, FINGERPRINT)
+    study.begin({"subset": 100, "epochs": 3}, FINGERPRINT)
 
 
-def test_study_on_other_images_is_refused(study):
-    study.begin({"epochs": 3}, "0123")
-    study.begin({"epochs": 3}, "0123")
+def test_study_of_other_images_is_refused(study):
+    study.begin({"epochs": 3}, FINGERPRINT)
+    study.begin({"epochs": 3}, FINGERPRINT)
     with pytest.raises(UsageError, match="--study"):
-        study.begin({"epochs": 3}, "4567")
+        study.begin({"epochs": 3}, [*FINGERPRINT[:-1], 8.0])
 
 
-def test_study_that_did_not_record_its_images_says_so(study, capsys):
-    study.optuna_study.set_user_attr(FIXED, {"epochs": 3})  # as version 0.9 did, without images
+def test_study_without_a_fingerprint_is_known(study):
+    study.optuna_study.set_user_attr(FIXED, {"epochs": 3})  # as version 0.9 did
+    assert not study.lacks_fingerprint()
     study.optuna_study.enqueue_trial({}, user_attrs={DEFAULTS: True})
     study.complete(study.ask(worker=0, max_trials=9), 0.5)
-    study.begin({"epochs": 3}, "0123")
-    assert "--study" in capsys.readouterr().out
-    study.begin({"epochs": 3}, "0123")
-    assert not capsys.readouterr().out
+    assert study.lacks_fingerprint()
+    study.begin({"epochs": 3}, FINGERPRINT)
+    assert not study.lacks_fingerprint()
 
 
-def test_search_does_not_go_on_when_its_folder_has_changed(here, folder):
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_search_does_not_go_on_when_its_folder_has_changed(here, folder, part):
     """Accuracies on other validation images are not comparable."""
     write_images(folder / "photos", {"red": 30, "blue": 30}, size=(16, 16))
     fixed = ["--dataset", "photos", "--epochs", "1", "--width", "0.25", "--batch-size", "20"]
     here(*fixed, "--trials", "1")
     out, _ = here(*fixed, "--trials", "2")
     assert trial_numbers(out) == [1]
-    names = [folder / "photos" / label / "3.png" for label in ("red", "blue")]
-    pictures = [path.read_bytes() for path in names]
-    for path, picture in zip(names, reversed(pictures), strict=True):  # two labels corrected
-        path.write_bytes(picture)
+    data = ic.load_data(Config(dataset="photos"))
+    digest = int(getattr(data, f"{part}_ids").digests[0])
+    for path in folder.glob("photos/*/*.png"):  # its label is corrected
+        if hash64(path.read_bytes()) == digest % 2**64:
+            other_class = "red" if path.parent.name == "blue" else "blue"
+            path.rename(folder / "photos" / other_class / "corrected.png")
+            break
     line = here.error(*fixed, "--trials", "3", status=2)
     assert "--study" in line and "images" in line
     out, _ = here(*fixed, "--trials", "1", "--study", "corrected")
@@ -402,7 +408,7 @@ def test_study_of_version_0_9_goes_on(here, study, folder):
 def test_removed_settings_of_version_0_9_are_refused(study):
     study.optuna_study.set_user_attr(FIXED, {"model": "convnet", "depth": 3})
     with pytest.raises(UserError, match="depth"):
-        study.begin({"model": "convnet"})
+        study.begin({"model": "convnet"}, FINGERPRINT)
 
 
 def test_best_json_of_version_0_9_is_a_recipe(here, folder):

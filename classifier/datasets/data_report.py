@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 
 from classifier.datasets import duplicates
+from classifier.datasets.duplicates import Duplicates
 from classifier.text import pluralize
 
 FEW_IMAGES = 10  # a class with fewer training images is named
+# What follows for images that are split off where near-identical ones are not all known.
+NOT_KEPT_TOGETHER = [
+    "    near-identical ones may be in training as well as in validation or test, which then look",
+    "    better than they are",
+]
 LARGE_RATIO = 5  # of the largest to the smallest class: the report then advises to balance them
 
 
@@ -20,7 +26,7 @@ def build_report(
     size: int,
     images: np.ndarray,
     used: np.ndarray,
-    pairs: np.ndarray,
+    twins: Duplicates,
     unreadable: dict[str, str],
     left_out: list[str],
 ) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def build_report(
         size: height and width of the decoded images, in pixels.
         images: FILE (N,), all that could be decoded.
         used: int64 (M,), the indices of those that are used.
-        pairs: int64 (P, 3), see `duplicates.near_duplicates`.
+        twins: the images that are identical or nearly so.
         unreadable: path and reason of the images that could not be decoded.
         left_out: the files that are no images.
 
@@ -45,6 +51,7 @@ def build_report(
     used_images = images[used]
     training = _count_per_class(used_images[used_images["split"] == splits[0]], classes)
     small_classes = {name: count for name, count in training.items() if count < FEW_IMAGES}
+    pairs = twins.pairs
     paired_files = _name_pairs(folder, images, pairs)
     words = [
         f"Data report of {folder}: {len(images)} images in {len(classes)} classes",
@@ -53,7 +60,7 @@ def build_report(
         *_describe_small_classes(small_classes, has_test="test" in counts),
         *_describe_imbalance(training),
         *_describe_unreadable(folder, unreadable),
-        *_describe_duplicates(images, pairs, used_once="all" in counts),
+        *_describe_duplicates(images, twins, used_once="all" in counts),
         *_warn_of_leaks(splits, images, pairs, paired_files),
         *_describe_two_labels(images, pairs, paired_files),
     ]
@@ -157,18 +164,29 @@ def _describe_unreadable(folder: Path, unreadable: dict[str, str]) -> list[str]:
     return [f"  left out, because it cannot be read: {files}: {'; '.join(examples)}"]
 
 
-def _describe_duplicates(images: np.ndarray, pairs: np.ndarray, used_once: bool) -> list[str]:
-    num_identical = int(pairs[:, 2].sum())
-    num_near_identical = len(pairs) - num_identical
+def _describe_duplicates(images: np.ndarray, twins: Duplicates, used_once: bool) -> list[str]:
+    num_identical = int(twins.pairs[:, 2].sum())
+    num_near_identical = len(twins.pairs) - num_identical
     num_different = len(images) - num_identical
     identical = pluralize(num_identical, "pair")
     once = "; identical ones of a class are used once" if used_once else ""
     if num_different > duplicates.MAX_COMPARED:
-        more = f"{num_different} are too many to look for near-identical ones"
-        return [f"  {identical} of identical images{once}. {more}"]
-    if not len(pairs):
+        return [
+            f"  {identical} of identical images{once}. {num_different} are too many to look for "
+            "near-identical ones:",
+            *NOT_KEPT_TOGETHER,
+        ]
+    if not len(twins.pairs):
         return []
-    return [f"  {identical} of identical and {num_near_identical} of near-identical images{once}"]
+    at_least = "at least " if num_near_identical >= duplicates.MAX_PAIRS else ""
+    words = [
+        f"  {identical} of identical and {at_least}{num_near_identical} of near-identical "
+        f"images{once}"
+    ]
+    if not twins.is_complete:
+        words.append("  too many images are similar to compare all of them with each other:")
+        words += NOT_KEPT_TOGETHER
+    return words
 
 
 def _warn_of_leaks(

@@ -4,18 +4,24 @@ Every loader reads all images that are not for testing and hands them to `build_
 """
 
 import functools
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from classifier.config import Config
+from classifier.datasets.pixel_range import Ranges
+from classifier.datasets.splits import Identity, hold_out, random_numbers
 from classifier.errors import UsageError
 
 # Not the seed of the run: every run holds out the same images and never trains on those of another.
 SPLIT_SEED = 0
+# How images are held out and --subset chosen. Model files name it; raise it when that changes.
+SPLIT_RULES = 2
 
 
 class Split(NamedTuple):
@@ -64,6 +70,13 @@ class Dataset:
             were held out for validation or left out by --subset.
         train_indices: int64 (N,), which of these training images `train` holds.
         test_files: of a folder of images, the paths of the test images, relative to it.
+        pixel_ranges: of a folder of images, the range of values of those with more than 8 bits a
+            pixel: see `classifier.datasets.pixel_range`.
+        train_ids, valid_ids, test_ids: of a folder of images, what the images of each part are
+            known by.
+        drawn: what images were drawn for by rules that are not those of version 0.9: "testing",
+            "validation", "--subset N".
+        earlier_digests: int64, digests of the images that the weights to start from have seen.
     """
 
     name: str
@@ -80,6 +93,12 @@ class Dataset:
     files: list[str] | None = None
     train_indices: torch.Tensor | None = None
     test_files: list[str] | None = None
+    pixel_ranges: Ranges = field(default_factory=dict)
+    train_ids: Identity | None = None
+    valid_ids: Identity | None = None
+    test_ids: Identity | None = None
+    drawn: tuple[str, ...] = ()
+    earlier_digests: torch.Tensor | None = None
 
     @functools.cached_property
     def unresized_test(self) -> Split:
@@ -100,34 +119,82 @@ class Dataset:
             load_test=lambda: self.unresized_test.first(count),
             num_test_images=min(self.num_test_images, count),
             test_files=None if self.test_files is None else self.test_files[:count],
+            train_ids=_first_ids(self.train_ids, count),
+            valid_ids=_first_ids(self.valid_ids, count),
+            test_ids=_first_ids(self.test_ids, count),
         )
 
     def fingerprint(self) -> list[float]:
-        """Number and mean of the training images, which tell them from others."""
-        return [len(self.train.labels), *self.mean]
+        """Number, mean and digest of the training images, which tell them from others.
+
+        `same_images` compares two fingerprints.
+        """
+        return [len(self.train.labels), *self.mean, float(self._digest)]
+
+    @functools.cached_property
+    def _digest(self) -> int:
+        return digest_of(self.train)
 
 
-def build_dataset(config: Config, train: Split, valid: Split | None = None, **rest: Any) -> Dataset:
+def same_images(first: list[float], second: list[float]) -> bool:
+    """Whether two fingerprints are of the same images and labels, in the same order.
+
+    One of an older version holds no digest: then number and mean are compared.
+    """
+    differences = [abs(a - b) for a, b in zip(first, second, strict=False)]
+    return max(differences, default=0.0) <= 1e-9
+
+
+def digest_of(split: Split) -> int:
+    """CRC-32 of all pixels and labels, in their order: a float holds it exactly."""
+    checksum = 0
+    for images in split.images.split(500):
+        pixels = images.cpu().permute(0, 2, 3, 1).contiguous()  # CIFAR-10 is (N, H, W, C) in memory
+        checksum = zlib.crc32(pixels.numpy().data, checksum)
+    return zlib.crc32(split.labels.cpu().numpy().data, checksum)
+
+
+def _first_ids(ids: Identity | None, count: int) -> Identity | None:
+    return None if ids is None else ids.select(slice(count))
+
+
+def build_dataset(
+    config: Config,
+    train: Split,
+    valid: Split | None = None,
+    *,
+    train_ids: Identity | None = None,
+    valid_ids: Identity | None = None,
+    drawn: tuple[str, ...] = (),
+    **rest: Any,
+) -> Dataset:
     """Hold out validation images, apply --subset and --image-size, and compute mean and std.
 
     Args:
         train: all images that are not for testing.
         valid: the validation images, if the data set comes with some; otherwise --val-fraction of
             each class of `train` is held out.
+        train_ids, valid_ids: of a folder of images, what these are known by. Images without them
+            are those of a data set that never changes, and are chosen by their positions.
+        drawn: see Dataset; what was drawn before.
         rest: the other attributes of the Dataset: name, classes, load_test and so on.
 
     Raises UsageError if no images are left to train on or, unless --val-fraction is 0, to validate
     on.
     """
     # Choose the images.
-    val_fraction = config.val_fraction if valid is None else 0.0
-    train_indices, valid_indices = stratified_split(train.labels, val_fraction)
-    if config.subset:
-        generator = torch.Generator().manual_seed(SPLIT_SEED)
-        order = torch.randperm(len(train_indices), generator=generator)
-        train_indices = train_indices[order[: config.subset]]
     if valid is None:
+        train_indices, valid_indices = _split_off(train.labels, config.val_fraction, train_ids)
         valid = train.select(valid_indices)
+        if train_ids is not None:
+            valid_ids = train_ids.select(valid_indices)
+        if train_ids is not None and config.val_fraction:
+            drawn = (*drawn, "validation")
+    else:
+        train_indices = torch.arange(len(train.labels))
+    if config.subset:
+        train_indices = _choose_subset(train.labels, train_indices, config.subset, train_ids)
+        drawn = (*drawn, f"--subset {config.subset}")
     no_training_images = len(train_indices) == 0
     no_validation_images = len(valid.labels) == 0
     if no_training_images or (no_validation_images and config.val_fraction > 0):
@@ -146,8 +213,51 @@ def build_dataset(config: Config, train: Split, valid: Split | None = None, **re
         mean=mean,
         std=std,
         train_indices=train_indices,
+        train_ids=None if train_ids is None else train_ids.select(train_indices),
+        valid_ids=valid_ids,
+        drawn=drawn,
         **rest,
     )
+
+
+def _split_off(
+    labels: torch.Tensor, fraction: float, ids: Identity | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the images to train on and of those to validate on, in ascending order."""
+    if ids is None:
+        return stratified_split(labels, fraction)
+    is_valid = torch.from_numpy(
+        hold_out(labels.numpy(), ids.groups.numpy(), fraction, "validation")
+    )
+    return (~is_valid).nonzero()[:, 0], is_valid.nonzero()[:, 0]
+
+
+def _choose_subset(
+    labels: torch.Tensor, indices: torch.Tensor, count: int, ids: Identity | None
+) -> torch.Tensor:
+    """The first `count` of these indices in an order in which the classes take turns.
+
+    A class has its turn as often as its size demands (A. Sainte-Laguë, 1910), but each has one
+    before any has a second. So a smaller subset is part of a larger one, and each class is in it as
+    long as it holds an image for each.
+
+    labels: int64 (N,), of all images. ids: of all images, if they are those of a folder.
+    """
+    if ids is None:
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        numbers = torch.randperm(len(indices), generator=generator).numpy()
+    else:
+        numbers = random_numbers(ids.digests[indices].numpy(), "subset")
+    own_labels = labels[indices].numpy()
+    turn = np.empty(len(own_labels))  # in units of the class's size, in (0, 1)
+    is_first = np.zeros(len(own_labels), dtype=bool)
+    for label in np.unique(own_labels):
+        members = np.flatnonzero(own_labels == label)
+        members = members[numbers[members].argsort()]
+        turn[members] = (np.arange(len(members)) + 0.5) / len(members)
+        is_first[members[0]] = True
+    order = np.lexsort((own_labels, turn, ~is_first))
+    return indices[torch.from_numpy(order[:count])]
 
 
 def stratified_split(labels: torch.Tensor, fraction: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,32 @@
 import contextlib
 import functools
 import hashlib
+import importlib.util
+import io
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from classifier.datasets import pixel_range
+from classifier.datasets.image_metadata import without_metadata
+from classifier.datasets.pixel_range import Extrema, PixelRange, Ranges
+
+T = TypeVar("T")
+
+ORIENTATION = 0x0112  # tag of the EXIF data
+TURNS = {  # orientations, and what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 NEED_ANOTHER_PROGRAM = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # to be read by Pillow
 
 
@@ -20,57 +40,111 @@ class Decoded(NamedTuple):
         size: width and height in the file, in pixels.
         digest: 64-bit hash of the pixels.
         dhash: difference hash, uint8 (32,): see `difference_hash`.
+        extrema: of an image with more than 8 bits a pixel, its values; None for one of 8 bits.
+        used_range: the range of values that was used for it.
     """
 
     pixels: np.ndarray
     size: tuple[int, int]
     digest: int
     dhash: np.ndarray
+    extrema: Extrema | None = None
+    used_range: PixelRange | None = None
 
 
-def decode(path: Path, size: int) -> Decoded:
+def decode(path: Path, size: int, ranges: Ranges | None = None) -> Decoded:
     """Decode an image file to `size` × `size` pixels.
 
     The image is turned as its EXIF data say and put on white where it is transparent; then its
     middle square is resized. Whatever Pillow raises for a file that it cannot read is passed on.
+
+    ranges: of the values of images with more than 8 bits a pixel, in the data set that this one
+        belongs to. Where there is none of its kind, its own values decide.
     """
-    with Image.open(path, formats=formats()) as file:
+    image, size_in_file = _despite_metadata(lambda source: _read(source, size), path)
+    rgb, extrema, used_range = _to_rgb(image, ranges)
+    pixels = _middle_square(rgb, size)
+    digest = hash64(pixels.tobytes())
+    return Decoded(pixels, size_in_file, digest, difference_hash(rgb), extrema, used_range)
+
+
+def square(image: Image.Image, size: int, ranges: Ranges | None = None) -> np.ndarray:
+    """An image in memory as `decode` makes it from a file: uint8 (size, size, 3).
+
+    Of a JPEG the last digits may differ: a file is decoded at a fraction of its size.
+    """
+    rgb, _, _ = _to_rgb(_upright(image), ranges)
+    return _middle_square(rgb, size)
+
+
+def _read(source: Path | io.BytesIO, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The upright image in a file, perhaps smaller but not below `size`; width and height there."""
+    with Image.open(source, formats=formats()) as file:
         size_in_file = file.size  # before draft() changes it
         # A JPEG is decoded at a fraction of its size, which is several times as fast.
         file.draft(None, (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = _on_white(image)
-        image = image.convert("RGB")
-    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(square)
-    digest = hash64(pixels.tobytes())
-    return Decoded(pixels, size_in_file, digest, difference_hash(image))
+        file.load()
+        return _upright(file), size_in_file
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16- or 32-bit integers or floats as one of 8 bits; NaN and infinity are 0."""
-    values = np.array(image, dtype=np.float32)
-    values = np.nan_to_num(values, posinf=0, neginf=0)
-    white = _white_level(image.mode, values.max())
-    transparent = image.info.get("transparency")  # a grey value
-    if transparent is not None:
-        values[values == transparent] = white
-    values = values * (255 / white)
-    values = values.clip(0, 255).round()
-    return Image.fromarray(values.astype(np.uint8))
+def _read_size(source: Path | io.BytesIO) -> tuple[int, int]:
+    with Image.open(source, formats=formats()) as file:
+        return file.size
 
 
-def _white_level(mode: str, maximum: float) -> float:
-    """The value that stands for white: the top of the smallest usual range with all values."""
-    if mode.startswith("I;"):  # 16 bits
-        return 65535
-    for white in (1, 255, 65535):
-        if maximum <= white:
-            return white
-    return maximum
+def _despite_metadata(read: Callable[[Path | io.BytesIO], T], path: Path) -> T:
+    """Read a file, and if that fails because its metadata are damaged, read it without them."""
+    try:
+        return read(path)
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
+            raise
+        content = without_metadata(path.read_bytes())
+        if content is None:
+            raise
+        try:
+            return read(io.BytesIO(content))
+        except Exception:  # more than the metadata is damaged
+            raise error from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as its EXIF data say it is to be seen; as it lies if they cannot be read."""
+    orientation = None
+    with contextlib.suppress(Exception):  # damaged EXIF data make Pillow raise almost anything
+        orientation = image.getexif().get(ORIENTATION)
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def _to_rgb(
+    image: Image.Image, ranges: Ranges | None
+) -> tuple[Image.Image, Extrema | None, PixelRange | None]:
+    """An image in RGB, on white where it is transparent.
+
+    Returns also its extrema and the range that was used, if it has more than 8 bits a pixel.
+    """
+    extrema = used_range = None
+    if image.mode.startswith(("I", "F")):
+        values = np.array(image, dtype=np.float32)
+        kind = pixel_range.FLOATS if image.mode == "F" else pixel_range.INTEGERS
+        extrema = pixel_range.extrema_of(values, kind)
+        used_range = (ranges or {}).get(kind)
+        if used_range is None:
+            used_range = pixel_range.usual_range(extrema.low, extrema.high)
+        transparent = image.info.get("transparency")  # a grey value
+        if transparent is not None:
+            values[values == transparent] = used_range.white
+        image = Image.fromarray(pixel_range.to_8_bits(values, used_range))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = _on_white(image)
+    return image.convert("RGB"), extrema, used_range
+
+
+def _middle_square(image: Image.Image, size: int) -> np.ndarray:
+    """The middle square of an RGB image, resized: uint8 (size, size, 3)."""
+    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(fitted)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -100,11 +174,17 @@ def hash64(content: bytes) -> int:
 
 @functools.cache
 def formats() -> list[str]:
-    """Formats that Pillow reads without another program."""
+    """Formats that Pillow reads without another program; HEIC if pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        with contextlib.suppress(ImportError, OSError):  # its library cannot be loaded
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
     Image.init()  # fills Image.OPEN
     return [name for name in Image.OPEN if name not in NEED_ANOTHER_PROGRAM]
 
 
+@functools.cache
 def extensions() -> set[str]:
     """File extensions of these formats, in lower case and with the dot."""
     readable = formats()
@@ -114,12 +194,17 @@ def extensions() -> set[str]:
 
 def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height of an image file, whatever its name; None if Pillow cannot open it."""
-    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
-        with Image.open(path, formats=formats()) as file:
-            return file.size
+    with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return _despite_metadata(_read_size, path)
     return None
 
 
 def is_image(path: Path) -> bool:
     """True if Pillow opens the file, whatever its name."""
     return image_size(path) is not None
+
+
+def counts_as_image(path: Path) -> bool:
+    """Whether a file is taken for an image until it is decoded: by its name or its content."""
+    extension = os.path.splitext(path)[1].lower()
+    return extension in extensions() or is_image(path)

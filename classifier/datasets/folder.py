@@ -1,5 +1,6 @@
 """A folder of images as a data set."""
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,17 +9,22 @@ import numpy as np
 import torch
 
 from classifier.config import Config
-from classifier.datasets import decode, named
+from classifier.datasets import decode, named, pixel_range, unreadable
 from classifier.datasets.data_report import build_report
 from classifier.datasets.dataset import Dataset, Split, build_dataset
-from classifier.datasets.duplicates import draw_test, first_occurrence, near_duplicates
+from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
 from classifier.datasets.folder_layout import find_splits, list_images
 from classifier.datasets.image_cache import DecodedCache, open_cache
+from classifier.datasets.splits import Identity, hold_out
 from classifier.errors import UserError
 from classifier.text import pluralize
 
 SIZES = (32, 48, 64)  # pixels; a network learns images of up to 64 in minutes on a laptop
-MAX_UNREADABLE = 0.01  # share of the files; if there are more, something is wrong with all of them
+TEST_FRACTION = 0.2  # of each class, where there is no test/
+# If more of the files cannot be read, something is wrong with all of them. In a small folder a few
+# damaged files are more than MAX_UNREADABLE.
+MAX_UNREADABLE = 0.01  # share of the files
+FEW_UNREADABLE = 5  # files, unless they are more than a tenth; one file never is too many
 MAX_BYTES_IN_MEMORY = 2**30  # of decoded images; more stay on disk and are read batch by batch
 
 
@@ -31,6 +37,9 @@ class Images(NamedTuple):
         report: the content of data_report.json.
         files: path of each training image, relative to the folder.
         test_files: the same of each test image.
+        pixel_ranges: of the values of images with more than 8 bits a pixel.
+        train_ids, valid_ids, test_ids: what the images of each split are known by.
+        drawn: see Dataset.
     """
 
     classes: list[str]
@@ -40,13 +49,19 @@ class Images(NamedTuple):
     report: dict[str, Any]
     files: list[str]
     test_files: list[str]
+    pixel_ranges: pixel_range.Ranges
+    train_ids: Identity
+    valid_ids: Identity
+    test_ids: Identity
+    drawn: tuple[str, ...]
 
 
 def load_folder(config: Config, image_size: int | None = None) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
 
-    Every image is decoded once, into a cache in `config.data_dir`. Without test/, a fifth of each
-    class is for testing.
+    Every image is decoded once, into a cache in `config.data_dir`. Without test/, about a fifth of
+    each class is for testing. Which images are held out depends on their content, and those that
+    are identical or nearly so are on one side: see `splits`.
 
     image_size: height and width of the decoded images, in pixels, unless `config.image_size` is
         given; by default what suits the images, at most 64.
@@ -57,7 +72,8 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
     folder = Path(config.dataset).expanduser()
     data_dir = Path(config.data_dir).expanduser()
     try:
-        images = _read_images(folder, data_dir, config.image_size or image_size)
+        size = config.image_size or image_size
+        images = _read_images(folder, data_dir, size, config.skip_unreadable)
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         # The disk is full, memory is short, a file vanished or was changed meanwhile.
         raise UserError(f"--dataset {config.dataset}: {error}") from error
@@ -74,6 +90,11 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         report=images.report,
         files=images.files,
         test_files=images.test_files,
+        pixel_ranges=images.pixel_ranges,
+        train_ids=images.train_ids,
+        valid_ids=images.valid_ids,
+        test_ids=images.test_ids,
+        drawn=images.drawn,
     )
 
 
@@ -87,8 +108,8 @@ def _dataset_name(folder: Path) -> str:
     return name
 
 
-def _read_images(folder: Path, data_dir: Path, size: int | None) -> Images:
-    """Find, decode, check and divide the images."""
+def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable: bool) -> Images:
+    """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
     split_folders = find_splits(folder)
     learning = next(iter(split_folders))  # the split to learn from: train, or all
     files, classes, left_out = list_images(split_folders, folder)
@@ -99,23 +120,31 @@ def _read_images(folder: Path, data_dir: Path, size: int | None) -> Images:
     _note_size(size)
     cache = open_cache(folder, data_dir, size, files)
     images = files[files["row"] >= 0]
-    _check_readable(folder, files, classes, learning, cache.unreadable)
+    listed_in = _list_unreadable(folder, cache)
+    _check_each_class(folder, files, classes, learning, cache.unreadable, listed_in)
+    if not skip_unreadable:
+        _check_few_unreadable(folder, len(files), cache.unreadable, listed_in)
 
-    pairs = near_duplicates(images, cache)
+    twins = near_duplicates(images, cache)
+    ids = _identify(images, twins.pairs)
     used = np.arange(len(images))
     if learning == "all":
         used = _without_copies(images, len(classes))
-    report = build_report(folder, classes, size, images, used, pairs, cache.unreadable, left_out)
+    report = build_report(folder, classes, size, images, used, twins, cache.unreadable, left_out)
+    if listed_in:
+        report["words"].append(f"  all files that cannot be read, and why: {listed_in}")
+    report |= _report_ranges(folder, images, cache.ranges, report["words"])
 
     # Divide them.
     used_splits = images["split"][used]
     train = used[used_splits == learning]
     valid = used[used_splits == "valid"]
     test = used[used_splits == "test"]
+    drawn: tuple[str, ...] = ()
     if not len(test):
-        is_test = draw_test(images["label"], train, pairs)
-        test = train[is_test]
-        train = train[~is_test]
+        drawn = ("testing",)
+        test = _draw_test(images["label"], ids.groups.numpy(), train, valid)
+        train = np.setdiff1d(train, test)
         if not len(test):
             needed = "3 that differ are needed, or a folder test/"
             raise UserError(f"{folder}: no class has enough images to test with: {needed}")
@@ -129,7 +158,32 @@ def _read_images(folder: Path, data_dir: Path, size: int | None) -> Images:
         report=report,
         files=images["path"][train].tolist(),
         test_files=images["path"][test].tolist(),
+        pixel_ranges=cache.ranges,
+        train_ids=ids.select(train),
+        valid_ids=ids.select(valid),
+        test_ids=ids.select(test),
+        drawn=drawn,
     )
+
+
+def _identify(images: np.ndarray, pairs: np.ndarray) -> Identity:
+    """What each of the images, FILE (N,), is known by. pairs: see Duplicates."""
+    digests = images["record"]["content"].astype(np.int64)
+    groups = group_images(digests, pairs)
+    return Identity(torch.from_numpy(digests), torch.from_numpy(groups))
+
+
+def _draw_test(
+    labels: np.ndarray, groups: np.ndarray, train: np.ndarray, valid: np.ndarray
+) -> np.ndarray:
+    """Draw the images to test with from those to train on: int64, indices.
+
+    labels, groups: int64 (N,), of all images. train, valid: indices of the images of these splits.
+    What is like an image to validate on is not drawn, for settings are chosen by that one.
+    """
+    to_draw_from = train[~np.isin(groups[train], groups[valid])]
+    is_test = hold_out(labels[to_draw_from], groups[to_draw_from], TEST_FRACTION, "test")
+    return to_draw_from[is_test]
 
 
 def _note_left_out(left_out: list[str]) -> None:
@@ -138,6 +192,13 @@ def _note_left_out(left_out: list[str]) -> None:
     listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
     files = f"{pluralize(len(left_out), 'file')} ({listed}), such as {left_out[0]}"
     print(f"note: left out, of no format that Pillow knows: {files}")
+    advice: Counter[str] = Counter()
+    for path in left_out:
+        content = unreadable.recognise(Path(path))
+        if content is not None and content.advice:
+            advice[content.describe()] += 1
+    for text, count in advice.most_common():
+        print(f"    {pluralize(count, 'file')}: {text}")
 
 
 def suitable_size(folder: Path, paths: np.ndarray) -> int:
@@ -167,27 +228,104 @@ def _note_size(size: int) -> None:
     print(f"Each image becomes {size} by {size} pixels{cost}: {how}")
 
 
-def _check_readable(
+def _list_unreadable(folder: Path, cache: DecodedCache) -> Path | None:
+    """Write which files cannot be read, and why, beside the cache.
+
+    Returns the path of the list; None if there are no such files, or it cannot be written.
+    """
+    path = cache.path / "unreadable.csv"
+    if cache.unreadable:
+        return unreadable.write_list(path, folder, cache.unreadable)
+    with contextlib.suppress(OSError):
+        path.unlink()  # of an earlier run
+    return None
+
+
+def _check_each_class(
     folder: Path,
     files: np.ndarray,
     classes: list[str],
     learning: str,
-    unreadable: dict[str, str],
+    reasons: dict[str, str],
+    listed_in: Path | None,
 ) -> None:
-    """Raise UserError if a class has no images to learn from, or too many cannot be read."""
-    is_learned = (files["row"] >= 0) & (files["split"] == learning)
-    labels = set(files["label"][is_learned].tolist())
+    """Raise UserError if a class has no images to learn from.
+
+    learning: the split to learn from; reasons: path and reason of the files that cannot be read.
+    """
+    learned = files[files["split"] == learning]
+    labels = set(learned["label"][learned["row"] >= 0].tolist())
     for label, name in enumerate(classes):
-        if label not in labels:
-            reasons = "; ".join(unreadable.values())
-            message = f"{folder}: no image of the class {name} can be read: {reasons}"
-            raise UserError(message[:500])
-    if len(unreadable) > MAX_UNREADABLE * len(files):
-        examples = [f"{folder / path} ({reason})" for path, reason in unreadable.items()][:3]
+        if label in labels:
+            continue
+        of_class = learned["path"][learned["label"] == label]
+        summary = unreadable.summarize(reasons[path] for path in of_class)
         raise UserError(
-            f"{folder}: {len(unreadable)} of {len(files)} images cannot be read, more than "
-            f"{100 * MAX_UNREADABLE:g} %: repair or delete them: {'; '.join(examples)}"
+            f"{folder}: no image of the class {name} can be read: {summary}{_see(listed_in)}"
         )
+
+
+def _check_few_unreadable(
+    folder: Path, num_files: int, reasons: dict[str, str], listed_in: Path | None
+) -> None:
+    """Raise UserError if too many of the files cannot be read.
+
+    reasons: path and reason of those that cannot be read.
+    """
+    few = min(FEW_UNREADABLE, num_files / 10)
+    if len(reasons) <= max(1, few, MAX_UNREADABLE * num_files):
+        return
+    example = next(iter(reasons))
+    raise UserError(
+        f"{folder}: {len(reasons)} of {num_files} images cannot be read, such as "
+        f"{folder / example}: {unreadable.summarize(reasons.values())}{_see(listed_in)}: repair or "
+        "delete them, or leave them out with --skip-unreadable"
+    )
+
+
+def _see(listed_in: Path | None) -> str:
+    return f" (all are listed in {listed_in})" if listed_in else ""
+
+
+def _report_ranges(
+    folder: Path, images: np.ndarray, ranges: pixel_range.Ranges, words: list[str]
+) -> dict[str, Any]:
+    """Report the range of values of images with more than 8 bits a pixel.
+
+    images: FILE (N,); words: lines to print are added to them. Returns what data_report.json says:
+    nothing if all images have 8 bits.
+    """
+    if not ranges:
+        return {}
+    outside = []
+    for kind, used_range in ranges.items():
+        of_kind = images[images["kind"] == kind]
+        black, white = used_range
+        words.append(
+            f"  {pluralize(len(of_kind), 'image')} with more than 8 bits a pixel ({kind}): "
+            f"{black:g} becomes black, {white:g} white"
+        )
+        is_outside = (of_kind["low"] < black) | (of_kind["high"] > white)
+        if is_outside.any():
+            words.append(
+                f"  {pluralize(int(is_outside.sum()), 'image')} of these with values outside, "
+                f"which are cut off, such as {_with_values(folder, of_kind[is_outside][0])}"
+            )
+            outside += [str(folder / path) for path in of_kind["path"][is_outside]]
+        if pixel_range.is_mostly_dark(of_kind["high"], used_range):
+            in_order = of_kind[np.argsort(of_kind["high"], kind="stable")]
+            typical = _with_values(folder, in_order[len(in_order) // 2])
+            brightest = _with_values(folder, in_order[-1])
+            words.append(
+                f"  WARNING: most of these are nearly black, such as {typical}, because of others, "
+                f"such as {brightest}: bring them to one unit"
+            )
+    return {"pixel_ranges": pixel_range.to_json(ranges), "outside_range": outside}
+
+
+def _with_values(folder: Path, file: np.void) -> str:
+    """An image, FILE, with its least and largest value."""
+    return f"{folder / file['path']} ({file['low']:g} to {file['high']:g})"
 
 
 def _without_copies(images: np.ndarray, num_classes: int) -> np.ndarray:

@@ -6,14 +6,15 @@ of the classes alone. Class folders may have folders within. Anything else is re
 
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from classifier.datasets.decode import extensions, is_image
-from classifier.datasets.image_cache import FILE, file_key
+from classifier.datasets import unreadable
+from classifier.datasets.decode import counts_as_image, is_image
+from classifier.datasets.image_records import FILE, file_key
+from classifier.datasets.walk import fail, is_hidden, subfolders, walk_files
 from classifier.errors import UserError
 
 SPLITS = {  # names of folders, in lower case, and the splits that they hold
@@ -25,7 +26,6 @@ SPLITS = {  # names of folders, in lower case, and the splits that they hold
     "valid": "valid",
     "validation": "valid",
 }
-HIDDEN = (".", "__MACOSX", "@eaDir")  # how the names of hidden files and folders begin
 # Files are named after classes: characters and names that some file system refuses.
 UNSAFE = re.compile(
     r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE
@@ -86,46 +86,61 @@ def _check_not_splits(folder: Path, names: list[str]) -> None:
         )
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """The folders of the classes, sorted by name; UserError for what cannot be one."""
-    classes = subfolders(folder)
+def class_folders(folder: Path) -> dict[str, Path]:
+    """The name and folder of each class, sorted by name; UserError for what cannot be one.
+
+    Names are in Unicode's composed form (NFC): a Mac and an archive may write "é" as two
+    characters, and mean the same class.
+    """
     loose_images = []
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not _is_hidden(path.name) and is_image(path):
+        if path.is_file() and not is_hidden(path.name) and is_image(path):
             loose_images.append(path.name)
     if loose_images:
         raise UserError(
             f"{loose_images[0]} lies in {folder} itself, {len(loose_images)} such in all: "
             "put each image into the folder of its class"
         )
-    if len(classes) < 2:
-        found = "1 class folder" if classes else "no class folders"
+    paths = subfolders(folder)
+    if len(paths) < 2:
+        found = "1 class folder" if paths else "no class folders"
         raise UserError(f"{folder} has {found}: at least two are needed")
-    for path in classes:
+    for path in paths:
         if UNSAFE.search(path.name):
             raise UserError(
                 f"{path.name!r} in {folder} cannot be the name of a class, because files are named "
                 "after it: rename it"
             )
-    return classes
+    _check_names_differ(folder, [path.name for path in paths])
+    paths.sort(key=lambda path: Path(class_name(path)))
+    return {class_name(path): path for path in paths}
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder that are not hidden, sorted; links to folders are among them."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # Files are skipped at no cost here: there may be many, and Path.is_dir() asks the disk.
-            if not entry.is_symlink() and not entry.is_dir():
-                continue
-            path = Path(entry.path)
-            if path.is_dir() and not _is_hidden(path.name):
-                found.append(path)
-    return sorted(found)
+def class_name(path: Path) -> str:
+    """The name of the class whose images are in this folder."""
+    return unicodedata.normalize("NFC", path.name)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(HIDDEN)
+def _check_names_differ(folder: Path, names: list[str]) -> None:
+    """Raise UserError for names that are one for the file systems of Windows or a Mac.
+
+    Files are named after the classes.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        composed = unicodedata.normalize("NFC", name)
+        earlier = seen.setdefault(composed.casefold(), name)
+        if earlier == name:
+            continue
+        if unicodedata.normalize("NFC", earlier) == composed:
+            raise UserError(
+                f"{folder} has two folders {composed}, {earlier!a} and {name!a}, whose names are "
+                "the same characters in two forms: put their images into one"
+            )
+        raise UserError(
+            f"{folder} has {earlier} and {name}, and files are named after classes: on some "
+            "systems these names are the same: rename one, or put their images together"
+        )
 
 
 def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list[str], list[str]]:
@@ -143,35 +158,55 @@ def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list
     Raises UserError for what is no such data set.
     """
     learning_folder = next(iter(splits.values()))
-    classes = [path.name for path in class_folders(learning_folder)]
-    known_extensions = extensions()
+    classes = list(class_folders(learning_folder))
     images: list[np.ndarray] = []
     left_out: list[str] = []
     for split, split_folder in splits.items():
-        names = [path.name for path in class_folders(split_folder)]
-        unknown = set(names) - set(classes)
-        if unknown:
-            raise UserError(
-                f"{split_folder} has a class {min(unknown)} that {learning_folder} does not have"
-            )
-        _check_inner_folders(split_folder, names)
-        for name in names:
-            found, other = _images_of_class(split_folder / name, folder, known_extensions)
-            if not found and split != "valid":
+        folders = class_folders(split_folder)
+        for name in folders:
+            if name not in classes:
                 raise UserError(
-                    f"the class folder {split_folder / name} holds no image: "
-                    "put some into it, or delete it"
+                    f"{split_folder} has a class {name} that {learning_folder} does not have"
+                    + _similar_name(name, classes)
                 )
-            left_out += other
+        _check_inner_folders(split_folder, list(folders.values()))
+        for name, class_folder in folders.items():
+            found, others = _images_of_class(class_folder, folder)
+            if not found and split != "valid":
+                _fail_without_images(class_folder, others)
+            left_out += [str(path) for path in others]
             images.append(_to_array(found, split, classes.index(name)))
     return np.concatenate(images), classes, left_out
 
 
-def _check_inner_folders(split_folder: Path, classes: list[str]) -> None:
+def _similar_name(name: str, classes: list[str]) -> str:
+    """A question, if a class differs from this name only in upper and lower case."""
+    for known in classes:
+        if known.casefold() == name.casefold():
+            return f": is it {known}? Name them alike"
+    return ""
+
+
+def _fail_without_images(class_folder: Path, others: list[Path]) -> None:
+    """Raise UserError for a class without images, which says what its files are.
+
+    others: the files in its folder, none of which is an image.
+    """
+    if not others:
+        raise UserError(
+            f"the class folder {class_folder} holds no image: put some into it, or delete it"
+        )
+    raise UserError(
+        f"the class folder {class_folder} holds no image that can be read, but "
+        f"{unreadable.summarize_files(others)} (such as {others[0].name})"
+    )
+
+
+def _check_inner_folders(split_folder: Path, class_folders: list[Path]) -> None:
     """Raise UserError if the folders within the class folders seem to be splits, or the classes."""
     inner_names = []
-    for name in classes:
-        inner_names.append({path.name for path in subfolders(split_folder / name)})
+    for class_folder in class_folders:
+        inner_names.append({path.name for path in subfolders(class_folder)})
 
     classes_with_splits = 0
     for names in inner_names:
@@ -190,19 +225,19 @@ def _check_inner_folders(split_folder: Path, classes: list[str]) -> None:
         )
 
 
-def _images_of_class(
-    class_folder: Path, folder: Path, known_extensions: set[str]
-) -> tuple[list[tuple[str, int]], list[str]]:
-    """Path and key of each image of a class, sorted by path, and the paths of its other files."""
+def _images_of_class(class_folder: Path, folder: Path) -> tuple[list[tuple[str, int]], list[Path]]:
+    """Path and key of each image of a class, sorted by path, and the paths of its other files.
+
+    Raises OSError for a folder that cannot be read.
+    """
     images = []
     others = []
-    for path, key in walk_files(class_folder, folder):
-        extension = os.path.splitext(path)[1].lower()
-        # What is named like an image is taken for one until it is decoded.
-        if key and (extension in known_extensions or is_image(folder / path)):
-            images.append((path, key))
+    for path, status in walk_files(class_folder, folder, on_error=fail):
+        file = folder / path
+        if status is not None and counts_as_image(file):
+            images.append((path, file_key(path, status, file)))
         else:
-            others.append(str(folder / path))
+            others.append(file)
     images.sort(key=lambda image: os.path.normcase(image[0]).split(os.sep))  # as Path compares
     return images, others
 
@@ -215,46 +250,3 @@ def _to_array(images: list[tuple[str, int]], split: str, label: int) -> np.ndarr
     array["split"] = split
     array["label"] = label
     return array
-
-
-def walk_files(class_folder: Path, folder: Path) -> Iterator[tuple[str, int]]:
-    """The files of a class, in its folder and below, that are not hidden.
-
-    Links to folders outside the data set's folder are followed; those to folders within are not,
-    because they would mix its classes.
-
-    Yields the path of each file relative to `folder`, and its key in a cache, or 0 if the size and
-    time that it is made of cannot be read. Raises OSError for a folder that cannot be read.
-    """
-    root = folder.resolve()
-    visited: set[Path] = set()
-    for parent, subfolder_names, names in os.walk(class_folder, onerror=_fail, followlinks=True):
-        real = Path(parent).resolve()
-        is_link = parent != str(class_folder) and os.path.islink(parent)
-        overlaps_root = real.is_relative_to(root) or root.is_relative_to(real)
-        if real in visited or (is_link and overlaps_root):
-            subfolder_names.clear()  # a circle, or another class: do not go there
-            continue
-        visited.add(real)
-        subfolder_names[:] = _visible(subfolder_names)
-        relative_parent = os.path.relpath(parent, folder)
-        for name in _visible(names):
-            path = os.path.join(relative_parent, name)
-            real_path = os.path.join(parent, name)
-            try:
-                status = os.stat(real_path)
-            except OSError:
-                if not os.path.islink(real_path):  # a link to nowhere is no image
-                    yield path, 0
-                continue
-            if stat.S_ISREG(status.st_mode):
-                yield path, file_key(path, status)
-
-
-def _fail(error: OSError) -> None:
-    """os.walk would skip a folder that it cannot read."""
-    raise error
-
-
-def _visible(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if not _is_hidden(name))

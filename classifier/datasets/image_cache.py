@@ -4,12 +4,19 @@ A cache is a folder `.decoded/<name>-<size>-<hash>` that holds
 
     images           one decoded image a row, uint8 (size, size, 3), in the order of decoding
     index            a RECORD for each of them
+    measured         an EXTREMA for each file with more than 8 bits a pixel, if there are any
     unreadable.json  the files that this version of Pillow cannot read, and why
+    unreadable.csv   the same for people, written by `folder`
     near.npz         pairs of near-identical images, written by `duplicates`
     lock             held by the process that decodes
 
 Files are known by a key, so that those of earlier runs are found again, and only new or changed
-ones are decoded. `images` and `index` grow at their ends: decoding that was stopped is continued.
+ones are decoded. `images`, `index` and `measured` grow at their ends: decoding that was stopped is
+continued.
+
+Images of 8 bits are decoded in one pass. Those with more need the range of values of the whole data
+set (see `pixel_range`): where the first pass, which finds it, has used another one for an image,
+that image is decoded once more. Its key holds the range.
 """
 
 import contextlib
@@ -31,36 +38,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from classifier.datasets import decode
+from classifier.datasets import decode, pixel_range, unreadable
+from classifier.datasets.image_records import DECODED_AS, EXTREMA, RECORD, key_with_range
 from classifier.datasets.memmap_images import MemmapImages
 from classifier.errors import UserError
 from classifier.files import NOT_WRITABLE, write_atomically
 from classifier.text import pluralize
 
-# What `index` holds of an image, in the order of `images`. Its bytes are the format on disk.
-RECORD = np.dtype(
-    [
-        ("key", "<u8"),  # of the file: see `file_key`
-        ("digest", "<u8"),  # hash of the decoded pixels: equal for identical images
-        ("width", "<u4"),  # in the file, in pixels
-        ("height", "<u4"),
-        ("dhash", "u1", 32),  # difference hash: similar for near-identical images
-    ]
-)
-# An image file of a data set. An array of them is sorted by split, class and path.
-FILE = np.dtype(
-    [
-        ("path", object),  # str, relative to the data set's folder
-        ("split", "U5"),  # train, valid, test, or all: still to be split
-        ("label", np.int64),
-        ("key", np.uint64),  # see `file_key`
-        ("row", np.int64),  # of the cache's images, or -1: not in there, or not looked up yet
-        ("record", RECORD),  # its RECORD in the cache; meaningless where the row is -1
-    ]
-)
-# Part of a cache's name. Raise it when `decode`, RECORD or the search for near-identical images
-# changes, so that caches of older versions are not used.
-DECODED_AS = 2
 WRITE_BYTES = 2**22  # of decoded images at once: this much is lost if decoding is stopped
 PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
 MAX_PIECE = 16  # images; one at a time, small ones took twice as long
@@ -77,11 +61,6 @@ def usable_cores() -> int:
 THREADS = min(32, usable_cores())  # each holds a whole photograph
 
 
-def file_key(path: str, status: os.stat_result) -> int:
-    """Key of a file in a cache: a hash of its path in the data set, size and modification time."""
-    return decode.hash64(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}"))
-
-
 class Piece(NamedTuple):
     """A few files, decoded by one thread.
 
@@ -89,6 +68,7 @@ class Piece(NamedTuple):
         num_files: how many files they were, readable or not.
         pixels: of the readable ones, as `images` holds them.
         records: of the readable ones, as `index` holds them.
+        measured: of those with more than 8 bits a pixel, as `measured` holds them.
         broken: key and reason of files that this version of Pillow cannot read.
         failed: key and reason of files that may be readable another time: no memory, a disk error.
     """
@@ -96,6 +76,7 @@ class Piece(NamedTuple):
     num_files: int
     pixels: bytes
     records: bytes
+    measured: bytes
     broken: dict[str, str]
     failed: dict[str, str]
 
@@ -110,6 +91,7 @@ class DecodedCache:
         image_bytes: bytes of a decoded image.
         num_images: how many images the cache holds, of these files and of others.
         pixels: the images, uint8 (num_images, size, size, 3), as a memory map if there are any.
+        ranges: of the values of images with more than 8 bits a pixel; empty if there are none.
         unreadable: path and reason of the files that could not be decoded.
     """
 
@@ -120,13 +102,14 @@ class DecodedCache:
         self.image_bytes = 3 * size**2
         self.num_images = 0
         self.pixels = np.empty((0, size, size, 3), np.uint8)
+        self.ranges: pixel_range.Ranges = {}
         self.unreadable: dict[str, str] = {}
 
     def fill(self, files: np.ndarray) -> None:
         """Decode the files that are not in the cache, then open it.
 
-        files: FILE (N,); their rows and records are filled in. A cache that lacks nothing is only
-        read. Raises OSError if the cache cannot be written, and UserError if it is damaged.
+        files: FILE (N,); their rows, records and extrema are filled in. A cache that lacks nothing
+        is only read. Raises OSError if the cache cannot be written, and UserError if it is damaged.
         """
         self._look_up(files)
         broken = self._read_broken()
@@ -137,14 +120,22 @@ class DecodedCache:
         with self._lock():
             self._look_up(files)  # another process may have decoded some meanwhile
             broken = self._read_broken()
-            if self.num_images > 2 * len(files):  # most images are of files that are gone
+            num_found = int((files["row"] >= 0).sum())
+            if 2 * num_found < self.num_images:  # most images are of files that are gone
                 self._delete_images()
                 self._look_up(files)
-            missing = _missing(files, broken)
-            if len(missing):
-                broken |= self._decode(missing, broken)
-                self._look_up(files)
-            self._open(files, broken)
+            failed: dict[str, str] = {}
+            # The range of images with more than 8 bits a pixel is known after the first pass.
+            for how in ("once", "again, by the range of all"):
+                missing = _missing(files, broken | failed)
+                if len(missing):
+                    print(f"Decoding {pluralize(len(missing), 'image')}, {how}, into {self.path}")
+                    newly_broken, newly_failed = self._decode(missing)
+                    broken |= newly_broken
+                    failed |= newly_failed
+                    self._look_up(files)
+            self._write_broken(broken)
+            self._open(files, broken | failed)
 
     def images(self, rows: Tensor, in_memory: bool) -> Tensor | MemmapImages:
         """Images in these rows (int64 (N,)): uint8 (N, 3, S, S), copied or left on disk."""
@@ -162,10 +153,37 @@ class DecodedCache:
         """Fill in rows and records of the files that are in the cache, and count its images."""
         records = self._read_index()
         self.num_images = len(records)
+        self._look_up_extrema(files)
+        keys = self._keys_with_ranges(files)
         files["row"] = -1
-        _, rows, found = np.intersect1d(records["key"], files["key"], return_indices=True)
+        _, rows, found = np.intersect1d(records["key"], keys, return_indices=True)
         files["row"][found] = rows
         files["record"][found] = records[rows]
+
+    def _look_up_extrema(self, files: np.ndarray) -> None:
+        """Fill in the extrema of the files that are known to have more than 8 bits a pixel.
+
+        The ranges of values follow from them.
+        """
+        try:
+            measured = np.fromfile(self.path / "measured", EXTREMA)
+        except FileNotFoundError:
+            return
+        self.ranges = {}
+        _, entries, found = np.intersect1d(measured["key"], files["key"], return_indices=True)
+        for name in ("kind", "low", "high"):
+            files[name][found] = measured[name][entries]
+        for kind in (pixel_range.INTEGERS, pixel_range.FLOATS):
+            of_kind = files[files["kind"] == kind]
+            if len(of_kind):
+                self.ranges[kind] = pixel_range.find_range(of_kind["low"], of_kind["high"])
+
+    def _keys_with_ranges(self, files: np.ndarray) -> np.ndarray:
+        """The key of each file in `index`: uint64 (N,)."""
+        keys = files["key"].copy()
+        for i in np.flatnonzero(files["kind"] != ""):
+            keys[i] = key_with_range(int(keys[i]), self.ranges[files["kind"][i]])
+        return keys
 
     def _read_index(self) -> np.ndarray:
         """The RECORD of each image that was written whole."""
@@ -179,7 +197,7 @@ class DecodedCache:
         """Key and reason of the files that this version of Pillow is known not to read."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             content = json.loads((self.path / "unreadable.json").read_text())
-            if content["pillow"] == PIL.__version__:
+            if content["pillow"] == PIL.__version__ and content["formats"] == decode.formats():
                 return dict(content["files"])
         return {}
 
@@ -227,17 +245,18 @@ class DecodedCache:
             (self.path / "images").unlink()
 
     def _write_broken(self, broken: dict[str, str]) -> None:
-        content = {"pillow": PIL.__version__, "files": broken}
+        if broken == self._read_broken():
+            return
+        content = {"pillow": PIL.__version__, "formats": decode.formats(), "files": broken}
         with contextlib.suppress(OSError):  # these files are then tried again in the next run
             write_atomically(self.path / "unreadable.json", json.dumps(content).encode())
 
-    def _decode(self, files: np.ndarray, known_broken: dict[str, str]) -> dict[str, str]:
+    def _decode(self, files: np.ndarray) -> tuple[dict[str, str], dict[str, str]]:
         """Decode these files, in threads, and append them to the cache.
 
-        Returns key and reason of those that could not be decoded. Those that are broken for good
-        are remembered on disk, with the ones known before. Raises OSError, which names the cache.
+        Returns key and reason of those that are broken, and of those that may be readable another
+        time. Raises OSError, which names the cache.
         """
-        print(f"Decoding {pluralize(len(files), 'image')}, once, into {self.path}")
         piece_size = max(1, min(MAX_PIECE, PIECE_BYTES // self.image_bytes))
         pieces = np.array_split(files, math.ceil(len(files) / piece_size))
         pieces_at_once = max(4 * THREADS, WRITE_BYTES // (piece_size * self.image_bytes))
@@ -263,36 +282,50 @@ class DecodedCache:
                         broken |= piece.broken
                         failed |= piece.failed
                         bar.update(piece.num_files)
+                    self._append_measured([piece.measured for piece in decoded])
                     # The images first: there is never a record without its image.
                     _append(images, [piece.pixels for piece in decoded])
                     _append(index, [piece.records for piece in decoded])
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        if broken:
-            self._write_broken(known_broken | broken)
-        return broken | failed
+        return broken, failed
+
+    def _append_measured(self, contents: list[bytes]) -> None:
+        """Add to `measured`, which exists only if a file has more than 8 bits a pixel."""
+        if not any(contents):
+            return
+        with (self.path / "measured").open("ab") as measured:
+            measured.truncate(measured.tell() // EXTREMA.itemsize * EXTREMA.itemsize)
+            _append(measured, contents)
 
     def _decode_piece(self, files: np.ndarray) -> Piece:
         """Decode a few files; runs in a thread."""
         pixels: list[np.ndarray] = []
         records: list[tuple] = []
+        measured: list[tuple] = []
         broken: dict[str, str] = {}
         failed: dict[str, str] = {}
         for file in files:
+            path = self.source / file["path"]
+            key = int(file["key"])
             try:
-                image = decode.decode(self.source / file["path"], self.size)
+                content = decode.hash64(path.read_bytes())
+                image = decode.decode(path, self.size, self.ranges)
             except Exception as error:  # a damaged file makes Pillow raise almost anything
-                reason = str(error) or type(error).__name__
                 reasons = failed if _may_pass(error) else broken
-                reasons[str(file["key"])] = reason
+                reasons[str(key)] = unreadable.reason(path, error)
                 continue
+            if image.extrema is not None and image.used_range is not None:
+                measured.append((key, *image.extrema))
+                key = key_with_range(key, image.used_range)
             width, height = image.size
             pixels.append(image.pixels)
-            records.append((file["key"], image.digest, width, height, image.dhash))
+            records.append((key, content, image.digest, width, height, image.dhash))
         return Piece(
             num_files=len(files),
             pixels=np.array(pixels, np.uint8).tobytes(),
             records=np.array(records, RECORD).tobytes(),
+            measured=np.array(measured, EXTREMA).tobytes(),
             broken=broken,
             failed=failed,
         )
@@ -322,9 +355,9 @@ def _append(file: BinaryIO, contents: list[bytes]) -> None:
 def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> DecodedCache:
     """The cache of a folder's images, after everything that it lacks was decoded.
 
-    source: the folder; files: FILE (N,), whose rows and records are filled in. The cache is in the
-    first of `cache_folders` that can be written. Raises OSError if none can or the disk is full,
-    and UserError if the cache is damaged.
+    source: the folder; files: FILE (N,), see `DecodedCache.fill`. The cache is in the first of
+    `cache_folders` that can be written. Raises OSError if none can or the disk is full, and
+    UserError if the cache is damaged.
     """
     real = source.resolve()
     identity = decode.hash64(os.fsencode(f"{real} {DECODED_AS}"))

@@ -81,7 +81,7 @@ def dataset_settings(
     Returns the settings for a Config, and whether the data set is a folder of images.
     """
     result: dict[str, Any] = {"dataset": "cifar10"}
-    for name in ("dataset", "data_dir", "val_fraction", "subset"):
+    for name in ("dataset", "data_dir", "val_fraction", "subset", "skip_unreadable"):
         if name in settings:
             result[name] = settings[name]
     result["image_size"] = image_size

@@ -1,0 +1,103 @@
+"""Images that are held out now and that a network has been trained on nevertheless.
+
+A model file of a folder of images lists what it was trained on: a 64-bit digest of each file's
+content. So images are known wherever they have been moved or renamed to.
+"""
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from classifier.checkpoints import read_checkpoint
+from classifier.config import Config
+from classifier.datasets.dataset import Dataset
+from classifier.errors import UserError
+
+TRAIN_DIGESTS = "train_digests"  # in a model file: int64 (N,), of the images it was trained on
+EARLIER_DIGESTS = "earlier_digests"  # and those that the weights it started from were trained on
+
+
+def digests_for_file(data: Dataset) -> dict[str, torch.Tensor]:
+    """What a model file says of the images that a network has been trained on."""
+    content = {}
+    if data.train_ids is not None:
+        content[TRAIN_DIGESTS] = data.train_ids.digests
+    if data.earlier_digests is not None:
+        content[EARLIER_DIGESTS] = data.earlier_digests
+    return content
+
+
+def digests_in_file(content: dict[str, Any]) -> torch.Tensor | None:
+    """Digests of all images that the network in a model file has been trained on: int64 (N,).
+
+    None if the file does not say, as for a data set that is no folder and in version 0.9.
+    """
+    found = [content.get(name) for name in (TRAIN_DIGESTS, EARLIER_DIGESTS)]
+    digests = [each for each in found if isinstance(each, torch.Tensor) and each.ndim == 1]
+    return torch.cat(digests).long().unique() if digests else None
+
+
+def describe_changes(content: dict[str, Any], data: Dataset) -> str:
+    """How the training images differ from those in a model file, in words; "" if it does not say.
+
+    content: of the file.
+    """
+    then = content.get(TRAIN_DIGESTS)
+    if not isinstance(then, torch.Tensor) or data.train_ids is None:
+        return ""
+    now = data.train_ids.digests
+    num_missing = int((~torch.isin(then, now)).sum())
+    num_new = int((~torch.isin(now, then)).sum())
+    if not num_missing and not num_new:
+        return " (their classes, their order or their pixels are others)"
+    return f" ({num_missing} of {len(then)} are not among them, {num_new} are new)"
+
+
+def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
+    """How many of the held-out images are among those with these digests, in words, or "".
+
+    An image that is nearly identical to one of them counts as well.
+    """
+    parts = [ids for ids in (data.train_ids, data.valid_ids, data.test_ids) if ids is not None]
+    known_groups = torch.cat([ids.groups for ids in parts]) if parts else torch.empty(0)
+    known_digests = torch.cat([ids.digests for ids in parts]) if parts else torch.empty(0)
+    seen_groups = known_groups[torch.isin(known_digests, digests)]
+    counts = []
+    for ids, purpose in ((data.test_ids, "test"), (data.valid_ids, "validation")):
+        if ids is None:
+            continue
+        num_seen = int(torch.isin(ids.groups, seen_groups).sum())
+        if num_seen:
+            counts.append(f"{num_seen} of the {len(ids.groups)} {purpose} images")
+    return " and ".join(counts)
+
+
+def with_starting_weights(data: Dataset, config: Config) -> Dataset:
+    """The data set with what the weights of --init-from were trained on.
+
+    Prints a note if they were trained on images that are held out now. A file that cannot be read
+    is left to the code that loads the weights; a resumed run knows already.
+    """
+    if not config.init_from or config.resume:
+        return data
+    with contextlib.suppress(UserError):
+        digests = digests_in_file(read_checkpoint(config.init_from))
+        if digests is not None:
+            note_seen(config.init_from, data, digests)
+            return replace(data, earlier_digests=digests)
+    return data
+
+
+def note_seen(model: Any, data: Dataset, digests: torch.Tensor) -> None:
+    """Print a note if a model was trained on images that are held out now.
+
+    model: its file. digests: see digests_in_file.
+    """
+    seen = describe_seen(data, digests)
+    if seen:
+        print(
+            f"note: {model} was trained on {seen}, or on near-identical ones: "
+            "the accuracy on these looks better than it is"
+        )
