@@ -39,7 +39,7 @@ try:
     from tqdm import tqdm
 
     import image_classification as ic
-    from classifier import plots
+    from classifier import plots, seen_images
     from classifier.checkpoints import check_weights, read_checkpoint, read_state_dict
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
@@ -394,7 +394,7 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     """
     from cleanlab import filter as cleanlab_filter
 
-    config = settings_of_folds(model)
+    config = settings_of_folds(model, data)
     try:
         with training_process(device, config.deterministic):
             probabilities = out_of_fold_probabilities(config, data, device)
@@ -414,7 +414,7 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     )
 
 
-def settings_of_folds(model: Classifier) -> Config:
+def settings_of_folds(model: Classifier, data: Dataset) -> Config:
     """The settings of the networks that judge labels: those that the model was trained with.
 
     They start from the weights that the model started from, unless these are gone or may have seen
@@ -422,7 +422,7 @@ def settings_of_folds(model: Classifier) -> Config:
     """
     settings = {**model.settings, "minutes": 0.0, "resume": "", "compile": False}
     init_from = settings.get("init_from")
-    problem = problem_with_weights(model, init_from) if init_from else ""
+    problem = problem_with_weights(model, data, init_from) if init_from else ""
     if problem:
         settings["init_from"] = ""
         start = "ImageNet's weights"
@@ -433,7 +433,7 @@ def settings_of_folds(model: Classifier) -> Config:
     return Config(**settings)
 
 
-def problem_with_weights(model: Classifier, path: str) -> str:
+def problem_with_weights(model: Classifier, data: Dataset, path: str) -> str:
     """Why other networks cannot start from the weights that this model started from.
 
     path: the file with these weights. Empty if they can.
@@ -446,8 +446,7 @@ def problem_with_weights(model: Classifier, path: str) -> str:
     except (UserError, OSError) as error:
         is_torchvision_file = model.settings.get("pretrained") and read_state_dict(path)
         return "" if is_torchvision_file else f"the model started from {path}: {error}"
-    same_classes = content["classes"] == model.classes
-    if same_classes or content["config"].get("dataset") == model.settings.get("dataset"):
+    if may_have_seen(content, model, data):
         return f"{path}, from which the model started, may have seen these images"
     if model.settings.get("pretrained"):
         return ""
@@ -457,6 +456,18 @@ def problem_with_weights(model: Classifier, path: str) -> str:
     except UserError as error:
         return f"the model started from {path}: {error}"
     return ""
+
+
+def may_have_seen(content: dict[str, Any], model: Classifier, data: Dataset) -> bool:
+    """Whether the network in a model file may have been trained on images of a model's data set.
+
+    content: of the file. If it does not list its images, it is judged by its data set and classes.
+    """
+    digests = seen_images.digests_in_file(content)
+    if digests is not None and data.train_ids is not None:
+        return bool(torch.isin(data.train_ids.digests, digests).any())
+    same_dataset = content["config"].get("dataset") == model.settings.get("dataset")
+    return same_dataset or content["classes"] == model.classes
 
 
 def save_label_issues(

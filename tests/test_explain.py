@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import beforehand, save, table_of, tool, write_images
+from conftest import beforehand, load_photos, save, table_of, tool, write_images
 from PIL import Image
 from torch import nn
 
@@ -19,6 +19,7 @@ from classifier.config import Config
 from classifier.errors import UsageError, UserError
 from classifier.progress import COLUMNS
 from classifier.resolve import resolve_defaults
+from classifier.seen_images import TRAIN_DIGESTS
 
 TINY = """
 from torch import nn
@@ -308,7 +309,8 @@ def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
     out, _ = run("--label-issues", "--checkpoint", "photos.pth")
     assert "labels look wrong" in out and "random weights" not in out
     assert out.count("digits.pth is for other classes") == explain.NUM_FOLDS  # it was loaded
-    config = explain.settings_of_folds(fine_tuned)
+    data = load_photos(image_size=16)
+    config = explain.settings_of_folds(fine_tuned, data)
     assert config.init_from == "digits.pth" and config.freeze
     (folder / "digits.pth").unlink()
     out, _ = run("--label-issues", "--checkpoint", "photos.pth")
@@ -318,32 +320,38 @@ def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
 
 
 def test_weights_that_cannot_serve_are_left_out(fine_tuned, folder, capsys, monkeypatch):
+    data = load_photos(image_size=16)
+    assert data.train_ids is not None
     _, content = ic.load_checkpoint("digits.pth")
     cases = {
         "same data": {**content, "config": {**content["config"], **fine_tuned.settings}},
         "same classes": {**content, "classes": fine_tuned.classes},
         "another network": {**content, "model": {"weight": torch.zeros(1)}},
+        "same images": {**content, TRAIN_DIGESTS: data.train_ids.digests[:1]},
     }
     for name, changed in cases.items():
         ic.save_checkpoint("digits.pth", changed)
-        config = explain.settings_of_folds(fine_tuned)
+        config = explain.settings_of_folds(fine_tuned, data)
         assert not config.init_from and not config.freeze, name
         assert "digits.pth" in capsys.readouterr().out, name
+    others = {**content, "classes": fine_tuned.classes, TRAIN_DIGESTS: torch.tensor([1, 2])}
+    assert not explain.may_have_seen(others, fine_tuned, data)  # it says so itself
     (folder / "digits.pth").write_text("no model")
-    assert not explain.settings_of_folds(fine_tuned).init_from
+    assert not explain.settings_of_folds(fine_tuned, data).init_from
     # a path to another machine, which a stranger's file may hold, is not even looked at
     monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail("looked at"))
     fine_tuned.settings["init_from"] = "\\\\server\\share\\model.pth"
-    assert not explain.settings_of_folds(fine_tuned).init_from
+    assert not explain.settings_of_folds(fine_tuned, data).init_from
 
 
 def test_pretrained_weights_are_kept_and_frozen(fine_tuned, folder, capsys):
+    data = load_photos(image_size=16)
     fine_tuned.settings |= {"model": "torchvision:resnet18", "pretrained": True}
     torch.save({"conv1.weight": torch.zeros(1)}, "digits.pth")  # torchvision's own file
-    config = explain.settings_of_folds(fine_tuned)
+    config = explain.settings_of_folds(fine_tuned, data)
     assert config.init_from == "digits.pth" and config.freeze and config.pretrained
     (folder / "digits.pth").unlink()
-    config = explain.settings_of_folds(fine_tuned)
+    config = explain.settings_of_folds(fine_tuned, data)
     assert not config.init_from and config.freeze and config.pretrained
     assert "ImageNet" in capsys.readouterr().out
 

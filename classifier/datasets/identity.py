@@ -1,16 +1,13 @@
 """Which image is which: digests of content, which stay the same whatever a file is called."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from classifier.datasets.dataset import Dataset
 
-DIGEST_BYTES = 8  # 16 hexadecimal digits
-THREADS = 8  # to read files
-CHUNK_BYTES = 2**20  # of a file, read at once
+DIGEST_BYTES = 8
 CHUNK_IMAGES = 1000
 
 
@@ -22,31 +19,13 @@ def name_test_images(data: Dataset) -> list[str]:
 
 
 def digest_test_images(data: Dataset) -> list[str]:
-    """A digest for each test image, which does not depend on --image-size.
+    """A digest for each test image, of 16 hexadecimal digits, which does not depend on its size.
 
     It is that of the file or, where there are no files, of the pixels before they are resized.
-    Empty for a file that cannot be read any more.
     """
-    if data.test_files is None or data.report is None:
+    if data.test_ids is None:
         return digest_pixels(data.unresized_test.images)
-    return digest_files(Path(data.report["folder"]), data.test_files)
-
-
-def digest_files(folder: Path, paths: Sequence[str]) -> list[str]:
-    """A digest of the content of each of these files in a folder; empty if it cannot be read."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(_digest_file, [folder / path for path in paths]))
-
-
-def _digest_file(path: Path) -> str:
-    hashed = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                hashed.update(chunk)
-    except OSError:
-        return ""
-    return hashed.hexdigest()
+    return [f"{digest % 2**64:016x}" for digest in data.test_ids.digests.tolist()]
 
 
 def digest_pixels(images: Any) -> list[str]:
