@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from classifier.text import printable
+from classifier.text import URL_REFUSED, is_url, printable
 
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}  # errno of a place without write access
 
@@ -76,6 +76,8 @@ def prepare_file(path: Path) -> None:
 
     Makes its folder. An old file stays as it is. Raises OSError, which names `path`.
     """
+    if is_url(str(path)):
+        raise OSError(errno.EINVAL, URL_REFUSED, str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     try:
@@ -89,6 +91,8 @@ def prepare_folder(folder: Path) -> None:
 
     Raises OSError, which names the folder.
     """
+    if is_url(str(folder)):
+        raise OSError(errno.EINVAL, URL_REFUSED, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     # os.access would not do: it knows neither read-only disks nor what root may not write
     trial = folder / f".{uuid.uuid4().hex}.tmp"

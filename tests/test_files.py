@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import only_run, write_images
@@ -41,6 +42,14 @@ def test_place_that_cannot_be_written_is_named(folder, unwritable):
     with pytest.raises(OSError) as caught:
         prepare_folder(folder / "kept" / "new")
     assert "kept" in caught.value.filename
+
+
+def test_url_is_no_place_to_write(folder):
+    for path in ("https://example.com/a.png", "https://example.com"):
+        for prepare in (prepare_file, prepare_folder):
+            with pytest.raises(OSError, match="URL"):
+                prepare(Path(path))
+    assert list(folder.iterdir()) == []
 
 
 def test_urls():
