@@ -943,9 +943,8 @@ def train(
         models = []  # those of other seeds are built when it is their turn
         if config.resume:
             folder = Path(config.resume)
-            data = runs.check_resumable(
-                folder, data, lambda: build_model(config, data, init_weights=False)
-            )
+            untrained = functools.partial(build_model, config, data, init_weights=False)
+            data = runs.check_resumable(folder, data, untrained)
         else:
             models.append(build_model(config, data))
             build.print_summary(models[0], tuple(data.train.images.shape[1:]))
@@ -971,9 +970,8 @@ def train(
             except Stopped as stopped:
                 raise Stopped(stopped.signum, folder) from None
             reports.print_classes(report, is_trial=config.fast_dev_run)
-            finished = group.broadcast_from_rank0(
-                lambda: reports.export_model(report, config, data)
-            )
+            export = functools.partial(reports.export_model, report, config, data)
+            finished = group.broadcast_from_rank0(export)
             run.finish(finished.results)
     console.print_end(time.perf_counter() - begun, config.minutes)
     return finished
