@@ -199,7 +199,7 @@ def run(folder):
     return run
 
 
-GIVEN = {"epochs": 3, "data_dir": "images", "debug": True}
+GIVEN = {"epochs": 3, "data_dir": "images", "out": "there/model.pth", "debug": True}
 
 
 def test_first_start_takes_the_command_line(launched, store):
@@ -212,7 +212,8 @@ def test_restart_resumes_the_run(launched, store, run, monkeypatch):
     monkeypatch.chdir(run.parent)
     distributed.remember_run(Path("run"))
     monkeypatch.chdir(run)  # the folder is remembered by its absolute path
-    expected = {"data_dir": "images", "debug": True, "resume": str(run)}
+    expected = {name: GIVEN[name] for name in ("data_dir", "out", "debug")}
+    expected["resume"] = str(run)
     assert distributed.begin(GIVEN) == expected
 
 
