@@ -32,6 +32,7 @@ from classifier.config import Config
 from classifier.datasets import decode
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
+from classifier.seen_images import describe_seen
 
 OLD_FILES = Path(__file__).resolve().parent / "fixtures" / "0.9.1"
 TINY = """
@@ -480,8 +481,12 @@ def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
 
     for path in list(Path("moved", "red").iterdir())[:10]:
         path.unlink()
-    inference.load_dataset_of(model, "moved")
-    assert "note: the images in moved" in capsys.readouterr().out
+    data = inference.load_dataset_of(model, "moved")
+    seen = describe_seen(data, model.seen_digests)
+    noted = f"note: model.pth was trained on {seen}" in capsys.readouterr().out
+    assert noted == (seen != "")
+    inference.load_dataset_of(replace(model, seen_digests=None), "moved")  # as of version 0.9
+    assert "note: model.pth does not say" in capsys.readouterr().out
     pretrained = replace(model, settings=model.settings | {"pretrained": True})
     assert not inference.images_have_changed(pretrained, inference.load_dataset_of(model, "moved"))
 
