@@ -18,6 +18,7 @@ import contextlib
 import functools
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,12 +38,12 @@ try:
     from classifier import plots
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
-    from classifier.datasets import splits
+    from classifier.datasets import checks, splits
     from classifier.datasets.dataset import Dataset, Split
     from classifier.datasets.splits import Identity
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UserError
-    from classifier.files import write_atomically, write_csv
+    from classifier.files import prepare_folder, write_atomically, write_csv
     from classifier.heartbeat import Heartbeat
     from classifier.text import percent
     from inference import Classifier, load_dataset_of, load_model, read_image, top_classes
@@ -120,8 +121,10 @@ def grad_cam(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     images: uint8 (N, C, H, W). labels: int64 (N,), the class for each image.
 
     Returns float32 (N, H, W) on the CPU, in [0, 1], where 1 is what speaks for the class most.
-    Raises UserError for a network without feature maps.
+    Raises UserError for a network without feature maps, TypeError and ValueError for other images.
     """
+    checks.check_images(images, network.get_buffer("pixel_mean").shape[1])
+    checks.check_labels(labels, len(images))
     stages = find_stages(network, images[:1])
     if not stages:
         raise UserError("this network has no feature maps, and so no Grad-CAM")
@@ -324,7 +327,7 @@ def animate(run: Path, model: str, device: torch.device, data_dir: str | None, o
             frames[i].append(draw_frame(picture, f"epoch {epoch}: {share:.0f} % {names[i]}"))
 
     for name, class_frames in zip(names, frames, strict=True):
-        file_name = name.replace("/", "-")
+        file_name = re.sub(r'[<>:"/\\|?*]', "-", name)  # a name in somebody's data set
         save_animation(class_frames, out / f"cam_{file_name}.gif")
     print(f"{out}: cam_<class>.gif of {len(names)} classes, {len(paths)} epochs")
 
@@ -515,7 +518,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="where the data set is (default: where it was in training)",
+        help="where the data set is (default: data/, else where it was in training)",
     )
     parser.add_argument(
         "--out",
@@ -531,7 +534,7 @@ def main() -> int:
     """Run as from the command line; returns the exit status."""
     options = parse_options()
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     device = choose_device(options.device)
     if options.animate:
         animate(Path(options.animate), options.model, device, options.data_dir, out)

@@ -303,8 +303,8 @@ def report_stopped(stopped: Stopped, command: list[str]) -> int:
     return exit_status(stopped)
 
 
-def resume_command(run: Path | str, model: str) -> list[str]:
-    """The command that resumes a run; a custom network has to be named again."""
+def resume_command(run: Path | str, model: str, out: str = "") -> list[str]:
+    """The command that resumes a run; a custom network and --out have to be named again."""
     python = sys.executable
     found = shutil.which("python")
     if found and os.path.normcase(found) == os.path.normcase(sys.executable):
@@ -312,4 +312,6 @@ def resume_command(run: Path | str, model: str) -> list[str]:
     command = [python, sys.argv[0], "--resume", str(run)]
     if is_custom_model(model):
         command += ["--model", model]
+    if out:
+        command += ["--out", out]
     return command

@@ -13,7 +13,7 @@ from classifier.augmentations import build_augmentation
 from classifier.config import parse_augment
 from classifier.files import write_atomically
 from classifier.progress import Row
-from classifier.text import percent
+from classifier.text import percent, printable
 
 if TYPE_CHECKING:  # matplotlib is slow to import
     import numpy as np
@@ -103,7 +103,8 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figur
         row, column = divmod(i, columns)
         x = column * cell_width + size / 2 - 0.5
         y = row * cell_height + 0.88 * title_height - 0.5
-        axes.text(x, y, title, fontsize=_title_size(title), ha="center", parse_math=False)
+        text = printable(title)
+        axes.text(x, y, text, fontsize=_title_size(text), ha="center", parse_math=False)
     axes.axis("off")
     return figure
 

@@ -262,6 +262,7 @@ def test_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes():
     assert same_images([100, 0.5, 0.4, 0.3], new)
     assert not same_images(new, [100, 0.5, 0.4, 0.31])
     assert not same_images(new, [100, 0.5, 0.4, 0.3, 12346.0])
+    assert not same_images(new, [100, 0.5, 0.4, 0.3, math.nan])
 
 
 def test_fingerprint_tells_images_from_others(images_and_labels):
