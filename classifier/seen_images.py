@@ -34,9 +34,17 @@ def digests_in_file(content: dict[str, Any]) -> torch.Tensor | None:
 
     None if the file does not say, as for a data set that is no folder and in version 0.9.
     """
-    found = [content.get(name) for name in (TRAIN_DIGESTS, EARLIER_DIGESTS)]
-    digests = [each for each in found if isinstance(each, torch.Tensor) and each.ndim == 1]
-    return torch.cat(digests).long().unique() if digests else None
+    found = [_digests(content, name) for name in (TRAIN_DIGESTS, EARLIER_DIGESTS)]
+    digests = [each for each in found if each is not None]
+    return torch.cat(digests).unique() if digests else None
+
+
+def _digests(content: dict[str, Any], name: str) -> torch.Tensor | None:
+    """Digests under this name in a file, which may be a stranger's and hold anything there."""
+    value = content.get(name)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    return value if value.dtype == torch.int64 and value.ndim == 1 else None
 
 
 def describe_changes(content: dict[str, Any], data: Dataset) -> str:
@@ -44,15 +52,15 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
 
     content: of the file.
     """
-    then = content.get(TRAIN_DIGESTS)
-    if not isinstance(then, torch.Tensor) or data.train_ids is None:
+    then = _digests(content, TRAIN_DIGESTS)
+    if data.train_ids is None or then is None:
         return ""
     now = data.train_ids.digests
     num_missing = int((~torch.isin(then, now)).sum())
     num_new = int((~torch.isin(now, then)).sum())
     if not num_missing and not num_new:
         return " (their classes, their order or their pixels are others)"
-    return f" ({num_missing} of {len(then)} are not among them, {num_new} are new)"
+    return f" ({num_missing} of those {len(then)} are missing, {num_new} others are there)"
 
 
 def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
@@ -60,10 +68,11 @@ def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
 
     An image that is nearly identical to one of them counts as well.
     """
-    parts = [ids for ids in (data.train_ids, data.valid_ids, data.test_ids) if ids is not None]
-    known_groups = torch.cat([ids.groups for ids in parts]) if parts else torch.empty(0)
-    known_digests = torch.cat([ids.digests for ids in parts]) if parts else torch.empty(0)
-    seen_groups = known_groups[torch.isin(known_digests, digests)]
+    seen_groups = digests  # a group has the name of one of its images
+    for ids in (data.train_ids, data.valid_ids, data.test_ids):
+        if ids is not None:
+            of_seen = ids.groups[torch.isin(ids.digests, digests)]
+            seen_groups = torch.cat([seen_groups, of_seen])
     counts = []
     for ids, purpose in ((data.test_ids, "test"), (data.valid_ids, "validation")):
         if ids is None:

@@ -33,6 +33,7 @@ from classifier.datasets import decode
 from classifier.datasets.cifar10 import REQUIRED
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
+from classifier.seen_images import describe_seen
 
 OLD_FILES = Path(__file__).resolve().parent / "fixtures" / "0.9.1"
 TINY = """
@@ -681,11 +682,14 @@ def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
 
     for path in list(Path("moved", "red").iterdir())[:10]:
         path.unlink()
-    inference.load_dataset_of(model, "moved")
-    assert "note: model.pth was trained on" in capsys.readouterr().out
     data = inference.load_dataset_of(model, "moved")
+    seen = describe_seen(data, model.seen_digests)
+    noted = f"note: model.pth was trained on {seen}" in capsys.readouterr().out
+    assert noted == (seen != "")
     assert inference.has_images_of_training(model, data) is False
-    old = replace(model, fingerprint=None)  # of version 0.9: the mean tells
+    old = replace(model, fingerprint=None, seen_digests=None)  # of version 0.9: the mean tells
+    inference.load_dataset_of(old, "moved")
+    assert "note: model.pth does not say" in capsys.readouterr().out
     assert inference.has_images_of_training(old, data) is False
     old = replace(old, settings=model.settings | {"pretrained": True})  # which is ImageNet's here
     assert inference.has_images_of_training(old, data) is None

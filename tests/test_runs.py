@@ -464,7 +464,7 @@ def test_run_of_a_version_that_drew_otherwise_cannot_go_on(saved_run, data, fing
 @pytest.mark.parametrize(
     ("digests", "labels", "said"),
     [
-        ([1, 2, 3, 9], [0, 1, 0, 1], "1 of 4 .*1 are new"),
+        ([1, 2, 3, 9], [0, 1, 0, 1], "1 of those 4 .*1 others"),
         ([1, 2, 3, 4], [1, 0, 0, 1], "classes"),
     ],
 )

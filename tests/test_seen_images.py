@@ -1,6 +1,7 @@
 """Images that a network has been trained on although they are held out now."""
 
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from photo_folders import write_noise, write_scenes
 from PIL import Image
 
 import image_classification as ic
+import tune
 from classifier import seen_images
 from classifier.datasets.dataset import Dataset, Split
 from classifier.datasets.splits import Identity
@@ -55,8 +57,15 @@ def test_held_out_images_that_were_seen_are_counted():
 
 
 def test_file_without_digests_or_with_other_things_says_nothing():
-    for content in ({}, {"train_digests": [1, 2]}, {"train_digests": torch.zeros(2, 2)}):
-        assert seen_images.digests_in_file(content) is None
+    for content in (
+        {},
+        [1, 2],
+        torch.zeros(2, 2).long(),
+        torch.zeros(2),
+        torch.zeros(2).long().to_sparse(),
+    ):
+        assert seen_images.digests_in_file({"train_digests": content}) is None
+    assert seen_images.digests_in_file({}) is None
 
 
 def test_model_file_of_a_folder_knows_its_training_images(inside, folder, photos):
@@ -74,6 +83,7 @@ def test_model_file_of_a_fixed_data_set_has_no_digests(inside, folder):
     assert digests is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_for_training")
 def test_weights_that_saw_held_out_images_are_noted(inside, folder):
     out, _ = inside("--dataset", "old", *BRIEFLY, "--val-fraction", "0", "--out", "first.pth")
@@ -98,14 +108,19 @@ def test_weights_that_saw_held_out_images_are_noted(inside, folder):
 
 
 @pytest.mark.usefixtures("all_for_training")
-def test_tools_note_what_a_model_has_seen(inside, folder, tool_inside):
+def test_tools_note_what_a_model_has_seen(inside, folder, tool_inside, monkeypatch, capsys):
     inside("--dataset", "old", *BRIEFLY, "--val-fraction", "0", "--out", "first.pth")
     explain = tool_inside("explain")
     out, _ = explain("--checkpoint", "first.pth")
     assert "was trained on" not in out.replace("first.pth, trained on", "")
     out, _ = explain("--checkpoint", "first.pth", "--data-dir", "photos")
     num_test = len(ic.load_data(ic.Config(dataset="photos")).test.labels)
-    assert f"note: first.pth was trained on {num_test} of the {num_test} test images" in out
+    note = f"note: first.pth was trained on {num_test} of the {num_test} test images"
+    assert note in out
+    arguments = ["tune.py", "--dataset", "photos", "--init-from", "first.pth", *BRIEFLY]
+    monkeypatch.setattr(sys, "argv", arguments)
+    tune.prepare(*tune.parse_options())
+    assert note in capsys.readouterr().out
 
 
 def test_near_copies_of_what_was_seen_are_noted(inside, folder, photos):
