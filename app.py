@@ -29,6 +29,7 @@ try:
     from classifier.cli import run_tool, tool_parser
     from classifier.datasets.decode import decode
     from classifier.errors import UserError
+    from classifier.text import pluralize, printable
     from explain import grad_cam, overlay
     from inference import (
         Classifier,
@@ -106,18 +107,23 @@ def example_pictures(folder: str) -> list[str]:
             problems.append(f"{path}: there is no such file or folder")
     if problems:
         raise UserError(problems[0])
-    return [str(path.resolve()) for path in paths[:MAX_EXAMPLES]]
+    names = [str(path.resolve()) for path in paths]
+    usable = [name for name in names if name == printable(name)]  # Gradio takes no others
+    if len(usable) < len(names):
+        count = pluralize(len(names) - len(usable), "picture")
+        print(f"note: {count} in {folder} left out: the names are not UTF-8")
+    return usable[:MAX_EXAMPLES]
 
 
 def write_test_images(model: Classifier, data_dir: str | None, folder: Path) -> list[str]:
     """Write a test image of each class, if the data set is on this machine; returns their paths.
 
-    data_dir: where the data set is, if not where it was in training.
+    data_dir: what the user typed, if anything: see load_dataset_of.
     """
     if not dataset_available(model, data_dir):
         return []
     try:
-        test = load_dataset_of(model, data_dir).test
+        test = load_dataset_of(model, data_dir, may_download=False).test
     except UserError:
         return []
     _, first_of_class = np.unique(test.labels.numpy(), return_index=True)
@@ -227,7 +233,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="where the data set with these test images is (default: where it was in training)",
+        help="where the data set with these test images is (default: data/, else where it was in "
+        "training)",
     )
     return parser.parse_args()
 

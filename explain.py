@@ -18,6 +18,7 @@ import contextlib
 import functools
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,12 +39,13 @@ try:
     from classifier.checkpoints import check_weights, read_checkpoint, read_state_dict
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
-    from classifier.datasets import splits
+    from classifier.datasets import checks, splits
     from classifier.datasets.dataset import Dataset, Split
     from classifier.datasets.splits import Identity
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UsageError, UserError
-    from classifier.files import write_atomically, write_csv
+    from classifier.files import prepare_folder, write_atomically, write_csv
+    from classifier.foreign_paths import is_network_path
     from classifier.heartbeat import Heartbeat
     from classifier.networks.pretrained import last_layer_weights
     from classifier.text import percent
@@ -122,8 +124,10 @@ def grad_cam(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     images: uint8 (N, C, H, W). labels: int64 (N,), the class for each image.
 
     Returns float32 (N, H, W) on the CPU, in [0, 1], where 1 is what speaks for the class most.
-    Raises UserError for a network without feature maps.
+    Raises UserError for a network without feature maps, TypeError and ValueError for other images.
     """
+    checks.check_images(images, network.get_buffer("pixel_mean").shape[1])
+    checks.check_labels(labels, len(images))
     stages = find_stages(network, images[:1])
     if not stages:
         raise UserError("this network has no feature maps, and so no Grad-CAM")
@@ -331,7 +335,7 @@ def animate(run: Path, model: str, device: torch.device, data_dir: str | None, o
             frames[i].append(draw_frame(picture, f"epoch {epoch}: {share:.0f} % {names[i]}"))
 
     for name, class_frames in zip(names, frames, strict=True):
-        file_name = name.replace("/", "-")
+        file_name = re.sub(r'[<>:"/\\|?*]', "-", name)  # a name in somebody's data set
         save_animation(class_frames, out / f"cam_{file_name}.gif")
     print(f"{out}: cam_<class>.gif of {len(names)} classes, {len(paths)} epochs")
 
@@ -431,8 +435,7 @@ def problem_with_weights(model: Classifier, data: Dataset, path: str) -> str:
 
     path: the file with these weights. Empty if they can.
     """
-    is_network_path = path.startswith(("\\\\", "//"))  # a model file has it touch no other machine
-    if is_network_path or not Path(path).is_file():
+    if is_network_path(path) or not Path(path).is_file():
         return f"the model started from {path}, which is no longer there"
     try:
         content = read_checkpoint(path)
@@ -585,7 +588,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="where the data set is (default: where it was in training)",
+        help="where the data set is (default: data/, else where it was in training)",
     )
     parser.add_argument(
         "--out",
@@ -601,7 +604,7 @@ def main() -> int:
     """Run as from the command line; returns the exit status."""
     options = parse_options()
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     device = choose_device(options.device)
     if options.animate:
         animate(Path(options.animate), options.model, device, options.data_dir, out)

@@ -32,7 +32,7 @@ try:
     from classifier.datasets import pixel_range
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
-    from classifier.files import write_atomically
+    from classifier.files import prepare_file, write_atomically
     from inference import Classifier, dataset_available, load_dataset_of, load_model
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
@@ -171,6 +171,20 @@ def compare_logits(expected: np.ndarray, found: np.ndarray) -> str:
     return result
 
 
+def data_to_compare(model: Classifier, data_dir: str | None) -> Dataset | None:
+    """The model's data set, if it is here and can be read; nothing is downloaded.
+
+    data_dir: what the user typed, if anything. Raises UserError for what is wrong with that.
+    """
+    try:
+        return load_dataset_of(model, data_dir, may_download=False)
+    except UserError as error:
+        if data_dir:
+            raise
+        print(f"note: {error}")
+        return None
+
+
 def images_to_compare(model: Classifier, data: Dataset | None) -> np.ndarray:
     """Images of the model's data set, validation images first, or random ones without it.
 
@@ -219,7 +233,12 @@ def quantise(path: Path, images: np.ndarray) -> bytes:
         prepared, small = Path(folder, "prepared.onnx"), Path(folder, "small.onnx")
         logging.disable(logging.WARNING)  # about batch norm, which is not quantised
         try:
-            quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            # ONNX Runtime takes no path that is not UTF-8
+            float32_file = Path(folder, "float32.onnx")
+            float32_file.write_bytes(path.read_bytes())
+            quantization.quant_pre_process(
+                str(float32_file), str(prepared), skip_symbolic_shape=True
+            )
             quantization.quantize_static(
                 str(prepared),
                 str(small),
@@ -307,12 +326,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="where the data set is (default: where it was in training)",
+        help="where the data set is (default: data/, else where it was in training)",
     )
     options = parser.parse_args()
     if options.int8 and options.format != "onnx":
         parser.error("--int8 is for --format onnx")
-    if options.out and not options.out.endswith(f".{options.format}"):
+    if options.out and Path(options.out).suffix.lower() != f".{options.format}":
         parser.error(f"--out {options.out}: the name has to end in .{options.format}")
     return options
 
@@ -323,9 +342,12 @@ def main() -> int:
     model = load_model(options.checkpoint, "cpu", options.model)
     model.require_network()
     out = Path(options.out or model.path.with_suffix(f".{options.format}"))
+    prepare_file(out)
     data = None
-    if options.int8 or dataset_available(model, options.data_dir):
+    if options.int8:
         data = load_dataset_of(model, options.data_dir)
+    elif dataset_available(model, options.data_dir):
+        data = data_to_compare(model, options.data_dir)
     export(model, options.format, images_to_compare(model, data), out)
     if options.int8 and data is not None:
         int8_out = out.with_name(f"{out.stem}-int8.onnx")

@@ -71,7 +71,7 @@ try:
     )
     from classifier.checkpoints import save_checkpoint
     from classifier.config import Augment, Config, parse_augment
-    from classifier.datasets import load
+    from classifier.datasets import checks, load
     from classifier.datasets.dataset import Dataset
     from classifier.datasets.memmap_images import MemmapImages
     from classifier.distributed import Group
@@ -713,7 +713,11 @@ def evaluate(
 
     images: uint8 (N, C, H, W). labels: int64 (N,). tta: number of views of each image whose logits
     are averaged (see classifier/tta.py). group: processes that share the images.
+
+    Raises TypeError and ValueError for images and labels of other types and shapes.
     """
+    checks.check_images(images, model.get_buffer("pixel_mean").shape[1])
+    checks.check_labels(labels, len(images))
     device = next(model.parameters()).device
     batch_size = 50  # on a CPU: small enough for its caches
     if device.type != "cpu":  # on others: as many pixels as in 500 images of 32 × 32
@@ -733,6 +737,7 @@ def evaluate(
     model.train(was_training)
 
     labels = labels.cpu()
+    checks.check_label_range(labels, logits.shape[1])
     loss = F.cross_entropy(logits, labels).item()
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return Evaluation(loss, accuracy, logits)
@@ -987,7 +992,7 @@ def main(arguments: list[str] | None = None) -> int:
                 on_second_interrupt=lambda: os._exit(130),
             )
         except Stopped as stopped:
-            command = cli.resume_command(str(stopped.run), config.model)
+            command = cli.resume_command(str(stopped.run), config.model, config.out)
             return cli.report_stopped(stopped, distributed.resume_command(command))
         devices.trim_free_memory()  # to unload its libraries, Python needs 100 MiB more
         return 0

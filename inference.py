@@ -32,8 +32,16 @@ try:
     from classifier.datasets import decode, pixel_range, unreadable
     from classifier.datasets.walk import walk_files
     from classifier.errors import UsageError, UserError
-    from classifier.files import write_atomically
-    from classifier.text import percent
+    from classifier.files import prepare_file, write_atomically
+    from classifier.image_input import check_batch, to_batch
+    from classifier.text import (
+        URL_REFUSED,
+        has_control_characters,
+        is_url,
+        percent,
+        pluralize,
+        printable,
+    )
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
         raise
@@ -58,6 +66,8 @@ MAX_PICTURES = 60  # images that --save draws
 UNSURE = "unsure"  # the answer where the confidence is below --threshold
 ONNX_METADATA = ["classes", "image_size", "temperature", "dataset", "test_accuracy"]
 
+SAVE_FORMATS = ["png", "jpg", "jpeg", "webp", "tif", "tiff", "pdf", "svg"]  # of --save
+
 TopClasses = list[tuple[str, float]]  # classes with their confidence in [0, 1], the likeliest first
 
 
@@ -76,12 +86,15 @@ class Classifier:
             was not fitted.
         dataset: name of the data set that it was trained on.
         test_accuracy: in [0, 1]; None if it was not tested.
-        logits: maps uint8 images (N, 3, S, S) to float32 logits (N, classes), computed in fp32.
+        compute_logits: what `logits` calls.
         network: on its device and in eval mode; None for an ONNX file.
         settings: the Config of its training; empty for an ONNX file.
         pixel_ranges: of the values of images with more than 8 bits a pixel, as in training.
         seen_digests: int64, of the images that it was trained on, see `seen_images`; None if that
             is not known.
+        fingerprint: of the training images, see `Dataset.fingerprint`; None if it is not known.
+
+    Raises UserError for values that no model can have.
     """
 
     path: Path
@@ -90,11 +103,33 @@ class Classifier:
     temperature: float | None
     dataset: str
     test_accuracy: float | None
-    logits: Callable[[np.ndarray], np.ndarray]
+    compute_logits: Callable[[np.ndarray], np.ndarray]
     network: "nn.Module | None" = None
     settings: dict[str, Any] = field(default_factory=dict)
     pixel_ranges: pixel_range.Ranges = field(default_factory=dict)
     seen_digests: "torch.Tensor | None" = None
+    fingerprint: Any = None
+
+    def __post_init__(self) -> None:
+        names = [self.dataset, *self.classes] if isinstance(self.classes, list) else []
+        is_sound = (
+            len(names) > 1
+            and all(isinstance(name, str) and not has_control_characters(name) for name in names)
+            and type(self.image_size) is int
+            and self.image_size > 0
+            and (self.temperature is None or _is_number(self.temperature, above=0))
+            and (self.test_accuracy is None or _is_number(self.test_accuracy, above=-1e-9))
+        )
+        if not is_sound:
+            raise UserError(f"{self.path} is damaged or was not written by this program")
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits of images, float32 (N, classes), computed in fp32.
+
+        images: uint8 (N, 3, S, S). Raises TypeError or ValueError for anything else.
+        """
+        check_batch(images, self.image_size)
+        return self.compute_logits(images)
 
     def describe(self) -> str:
         """What to know about its predictions, in two or three sentences."""
@@ -114,21 +149,50 @@ class Classifier:
         return self.network
 
 
+def _is_number(value: Any, above: float) -> bool:
+    """Whether this is a finite number above `above`."""
+    return type(value) in (int, float) and above < value < math.inf
+
+
 def newest_checkpoint(folder: Path | str = ".") -> Path:
-    """The newest model file in the folder, else in runs/ there. Raises UserError without one."""
+    """The newest model file in the folder, else in runs/ there; those of trial runs do not count.
+
+    Raises UserError if there is none.
+    """
+    trials: list[Path] = []
     for pattern in ("model_*.pth", "runs/*/*/model_*.pth"):
-        found = list(Path(folder).glob(pattern))
-        if not found:
-            continue
-        newest = max(found, key=os.path.getmtime)
-        if len(found) > 1:
-            print(
-                f"note: {newest} is the newest of {len(found)} models; --checkpoint names another",
-                file=sys.stderr,
-            )
-        return newest
+        found = sorted(Path(folder).glob(pattern), key=os.path.getmtime, reverse=True)
+        for path in found:
+            if is_of_trial_run(path):
+                trials.append(path)
+                continue
+            if trials:
+                print_note(f"{trials[0]} is of a trial run, and so left out")
+            if len(found) > 1:
+                print_note(
+                    f"{path} is the newest of {len(found)} models; --checkpoint names another"
+                )
+            return path
     where = Path(folder).resolve()
-    raise UserError(f"no model_*.pth in {where}: train one, or name it with --checkpoint FILE")
+    others = f" but {pluralize(len(trials), 'model')} of trial runs" if trials else ""
+    raise UserError(f"no model_*.pth in {where}{others}: train one, or name it: --checkpoint FILE")
+
+
+def is_of_trial_run(path: Path) -> bool:
+    """Whether a model file was written by --fast-dev-run, after a step or two.
+
+    False for a file that cannot be read: load_model says why.
+    """
+    try:
+        from classifier.checkpoints import read_checkpoint
+
+        return bool(read_checkpoint(path)["config"].get("fast_dev_run"))
+    except (ImportError, OSError, UserError):
+        return False
+
+
+def print_note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def load_model(
@@ -143,11 +207,15 @@ def load_model(
 
     Raises UserError, and OSError for a file that cannot be opened.
     """
+    if is_url(str(path)):
+        raise UserError(f"{path}: {URL_REFUSED}")
     path = Path(path)
     if path.is_dir():
         path = newest_checkpoint(path)
     if path.suffix.lower() == ".onnx":
         return load_onnx(path, str(device))
+    if path.suffix.lower() == ".pt2":
+        raise UserError(f"{path} is for torch.export.load: name the .pth that it was made from")
     return load_pth(path, str(device), model)
 
 
@@ -167,10 +235,13 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         network, content = ic.load_checkpoint(path, model)
     except UsageError as error:  # a setting in the file, not the usage of this tool
         raise UserError(str(error)) from None
+    num_channels = len(content["mean"])
+    if num_channels != 3:
+        raise UserError(f"{path} is for images of {num_channels} channels, not for RGB")
     network.to(choose_device(device))
     warn_about_changed_script(content["versions"], ic.VERSIONS)
 
-    def logits(images: np.ndarray) -> np.ndarray:
+    def compute_logits(images: np.ndarray) -> np.ndarray:
         no_labels = torch.zeros(len(images), dtype=torch.int64)
         return ic.evaluate(network, torch.tensor(images), no_labels).logits.numpy()
 
@@ -185,11 +256,12 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         temperature=metrics.get("temperature"),
         dataset=content.get("dataset", "some data"),
         test_accuracy=metrics.get("test_accuracy"),
-        logits=logits,
+        compute_logits=compute_logits,
         network=network,
         settings=settings,
         pixel_ranges=read_pixel_ranges(content.get("pixel_ranges"), path),
         seen_digests=digests_in_file(content),
+        fingerprint=content.get("fingerprint"),
     )
 
 
@@ -220,7 +292,7 @@ def warn_about_changed_script(saved: dict[str, Any], current: dict[str, Any]) ->
 @functools.cache
 def print_note_once(text: str) -> None:
     """Print a note, however many models of a run are loaded."""
-    print(f"note: {text}", file=sys.stderr)
+    print_note(text)
 
 
 def load_onnx(path: Path, device: str) -> Classifier:
@@ -229,10 +301,11 @@ def load_onnx(path: Path, device: str) -> Classifier:
         import onnxruntime
     except ImportError:
         raise UserError(f"{path} needs ONNX Runtime: pip install onnxruntime") from None
-    path.stat()  # raises an OSError that names the file, unlike ONNX Runtime
     providers = onnx_providers(device, onnxruntime.get_available_providers())
+    # not the path: ONNX Runtime takes none that is not UTF-8, and without it reads no other files
+    content = path.read_bytes()
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=providers)
+        session = onnxruntime.InferenceSession(content, providers=providers)
         metadata = session.get_modelmeta().custom_metadata_map
         known = {name: json.loads(metadata[name]) for name in ONNX_METADATA}
         ranges = json.loads(metadata.get("pixel_ranges", "null"))
@@ -240,7 +313,7 @@ def load_onnx(path: Path, device: str) -> Classifier:
         kind = type(error).__name__
         raise UserError(f"{path} is damaged or was not written by export.py ({kind})") from None
 
-    def logits(images: np.ndarray) -> np.ndarray:
+    def compute_logits(images: np.ndarray) -> np.ndarray:
         outputs = []
         for start in range(0, len(images), ONNX_BATCH_SIZE):
             batch = images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255
@@ -249,7 +322,7 @@ def load_onnx(path: Path, device: str) -> Classifier:
         return np.concatenate(outputs)
 
     pixel_ranges = read_pixel_ranges(ranges, path)
-    return Classifier(path=path, logits=logits, pixel_ranges=pixel_ranges, **known)
+    return Classifier(path=path, compute_logits=compute_logits, pixel_ranges=pixel_ranges, **known)
 
 
 def onnx_providers(device: str, available: list[str]) -> list[Any]:
@@ -282,26 +355,40 @@ def dataset_available(model: Classifier, data_dir: str | None = None) -> bool:
     return load.dataset_available(model.settings, model.image_size, data_dir)
 
 
-def load_dataset_of(model: Classifier, data_dir: str | None = None) -> "Dataset":
+def load_dataset_of(
+    model: Classifier, data_dir: str | None = None, may_download: bool = True
+) -> "Dataset":
     """Load the data set that a .pth was trained on.
 
-    Prints a note if images of a folder that are now for testing or validation were trained on.
-    Raises UserError.
+    A folder that only the model file names, perhaps a stranger's, is used if it exists and holds
+    the images of the training; nothing is downloaded there. Prints a note if images of a folder
+    that are now for testing or validation were trained on. Raises UserError.
 
     data_dir: where the data set is now; of a folder of images, that folder itself.
     """
     from classifier.config import Config
     from classifier.datasets import load
 
-    settings, is_folder = load.dataset_settings(model.settings, model.image_size, data_dir)
-    dataset = settings["dataset"]
-    if is_folder and not Path(dataset).expanduser().is_dir():
-        message = f"its images are no longer in {dataset}: name their folder with --data-dir DIR"
+    source = load.find_source(model.settings, model.image_size, data_dir)
+    dataset = source.settings["dataset"]
+    if source.is_folder and not load.dataset_available(model.settings, model.image_size, data_dir):
+        message = f"its images are not in {dataset} here: name their folder with --data-dir DIR"
         raise UserError(message)
-    data = load.load_data(Config(**settings))
+    if source.is_named_by_file:
+        may_download = False
+    try:
+        data = load.load_data(Config(**source.settings), may_download=may_download)
+    except UsageError as error:  # a setting in the file, not the usage of this tool
+        raise UserError(str(error)) from None
     if data.classes != model.classes:
         raise UserError(f"{model.path} is for other classes than {data.name} has now")
-    if is_folder:
+    if source.is_named_by_file and not has_images_of_training(model, data):
+        place = dataset if source.is_folder else source.settings["data_dir"]
+        raise UserError(
+            f"the images in {place} are not those that {model.path} was trained on: add "
+            f'--data-dir "{place}" to use them nevertheless'
+        )
+    if source.is_folder:
         note_seen_images(model, data)
         note_other_ranges(model, data)
     return data
@@ -324,43 +411,53 @@ def note_seen_images(model: Classifier, data: "Dataset") -> None:
 
     if model.seen_digests is not None:
         seen_images.note_seen(model.path, data, model.seen_digests)
-    elif images_have_changed(model, data):
+    elif has_images_of_training(model, data) is False:
         print(
             f"note: {model.path} does not say what it was trained on, and the images to train on "
             "are others now: it may have been trained on some that are now for testing"
         )
 
 
-def images_have_changed(model: Classifier, data: "Dataset") -> bool:
-    """True if the training images' mean is not the one in the network.
+def has_images_of_training(model: Classifier, data: "Dataset") -> bool | None:
+    """Whether a data set has the images that the model was trained on.
 
-    False for a network with ImageNet's mean, which tells nothing about them.
+    None if that is not known: version 0.9 kept only the images' mean, and not for a network with
+    ImageNet's.
     """
+    from classifier.datasets import load
+
+    if model.fingerprint is not None:
+        return load.is_same(data, model.fingerprint)
     if model.settings.get("pretrained"):
-        return False
+        return None
     mean = model.require_network().get_buffer("pixel_mean").flatten().cpu() / 255
     distances = (mean - mean.new_tensor(data.mean)).abs()
-    return bool(distances.max() > 1e-6)
+    return bool(distances.max() <= 1e-6)
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
 
 
-def predict(
-    model: Classifier, images: np.ndarray | Sequence[Path | str] | Path | str, top_k: int = 3
-) -> list[TopClasses]:
+def predict(model: Classifier, images: Any, top_k: int = 3) -> list[TopClasses]:
     """The top_k likeliest classes of each image with their confidence in [0, 1], the best first.
 
-    images: paths of image files, or uint8 (N, 3, S, S), S being model.image_size. Raises UserError
-    for a file that is not an image.
+    Args:
+        images: a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W),
+            or a list of these. Also a batch in uint8: (N, 3, H, W), or an array (N, H, W, 3). Of
+            each image the middle square is resized as in training.
+        top_k: at least 1.
+
+    Returns a list for each image, also where there is only one. Raises UserError for a file that is
+    not an image, TypeError and ValueError for anything else that is none.
     """
-    if isinstance(images, (str, Path)):
-        images = [images]
-    if len(images) == 0:
-        return []
-    if isinstance(images[0], (str, Path)):
-        images = np.stack([read_image(model, path) for path in images])
-    return top_classes(model, np.asarray(images), top_k)
+    if not isinstance(model, Classifier):
+        raise TypeError(f"predict needs what load_model returns, not a {type(model).__name__}")
+    if top_k < 1:
+        raise ValueError(f"top_k has to be at least 1, not {top_k}")
+    batch = to_batch(
+        images, model.image_size, lambda path: read_image(model, path), model.pixel_ranges
+    )
+    return top_classes(model, batch, top_k) if len(batch) else []
 
 
 def probabilities(model: Classifier, images: np.ndarray) -> np.ndarray:
@@ -425,6 +522,8 @@ def read_file(
 
 def read_image(model: Classifier, path: Path | str) -> np.ndarray:
     """The image in a file, uint8 (3, S, S). Raises UserError for a file that is not an image."""
+    if is_url(str(path)):
+        raise UserError(f"{path}: {URL_REFUSED}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
         file = read_file(path, model.image_size, model.pixel_ranges)
@@ -457,6 +556,9 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     found: list[Path] = []
     problems = []
     for name in names:
+        if is_url(name):
+            problems.append(f"{name}: {URL_REFUSED}")
+            continue
         path = Path(os.path.expanduser(name))
         if not path.is_dir():
             found += expand(name) or [path]
@@ -547,7 +649,7 @@ def draw_predictions(pictures: Sequence[Picture]) -> "Figure":
     for i, picture in enumerate(pictures):
         image_axes, bar_axes = all_axes[2 * i : 2 * i + 2]
         image_axes.imshow(picture.pixels.transpose(1, 2, 0))
-        image_axes.set_title(picture.title[-28:], fontsize=8, parse_math=False)
+        image_axes.set_title(printable(picture.title)[-28:], fontsize=8, parse_math=False)
         _draw_bars(bar_axes, picture.classes)
     return figure
 
@@ -564,10 +666,22 @@ def _draw_bars(axes: "Axes", classes: TopClasses) -> None:
 
 
 def save_pictures(pictures: Sequence[Picture], path: Path) -> None:
-    """Write a PNG file of images and their classes."""
+    """Draw images and their classes into a file, in the format that its extension names."""
     buffer = io.BytesIO()
-    draw_predictions(pictures).savefig(buffer, format="png", dpi=110)
+    figure = draw_predictions(pictures)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in Chinese are drawn as boxes
+        figure.savefig(buffer, format=save_format(path), dpi=110)
     write_atomically(path, buffer.getvalue())
+
+
+def save_format(path: Path) -> str:
+    """The format of --save, one of SAVE_FORMATS; UsageError for another extension."""
+    extension = path.suffix.lower().removeprefix(".")
+    if extension not in SAVE_FORMATS:
+        listed = ", ".join(f".{name}" for name in SAVE_FORMATS)
+        raise UsageError(f"--save {path}: the name has to end in one of {listed}")
+    return extension
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -703,10 +817,13 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--save",
-        metavar="FILE.png",
-        help=f"draw the first {MAX_PICTURES} images and their classes",
+        type=Path,
+        metavar="FILE",
+        help=f"draw the first {MAX_PICTURES} images and their classes, as .png, .jpg, .pdf or .svg",
     )
     options = parser.parse_args()
+    if options.save:
+        save_format(options.save)
     if options.top_k < 1:
         parser.error(f"--top-k {options.top_k}: must be at least 1")
     if not 0 <= options.threshold <= 1:
@@ -719,7 +836,8 @@ def prepare_output(format: str) -> TextIO:
     if format == "table":
         return sys.stdout
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # on Windows it would be the console's encoding
+        # on Windows it would be the console's encoding; names that are not UTF-8 are escaped
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     return sys.stderr
 
 
@@ -727,6 +845,8 @@ def main() -> int:
     """Run as from the command line; returns the exit status, 1 if a file could not be read."""
     options = parse_options()
     model = load_model(options.checkpoint, options.device, options.model)
+    if options.save:
+        prepare_file(options.save)
     messages = prepare_output(options.format)
     print(model.describe(), file=messages)
 
@@ -744,7 +864,7 @@ def main() -> int:
     for problem in results.problems:
         print(f"error: {problem}", file=sys.stderr)
     if options.save and results.pictures:
-        save_pictures(results.pictures, Path(options.save))
+        save_pictures(results.pictures, options.save)
         num_drawn, num_images = len(results.pictures), len(results.predictions)
         print(f"Picture of {num_drawn} of {num_images} images: {options.save}", file=messages)
     if stopped:

@@ -40,7 +40,7 @@ try:
         python_command,
         run_tool,
     )
-    from classifier.config import Config, flag
+    from classifier.config import Config, flag, is_custom_model
     from classifier.datasets.dataset import Dataset, digest_of
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import Diverged, Stopped, UsageError, UserError
@@ -366,7 +366,10 @@ def report(study: Study, search: Search) -> bool:
                 f"other seeds, --seed {config.seed + 1} --repeat 5"
             )
             break
-    print(f"Train with it: {train_command({'recipe': recipe_file})}")
+    with_recipe: Settings = {"recipe": recipe_file}
+    if is_custom_model(config.model):  # a recipe never makes the program execute a file
+        with_recipe["model"] = config.model
+    print(f"Train with it: {train_command(with_recipe)}")
     print(f"The same: {train_command(recipe)}")
     return True
 

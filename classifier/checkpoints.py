@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ from classifier import legacy
 from classifier.config import FIELD_TYPES, Config, is_custom_model
 from classifier.errors import UserError
 from classifier.files import write_atomically
+from classifier.text import has_control_characters
 
 # build(config, num_classes, mean, std, image_size, skip_check=...) -> the network on the CPU
 Build = Callable[..., nn.Module]
+
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")  # under which others keep one
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DDP, and of torch.compile
 
 REQUIRED = {  # what every checkpoint holds; last.pth holds more
     "model": dict,
@@ -53,9 +57,10 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)"
     )
-    content = _load(path)
+    content = _load(Path(path))
     if not _is_checkpoint(content):
-        raise damaged
+        weights = _find_state_dict(content)
+        raise damaged if weights is None else _is_bare(path, weights)
     if legacy.is_legacy(content["versions"]):
         content["classes"] = legacy.compose_names(content["classes"])
     if classes and classes != content["classes"]:
@@ -68,16 +73,18 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
         raise damaged from None
 
 
-def _load(path: Path | str) -> Any:
-    """What torch.save wrote, or None if it cannot be read safely."""
+def _load(path: Path) -> Any:
+    """What torch.save wrote, or None if it cannot be read safely. Raises OSError."""
     with open(path, "rb") as file, contextlib.suppress(Exception):
-        entries = zipfile.ZipFile(file).infolist()
-        uncompressed_size = sum(entry.file_size for entry in entries)
-        file_size = file.seek(0, os.SEEK_END)
-        # torch.save does not compress; a compressed file could grow to any size in memory
-        if uncompressed_size <= file_size:
-            file.seek(0)
-            return torch.load(file, weights_only=True, map_location="cpu")
+        if zipfile.is_zipfile(file):
+            entries = zipfile.ZipFile(file).infolist()
+            uncompressed_size = sum(entry.file_size for entry in entries)
+            file_size = file.seek(0, os.SEEK_END)
+            # torch.save does not compress; a compressed file could grow to any size in memory
+            if uncompressed_size > file_size:
+                return None
+        file.seek(0)
+        return torch.load(file, weights_only=True, map_location="cpu")
     return None
 
 
@@ -91,32 +98,83 @@ def _is_checkpoint(content: Any) -> bool:
     weights = content["model"]
     return (
         all(isinstance(name, str) for name in content["classes"])
+        and not any(has_control_characters(name) for name in content["classes"])
         and all(isinstance(number, float) for number in content["mean"] + content["std"])
         and all(isinstance(name, str) for name in weights)
         and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
     )
 
 
-def read_state_dict(path: Path | str) -> dict[str, Any] | None:
-    """A plain state dict, such as torchvision publishes, or None if the file holds something else.
+# ---- State dicts ---------------------------------------------------------------------------------
 
+
+def read_state_dict(path: Path | str) -> dict[str, torch.Tensor] | None:
+    """The weights in a file of another program, or None if it holds something else.
+
+    It may hold a plain state dict, such as torchvision publishes, or one among other things.
     Nothing in it is executed. Raises OSError if it cannot be opened.
     """
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError:
-        raise
-    except Exception:  # there are many ways in which a file can be damaged
+    return _find_state_dict(_load(Path(path)))
+
+
+def _find_state_dict(content: Any) -> dict[str, torch.Tensor] | None:
+    """The state dict that the content of a file is or holds, or None.
+
+    None, too, for a file that is meant to be a checkpoint of this program but lacks something.
+    """
+    if not isinstance(content, dict) or "classes" in content:
         return None
-    return content if isinstance(content, dict) else None
+    for candidate in (content, *(content.get(name) for name in STATE_DICT_KEYS)):
+        if not isinstance(candidate, dict):
+            continue
+        weights = {name: value for name, value in candidate.items() if name != "n_averaged"}
+        is_state_dict = all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in weights.items()
+        )
+        if weights and is_state_dict:
+            return weights
+    return None
+
+
+def _is_bare(path: Path | str, weights: dict[str, torch.Tensor]) -> UserError:
+    """The error for a file that holds weights and nothing else that is needed."""
+    return UserError(
+        f"{path} is a state dict of {len(weights)} tensors: it does not tell the names of the "
+        "classes, nor how the images are normalised; a training can start from it: python "
+        f'image_classification.py --model NAME --init-from "{path}"'
+    )
+
+
+def without_wrapper(
+    weights: dict[str, torch.Tensor], expected: Container[str]
+) -> dict[str, torch.Tensor]:
+    """The same weights under the names that a network has.
+
+    DataParallel and DDP put "module." before each name, torch.compile "_orig_mod.", and both may
+    have done so. Weights whose names fit, or that no such prefix explains, stay as they are.
+
+    expected: the network's own names.
+    """
+    names = {name: name for name in weights}
+    while not any(name in expected for name in names):
+        for prefix in WRAPPER_PREFIXES:
+            if names and all(name.startswith(prefix) for name in names):
+                names = {name.removeprefix(prefix): old for name, old in names.items()}
+                break
+        else:
+            return weights
+    return {name: weights[old] for name, old in names.items()}
 
 
 def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     """Raise UserError unless names and shapes of the weights are those of the model.
 
-    path: the file that the weights are from, for the message.
+    The names may have a prefix: see `without_wrapper`. path: the file that the weights are from,
+    for the message.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights = without_wrapper(weights, expected)
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     different = [name for name in expected | found if expected.get(name) != found.get(name)]
     if different:
@@ -130,7 +188,7 @@ def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load weights whose names and shapes all fit; otherwise UserError and an unchanged model."""
     check_weights(model, weights, path)
-    model.load_state_dict(weights)
+    model.load_state_dict(without_wrapper(weights, model.state_dict()))
 
 
 def load_model(path: Path | str, build: Build, model: str = "") -> tuple[nn.Module, dict[str, Any]]:

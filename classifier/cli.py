@@ -305,11 +305,13 @@ def report_stopped(stopped: Stopped, command: list[str]) -> int:
     return exit_status(stopped)
 
 
-def resume_command(run: Path | str, model: str) -> list[str]:
-    """The command that resumes a run; a custom network has to be named again."""
+def resume_command(run: Path | str, model: str, out: str = "") -> list[str]:
+    """The command that resumes a run; a custom network and --out have to be named again."""
     command = [python_command(), sys.argv[0], "--resume", str(run)]
     if is_custom_model(model):
         command += ["--model", model]
+    if out:
+        command += ["--out", out]
     return command
 
 

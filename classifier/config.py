@@ -6,7 +6,10 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from classifier.errors import UsageError
-from classifier.text import did_you_mean
+from classifier.text import URL_REFUSED, did_you_mean, is_url
+
+# The settings that are paths of files and folders, and so no URLs.
+PATHS = ("dataset", "data_dir", "init_from", "run_dir", "out", "resume")
 
 
 def setting(
@@ -75,7 +78,9 @@ class Config:
         False, "start torchvision:NAME from its ImageNet weights, with their image size"
     )
     init_from: str = setting(
-        "", "model file whose weights to start from; for other classes with a new last layer"
+        "",
+        "model file, or state dict of another program, whose weights to start from; for other "
+        "classes with a new last layer",
     )
     freeze: bool = setting(False, "train only the last layer")
 
@@ -166,6 +171,10 @@ class Config:
             _check_value(entry, value)
         if self.mirror and not self.mirror.startswith(("http://", "https://")):
             raise UsageError(f"--mirror {self.mirror}: must begin with http:// or https://")
+        for name in PATHS:
+            value = getattr(self, name)
+            if is_url(value):
+                raise UsageError(f"{flag(name)} {value}: {URL_REFUSED}")
         if self.early_stopping and not self.val_fraction:
             raise UsageError("--early-stopping needs validation images: --val-fraction above 0")
 

@@ -35,7 +35,7 @@ PREFIX_KEY = "image_classification/part"
 LOADED_KEY = "image_classification/loaded by {}"  # by the machine of that number
 
 # Settings that a run still takes from the command line when torchrun restarts it.
-RESTART_OVERRIDES = ("data_dir", "mirror", "debug")
+RESTART_OVERRIDES = ("data_dir", "mirror", "out", "debug")
 
 T = TypeVar("T")
 

@@ -106,7 +106,8 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figur
         row, column = divmod(i, columns)
         x = column * cell_width + size / 2 - 0.5
         y = row * cell_height + (1 - 0.24 / lines) * title_height - 0.5
-        axes.text(x, y, title, fontsize=_title_size(title), ha="center", parse_math=False)
+        text = printable(title)
+        axes.text(x, y, text, fontsize=_title_size(text), ha="center", parse_math=False)
     axes.axis("off")
     return figure
 

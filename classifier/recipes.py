@@ -10,7 +10,7 @@ from typing import Any
 from classifier.config import FIELD_TYPES
 from classifier.errors import UsageError, UserError
 from classifier.legacy import translate_settings
-from classifier.text import did_you_mean
+from classifier.text import URL_REFUSED, did_you_mean, is_url
 
 Settings = dict[str, Any]  # some of Config's fields by name
 
@@ -204,6 +204,8 @@ def find_recipe(name: str) -> Settings:
     if name in RECIPES:
         return dict(RECIPES[name])
     if name.endswith(".json"):
+        if is_url(name):
+            raise UsageError(f"--recipe {name}: {URL_REFUSED}")
         return read_recipe(name)
     raise UsageError(f"unknown recipe {name}: {did_you_mean(name, RECIPES)}")
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from classifier import augmentations, recipes, runs
-from classifier.config import Config, is_custom_model, parse_augment
+from classifier.config import Config, flag, is_custom_model, parse_augment
 from classifier.datasets.dataset import Dataset, same_images
+from classifier.datasets.load import data_dir_to_reuse
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
+from classifier.foreign_paths import refuse_network_path
 from classifier.networks.custom import split_custom_model
 from classifier.networks.pretrained import check_torchvision_name
 from classifier.recipes import Settings
@@ -35,12 +37,37 @@ def configure(**given: Any) -> Config:
     if given.get("resume"):
         return runs.resume_config(**given)
     settings = recipes.find_recipe(given.get("recipe", "default"))
+    if given.get("recipe", "default") not in recipes.RECIPES:
+        settings = _without_places(given["recipe"], settings, given)
     recipe_model = settings.get("model", "cnn")
     if given.get("model", recipe_model) != recipe_model:
         for name in ("width", "dropout"):  # they are meant for the recipe's network
             settings.pop(name, None)
     settings.update(given)
     return Config(**settings)
+
+
+def _without_places(path: str, settings: Settings, given: Settings) -> Settings:
+    """The settings of a recipe file without the places where it would write, or whom it would ask.
+
+    The file may be somebody else's. A folder for data sets stays if the data set is there already.
+
+    path: the recipe file. given: what the user has typed. Raises UserError where the user has to
+    type a setting: a network, whose FILE.py would be executed, and a path on another machine.
+    """
+    Config(**settings)  # raises UsageError for values of the wrong type
+    settings = dict(settings)
+    settings.pop("mirror", "")
+    model = settings.get("model", "cnn")
+    if is_custom_model(model) and "model" not in given:
+        raise UserError(f"{path} uses a network of your own: add --model {model}")
+    for name in ("dataset", "init_from"):
+        if name in settings and name not in given:
+            refuse_network_path(settings[name], path, flag(name))
+    if "data_dir" in settings:
+        dataset = str(given.get("dataset", settings.get("dataset", Config.dataset)))
+        settings["data_dir"] = data_dir_to_reuse(dataset, settings["data_dir"])
+    return settings
 
 
 def network_defaults(model: str, pretrained: bool = False) -> Settings:

@@ -15,6 +15,7 @@ from classifier.config import Config
 from classifier.files import write_csv
 from classifier.plots import save_figure
 from classifier.progress import COLUMNS, Row
+from classifier.text import printable
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
@@ -162,7 +163,8 @@ class RunLog:
         hyperparameters = {}
         for name, value in asdict(config).items():
             if name not in NOT_HYPERPARAMETERS:
-                hyperparameters[name] = value
+                # TensorBoard takes no path that is not UTF-8
+                hyperparameters[name] = printable(value) if isinstance(value, str) else value
         # run_name: in this run, not in one below it
         self._train_writer.add_hparams(hyperparameters, metrics, run_name=".", global_step=epoch)
 

@@ -18,14 +18,18 @@ from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
 from classifier.datasets.dataset import SPLIT_RULES, Dataset, same_images
+from classifier.datasets.load import data_dir_to_reuse
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
+from classifier.foreign_paths import refuse_network_path
 from classifier.seen_images import describe_changes
+from classifier.text import URL_REFUSED, is_url, printable
 
 SAVE_EVERY = 120.0  # seconds between checkpoints within an epoch: what a power cut may cost
 STOP_POLL_STEPS = 12  # on accelerators: steps after which processes ask each other whether to stop
 RUNS = Path("runs")
-RESUME_OVERRIDES = {"epochs", "data_dir", "mirror", "debug"}  # settings that may change on resuming
+# settings that may change on resuming
+RESUME_OVERRIDES = {"epochs", "data_dir", "mirror", "out", "debug"}
 
 
 class StopRequest:
@@ -190,9 +194,12 @@ class Run:
 def new_run_folder(run_dir: str, dataset: str) -> Path:
     """Make the folder of a new run: `run_dir`, or runs/<data set>/<time> if that is empty.
 
-    No two processes get the same one. Raises UserError if `run_dir` holds a run already.
+    No two processes get the same one. Raises UserError if `run_dir` holds a run already, UsageError
+    for a name that is not UTF-8.
     """
     if run_dir:
+        if run_dir != printable(run_dir):
+            raise UsageError(f"--run-dir {run_dir}: TensorBoard takes only names in UTF-8")
         run = Path(run_dir)
         if (run / "config.json").exists():
             raise UserError(
@@ -224,12 +231,15 @@ def resume_config(resume: str, **changes: Any) -> Config:
 
     Raises UserError if there is no such run, and UsageError for a change that is not possible.
     """
+    if is_url(resume):
+        raise UsageError(f"--resume {resume}: {URL_REFUSED}")
     saved = _find_resumable(resume, changes.get("epochs") or 0)
     settings = asdict(Config())
     for name, value in legacy.translate_settings(saved.settings).items():
         if name in FIELD_TYPES:
             settings[name] = value
     _check_changes(settings, changes)
+    _check_places(saved.folder, settings, changes)
     if is_custom_model(settings["model"]) and "model" not in changes:
         # the folder may be from somebody else, and the file would be executed
         raise UserError(
@@ -244,6 +254,29 @@ def resume_config(resume: str, **changes: Any) -> Config:
     settings.update(changes)
     settings["resume"] = str(saved.folder)
     return Config(**settings)
+
+
+def _check_places(folder: Path, settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    """See to it that a run folder, perhaps a stranger's, decides on no place to write or to ask.
+
+    Changes `settings`, those of the run, where that costs nothing: a data set that is on this
+    machine is found without the mirror, and is not downloaded into a folder that only the file
+    names. Raises UserError where the user has to type the place again.
+
+    folder: the run folder. changes: what the user has typed.
+    """
+    Config(**settings)  # raises UsageError for values of the wrong type
+    source = str(folder)
+    settings["mirror"] = ""
+    settings["data_dir"] = data_dir_to_reuse(settings["dataset"], settings["data_dir"])
+    if "dataset" not in changes:
+        refuse_network_path(settings["dataset"], source, "--dataset")
+    if settings["init_from"]:  # read again if nothing was saved yet
+        refuse_network_path(settings["init_from"], source, "--init-from")
+    out = settings["out"]
+    is_plain_name = Path(out).name == out and Path(out).suffix == ".pth"
+    if out and not is_plain_name and "out" not in changes:
+        raise UserError(f"{source} writes its model to {out}: add --out {out}, or another FILE.pth")
 
 
 class _SavedRun(NamedTuple):

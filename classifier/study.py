@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from classifier.config import flag
+from classifier.config import PATHS, flag
 from classifier.datasets.dataset import same_images
 from classifier.errors import UsageError
 from classifier.legacy import translate_settings
-from classifier.recipes import Settings
+from classifier.recipes import NOT_IN_RECIPES, Settings
 
 # User attributes of the study and its trials.
 FIXED = "fixed"  # of the study: the settings that all its trials share
@@ -25,6 +25,8 @@ FINGERPRINT = "fingerprint"  # of the study: tells its images from others
 DEFAULTS = "defaults"  # of the trial with the program's defaults
 SETTINGS = "settings"  # of a trial: the settings that the search chose
 WORKER = "worker"  # of a trial: number of the worker that runs or ran it
+# Settings that would name a place, or a file to execute.
+NEVER_SEARCHED = {*NOT_IN_RECIPES, *PATHS, "mirror", "model"}
 
 
 class Study:
@@ -98,7 +100,13 @@ class Study:
 
     def _fail_abandoned_trials(self) -> None:
         for trial in self._trials(TrialState.RUNNING):
-            lock = self._worker_lock(trial.user_attrs.get(WORKER))
+            worker = trial.user_attrs.get(WORKER)
+            if (
+                type(worker) is not int
+            ):  # killed before it wrote that, or a stranger's: no file name
+                self.optuna_study.tell(trial.number, state=TrialState.FAIL)
+                continue
+            lock = self._worker_lock(worker)
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):  # else its worker is alive
                 self.optuna_study.tell(trial.number, state=TrialState.FAIL)
 
@@ -189,7 +197,7 @@ class Study:
     def _ask_lock(self) -> FileLock:
         return FileLock(self.folder / ".ask.lock")
 
-    def _worker_lock(self, number: int | None) -> FileLock:
+    def _worker_lock(self, number: int) -> FileLock:
         return FileLock(self.folder / f".worker-{number}.lock")
 
 
@@ -206,4 +214,6 @@ def accuracy_of(trial: FrozenTrial) -> float:
 
 def trial_settings(trial: FrozenTrial) -> Settings:
     """The settings that the search chose for this trial; version 0.9 may have made it."""
-    return translate_settings(trial.user_attrs[SETTINGS])
+    settings = translate_settings(trial.user_attrs[SETTINGS])
+    # the best settings become a recipe, and the journal may be somebody else's
+    return {name: value for name, value in settings.items() if name not in NEVER_SEARCHED}

@@ -1,7 +1,10 @@
 """Words and numbers as they are printed."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+URL_REFUSED = "this is a URL: name a file or folder on this machine, downloaded if need be"
 
 
 def percent(share: float) -> str:
@@ -12,11 +15,6 @@ def percent(share: float) -> str:
 def pluralize(count: int, noun: str) -> str:
     """1 image, 2 images."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def printable(name: str) -> str:
-    """A file name that can be written: \\udcff stands for a byte 0xff that is not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shorten(text: str, length: int) -> str:
@@ -40,3 +38,23 @@ def did_you_mean(name: str, known: Iterable[str], others: str = "") -> str:
     if close:
         return f"did you mean {close[0]}?"
     return f"choose from {', '.join(names)}{others}"
+
+
+def is_url(name: str) -> bool:
+    """Whether this is a URL, such as https://example.com/cat.jpg or file:///cat.jpg."""
+    # pathlib makes one slash of two
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|(https?|ftp|file):/", name) is not None
+
+
+def printable(name: str) -> str:
+    """A file name that UTF-8 can encode.
+
+    Python keeps the bytes of a name that is not UTF-8 as lone surrogates, which few libraries take;
+    here each becomes \\udcXX, where XX are the hexadecimal digits of the byte.
+    """
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def has_control_characters(name: str) -> bool:
+    """Whether printing this may do more than print, such as move the cursor of a terminal."""
+    return re.search(r"[\x00-\x1f\x7f-\x9f]", name) is not None

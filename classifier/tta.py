@@ -11,7 +11,11 @@ def mean_logits(model: nn.Module, images: torch.Tensor, tta: int) -> torch.Tenso
     tta: 1: the image itself; 2: also its mirror image; 6: also both shifted by (-1, -1) and by
     (1, 1) pixels, where the unshifted views have a weight of 1/4 and the shifted ones of 1/8, as
     in cifar10-airbench (Jordan, 2024). images: normalised, float (N, C, H, W).
+
+    Raises ValueError for another number of views.
     """
+    if tta not in (1, 2, 6):
+        raise ValueError(f"tta has to be 1, 2 or 6, not {tta}")
     if tta == 1:
         return model(images).float()
     if tta == 2:

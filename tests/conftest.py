@@ -30,7 +30,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import image_classification as ic
 from classifier.cli import run_tool
-from classifier.datasets.load import dataset_settings
+from classifier.datasets.load import find_source
 from classifier.resolve import resolve_defaults
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
@@ -343,8 +343,7 @@ def data(trained):
     """Its data set."""
     (path,) = trained.glob("model_*.pth")
     _, content = ic.load_checkpoint(path)
-    settings, _ = dataset_settings(content["config"], content["image_size"])
-    return ic.load_data(ic.Config(**settings))
+    return ic.load_data(ic.Config(**find_source(content["config"], content["image_size"]).settings))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from playwright import sync_api as playwright
 
 import app
 import inference
+from classifier.datasets.cifar10 import REQUIRED
 from classifier.errors import UserError
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
@@ -292,7 +293,8 @@ def test_no_examples_where_the_data_set_is_not(model, folder):
     elsewhere = replace(model, settings={"dataset": "cifar10", "data_dir": "nowhere"})
     assert app.write_test_images(elsewhere, None, folder) == []
     (folder / "nowhere").mkdir()
-    (folder / "nowhere" / "test_batch").write_text("damaged")
+    for name in REQUIRED:
+        (folder / "nowhere" / name).write_text("damaged")
     assert app.write_test_images(elsewhere, None, folder) == []
 
 
@@ -302,6 +304,17 @@ def test_own_examples(folder):
         Image.new("RGB", (2, 2)).save(folder / "many" / f"{i:02}.png")
     paths = app.example_pictures("many")
     assert paths == [str((folder / "many" / f"{i:02}.png").resolve()) for i in range(20)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_examples_whose_names_are_not_utf_8(folder, model, capsys):
+    (folder / "mine").mkdir()
+    for name in (b"a.png", b"caf\xe9.png"):
+        Image.new("RGB", (2, 2)).save(folder / "mine" / os.fsdecode(name))
+    paths = app.example_pictures("mine")
+    assert paths == [str((folder / "mine" / "a.png").resolve())]
+    assert "note: 1 picture" in capsys.readouterr().out
+    app.build_page(model, paths)
 
 
 def test_addresses_are_not_looked_up():

@@ -358,10 +358,60 @@ def test_damaged_file_is_named(folder, content):
         load(build(), init_from="bad.pth")
 
 
-def test_state_dict_alone_is_no_checkpoint(folder):
-    torch.save(build().state_dict(), folder / "plain.pth")
-    with pytest.raises(UserError, match="plain.pth"):
-        load(build(), init_from="plain.pth")
+def state_dicts(network):
+    """A network's weights as other programs write them."""
+    weights = network.state_dict()
+    yield weights
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        yield {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    yield {"n_averaged": torch.tensor(3)} | {f"module.{n}": t for n, t in weights.items()}
+    yield {"state_dict": weights, "epoch": 3}
+    yield {"model": {f"module.{n}": t for n, t in weights.items()}, "optimizer": {"state": {}}}
+    yield {"model_state_dict": weights}
+
+
+def test_state_dict_of_another_program(folder, capsys):
+    source = build(seed=1)
+    for content in state_dicts(source):
+        for is_zip in (True, False):
+            torch.save(content, "plain.pth", _use_new_zipfile_serialization=is_zip)
+            model = build(seed=2)
+            assert load(model, init_from="plain.pth") is True
+            assert same(model.state_dict(), source.state_dict())
+            assert "plain.pth names no classes" in capsys.readouterr().out
+
+
+def test_state_dict_for_other_classes_gets_a_new_last_layer(folder, capsys):
+    source = build(seed=1, num_classes=7)
+    torch.save({f"module.{n}": t for n, t in source.state_dict().items()}, "plain.pth")
+    model = build(seed=2)
+    before = copy_of(model.state_dict())
+    load(model, init_from="plain.pth")
+    after = model.state_dict()
+    assert torch.equal(after["convolution.weight"], source.state_dict()["convolution.weight"])
+    assert torch.equal(after["classifier.weight"], before["classifier.weight"])
+    assert "plain.pth is for other classes" in capsys.readouterr().out
+
+
+def test_state_dict_of_another_network_is_refused(folder):
+    model = build()
+    before = copy_of(model.state_dict())
+    for content in ({"weight": torch.zeros(3)}, build(width=0.5).state_dict()):
+        torch.save(content, "plain.pth")
+        with pytest.raises(UserError, match="plain.pth holds another network"):
+            load(model, init_from="plain.pth")
+    assert same(model.state_dict(), before)
+
+
+def test_checkpoint_with_the_names_of_a_wrapped_network(folder):
+    source = build(seed=1)
+    save(folder / "ten.pth", source)
+    content = torch.load("ten.pth", weights_only=True)
+    content["model"] = {f"_orig_mod.{name}": t for name, t in content["model"].items()}
+    torch.save(content, "ten.pth")
+    model = build(seed=2)
+    load(model, init_from="ten.pth")
+    assert same(model.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -424,6 +474,19 @@ def test_torchvisions_own_file(imagenet, capsys):
             assert torch.equal(after[f"body.{name}"], value)
     assert torch.equal(after["body.classifier.1.weight"], before["body.classifier.1.weight"])
     assert "note" not in capsys.readouterr().out
+
+
+def test_torchvisions_weights_as_others_write_them(imagenet):
+    published = torch.load(imagenet, weights_only=True)
+    model = build(**PRETRAINED)
+    body = {f"body.{name}": tensor for name, tensor in published.items()}
+    wrapped = {f"module.{name}": tensor for name, tensor in published.items()}
+    for content in (body, wrapped, {"state_dict": wrapped}):
+        torch.save(content, "other.pth")
+        model = build(**PRETRAINED)
+        assert load(model, init_from="other.pth", **PRETRAINED) is True
+        first = published["features.0.weight"]
+        assert torch.equal(model.state_dict()["body.features.0.weight"], first)
 
 
 def test_torchvisions_file_in_the_format_of_older_versions(imagenet):

@@ -18,6 +18,7 @@ from classifier.checkpoints import (
     load_weights,
     read_checkpoint,
     save_checkpoint,
+    without_wrapper,
 )
 from classifier.config import Config
 from classifier.errors import UserError
@@ -126,6 +127,40 @@ def test_compressed_checkpoint_is_refused(model_file, folder):
             target.writestr(name, source.read(name) + bytes(10_000))
     with pytest.raises(UserError, match=r"zip\.pth"):
         read_checkpoint(compressed)
+
+
+def test_state_dict_is_called_one(folder):
+    """And what can be done with it is said."""
+    weights = make_content()["model"]
+    prefixed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    for content in (weights, prefixed, {"state_dict": weights}, {"model": weights, "epoch": 3}):
+        torch.save(content, folder / "plain.pth")
+        with pytest.raises(UserError, match=rf"plain\.pth .*{len(weights)} tensors.*--init-from"):
+            load_model(folder / "plain.pth", build, "mine.py:network")
+    for content in ({}, {"state_dict": {}}, {"state_dict": {"a": 1}}, {"classes": [], **weights}):
+        torch.save(content, folder / "plain.pth")
+        with pytest.raises(UserError, match="damaged"):
+            load_model(folder / "plain.pth", build)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapped_network_are_its_own(folder, prefix):
+    content = make_content()
+    weights = content["model"]
+    content["model"] = {prefix + name: tensor for name, tensor in weights.items()}
+    save_checkpoint(folder / "wrapped.pth", content)
+    network, _ = load_model(folder / "wrapped.pth", build)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_network_whose_own_names_begin_like_a_wrapper(folder):
+    weights = {"module.weight": torch.ones(2), "module.bias": torch.ones(2)}
+    assert without_wrapper(weights, weights) == weights
+    assert without_wrapper(weights, ["weight"]).keys() == {"weight", "bias"}
+    assert without_wrapper(weights, ["other"]) == weights
+    mixed = weights | {"other": torch.ones(2)}
+    assert without_wrapper(mixed, ["weight"]) == mixed
 
 
 def test_other_classes_are_named(model_file):

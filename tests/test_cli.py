@@ -305,6 +305,8 @@ def test_command_that_resumes(monkeypatch):
     expected = ["python", "image_classification.py", "--resume", "run"]
     assert cli.resume_command(Path("run"), "cnn") == expected
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    command = cli.resume_command("run", "cnn", "there/model.pth")
+    assert command[2:] == ["--resume", "run", "--out", "there/model.pth"]
     command = cli.resume_command("run", "mine.py:net")
     assert command == [sys.executable, *expected[1:], "--model", "mine.py:net"]
 

@@ -1,5 +1,7 @@
 """explain.py: galleries, Grad-CAM, feature maps, animations, and labels that are probably wrong."""
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -383,6 +385,33 @@ def test_galleries_of_a_folder_name_the_files(fine_tuned, folder, monkeypatch):
     titles = [title for name, each in shown.items() if "cam" not in name for title in each]
     names = sorted(title.partition("\n")[0] for title in titles)
     assert names == sorted(Path(path).name for path in data.test_files)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_label_issues_of_files_whose_names_are_not_utf_8(folder, tool_inside, monkeypatch):
+    write_images(folder / "photos", {"red": 12, "green": 12})
+    for path in list(folder.glob("photos/red/*.png")):
+        path.rename(path.with_name(os.fsdecode(b"caf\xe9-") + path.name))
+    data = ic.load_data(ic.Config(dataset="photos", image_size=16))
+    probabilities = torch.zeros(len(data.train.labels), 2)
+    probabilities[torch.arange(len(data.train.labels)), 1 - data.train.labels] = 1  # all wrong
+    explain.save_label_issues(data, torch.arange(len(data.train.labels)), probabilities, folder)
+    rows = table_of((folder / "label_issues.csv").read_text(encoding="utf-8"))
+    assert len(rows) == len(data.train.labels)
+    for row in rows:
+        name = row["file"].encode().decode("unicode_escape") if "\\" in row["file"] else row["file"]
+        assert (folder / name).exists()
+
+
+def test_folder_that_cannot_be_written_is_noticed_before_the_work(
+    model, folder, tool_inside, unwritable, monkeypatch
+):
+    monkeypatch.setattr(explain, "load_model", lambda *_: pytest.fail("it has begun"))
+    (folder / "kept").mkdir()
+    (folder / "file").touch()
+    unwritable(folder / "kept")
+    for out in ("kept", "file", "kept/new"):
+        assert "kept" in tool_inside("explain").error("--out", out) or out == "file"
 
 
 def test_each_image_is_judged_by_a_network_that_has_not_seen_it(monkeypatch):

@@ -191,6 +191,24 @@ def test_export_that_computes_something_else_is_refused(model, folder, tool_insi
     assert (folder / "m.pt2").read_text() == "an earlier one"
 
 
+def test_folder_of_the_export_is_made(model, folder, tool_inside):
+    arguments = ["--checkpoint", model.path, "--format", "pt2", "--out", "new/folder/m.PT2"]
+    tool_inside("export")(*arguments)
+    assert (folder / "new" / "folder" / "m.PT2").exists()
+
+
+def test_file_that_cannot_be_written_is_noticed_before_the_work(
+    model, folder, tool_inside, unwritable, monkeypatch
+):
+    monkeypatch.setattr(export, "to_pt2", lambda model: pytest.fail("it has begun"))
+    (folder / "kept").mkdir()
+    (folder / "file").touch()
+    unwritable(folder / "kept")
+    for out in ("kept/m.pt2", "file/m.pt2"):
+        arguments = ["--checkpoint", model.path, "--format", "pt2", "--out", out]
+        assert out in tool_inside("export").error(*arguments)
+
+
 def test_wrong_usage(folder, model, tool_inside):
     shutil.copy(model.path, folder / "model.pth")
     run = tool_inside("export")

@@ -30,6 +30,7 @@ import image_classification as ic
 import inference
 from classifier.config import Config
 from classifier.datasets import decode
+from classifier.datasets.cifar10 import REQUIRED
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
 from classifier.seen_images import describe_seen
@@ -135,6 +136,127 @@ def test_predict_takes_paths_and_arrays(model, data, folder):
     (folder / "b.png").write_text("no")
     with pytest.raises(UserError, match=r"b\.png"):
         inference.predict(model, [path, folder / "b.png"])
+
+
+# ---- what predict takes ----
+
+
+@pytest.fixture
+def both(onnx_file):
+    """The ONNX file and a network of PyTorch that computes the same."""
+    on_onnx = inference.load_model(onnx_file)
+
+    def compute(images):
+        return 10 * torch.from_numpy(images).float().mean((2, 3)).numpy() / 255
+
+    return [on_onnx, replace(on_onnx, compute_logits=compute)]
+
+
+def test_all_ways_to_give_an_image_are_the_same(both, folder):
+    """A picture that is not square and of another size than the network's."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save("a.png")
+    channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    for model in both:
+        expected = inference.predict(model, "a.png")
+        assert len(expected) == 1
+        tensor = torch.from_numpy(channels_first)
+        for image in (Path("a.png"), picture, pixels, tensor, pixels[::1, ::1]):
+            assert inference.predict(model, image) == expected
+            assert inference.predict(model, [image]) == expected
+            assert inference.predict(model, (image for _ in range(2))) == 2 * expected
+        mixed = ["a.png", picture, pixels, tensor]
+        assert inference.predict(model, mixed) == 4 * expected
+        for batch in (pixels[None], channels_first[None], tensor[None]):
+            assert inference.predict(model, batch) == expected
+        assert inference.predict(model, np.array(["a.png", "a.png"])) == 2 * expected
+        for empty in ([], np.empty((0, 3, 8, 8), np.uint8), torch.empty(0, 3, 8, 8).byte()):
+            assert inference.predict(model, empty) == []
+
+
+def test_pytorch_and_onnx_see_the_same_pixels(both):
+    for image in (np.full((9, 70), 200, np.uint8), np.zeros((200, 200, 3), np.uint8)):
+        on_onnx, on_torch = (inference.predict(model, image) for model in both)
+        for (name, confidence), other in zip(on_onnx[0], on_torch[0], strict=True):
+            assert (name, pytest.approx(confidence)) == other
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
+def test_pictures_of_all_modes_are_read_as_their_files_are(both, mode):
+    gray = np.arange(0, 240, 0.1).reshape(40, 60) // 1
+    picture = Image.fromarray(gray.astype(np.uint8))
+    if mode == "I;16":
+        picture = Image.fromarray((gray * 256).astype(np.uint16))
+    else:
+        picture = picture.convert(mode)
+    picture.save("a.tif")
+    for model in both:
+        assert inference.predict(model, picture) == inference.predict(model, "a.tif")
+
+
+def test_turned_picture_is_turned_back(both):
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = (255, 0, 0)
+    Image.fromarray(pixels).save("a.png", exif=exif)
+    with Image.open("a.png") as picture:
+        assert inference.predict(both[0], picture) == inference.predict(both[0], "a.png")
+
+
+UINT8 = np.zeros((3, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"),
+    [
+        (np.random.default_rng(0).random((8, 8, 3)), TypeError),
+        (np.random.default_rng(0).random((2, 3, 8, 8), np.float32), TypeError),
+        (np.full((8, 8, 3), np.nan), TypeError),
+        (np.zeros((8, 8, 3), np.int64), TypeError),
+        (np.zeros((8, 8, 3), bool), TypeError),
+        (torch.rand(3, 8, 8), TypeError),
+        (torch.rand(1, 3, 8, 8).bfloat16(), TypeError),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3))], TypeError),
+        ([[0, 1], [2, 3]], TypeError),
+        (None, TypeError),
+        (3, TypeError),
+        (b"a.png", TypeError),
+        ({"a.png": 1}, TypeError),
+        ([None], TypeError),
+        (UINT8, ValueError),  # of an array the channels come last
+        (UINT8[None, None], ValueError),
+        (np.zeros((8, 8, 4), np.uint8), ValueError),
+        (np.zeros((8, 8, 1), np.uint8), ValueError),
+        (np.zeros((0, 8, 3), np.uint8), ValueError),
+        (np.zeros((2, 8, 8, 4), np.uint8), ValueError),
+        (np.zeros((2, 3, 8, 3), np.uint8), ValueError),  # nobody can tell which are the channels
+        (np.zeros(3, np.uint8), ValueError),
+        (torch.zeros(8, 8, 3).byte(), ValueError),
+        (torch.zeros(8, 3).byte(), ValueError),
+        (torch.zeros(2, 8, 8, 3).byte(), ValueError),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_refused(both, images, kind):
+    for model in both:
+        with pytest.raises(kind, match="uint8"):
+            inference.predict(model, images)
+
+
+def test_what_a_network_takes_is_checked(both):
+    for model in both:
+        for images in (np.zeros((2, 3, 8, 8)), torch.zeros(2, 3, 8, 8).byte(), [UINT8]):
+            with pytest.raises(TypeError, match="uint8|numpy"):
+                model.logits(images)
+        for images in (UINT8, np.zeros((2, 3, 9, 9), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)):
+            with pytest.raises(ValueError, match="8, 8"):
+                inference.probabilities(model, images)
+        with pytest.raises(ValueError, match="top_k"):
+            inference.predict(model, UINT8[None], top_k=0)
+    with pytest.raises(TypeError, match="load_model"):
+        inference.predict("model.pth", UINT8[None])
 
 
 def test_picture_of_an_image_and_its_classes(model, data, folder):
@@ -337,6 +459,71 @@ def test_picture_that_cannot_be_written_leaves_the_old_one(pictures, tool_inside
     assert (pictures / "kept" / "look.png").read_text() == "the old one"
 
 
+@pytest.mark.parametrize(
+    ("name", "format"), [("a.jpg", "JPEG"), ("a.PNG", "PNG"), ("a.webp", "WEBP"), ("a.tif", "TIFF")]
+)
+def test_picture_is_saved_in_the_format_of_its_name(pictures, tool_inside, name, format):
+    tool_inside("inference")("images/0.png", "--save", f"new/folder/{name}")
+    with Image.open(pictures / "new" / "folder" / name) as picture:
+        assert picture.format == format and picture.width > 300
+
+
+def test_picture_is_saved_as_drawing(pictures, tool_inside):
+    for name, beginning in (("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
+        tool_inside("inference")("images/0.png", "--save", name)
+        assert (pictures / name).read_bytes().startswith(beginning)
+
+
+def test_picture_that_cannot_be_written_is_noticed_before_the_work(pictures, tool_inside):
+    run = tool_inside("inference")
+    (pictures / "file").touch()
+    (pictures / "folder.png").mkdir()
+    with beforehand(inference, "top_classes", lambda *_: pytest.fail("it has begun")):
+        for name in ("look", "look.bmp", "look.png.txt", "look.gif"):
+            error = run.error("images", "--save", name, status=2)
+            assert "--save" in error and ".png" in error
+        assert "file" in run.error("images", "--save", "file/look.png")
+        assert "folder.png" in run.error("images", "--save", "folder.png")
+
+
+def test_urls_are_not_read(pictures, tool_inside):
+    run = tool_inside("inference")
+    url = "https://example.com/cat.png"
+    out, err = run("images/0.png", url, "--format", "csv", status=1)
+    assert len(table_of(out)) == 1
+    assert [line for line in err.splitlines() if f"error: {url}: " in line and "URL" in line]
+    assert "URL" in run.error("images/0.png", "--checkpoint", "https://example.com/model.pth")
+    with pytest.raises(UserError, match="URL"):
+        inference.load_model("https://example.com/model.pth")
+    with pytest.raises(UserError, match="URL"):
+        inference.read_image(inference.load_model("."), url)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_names_that_are_not_utf_8_keep_their_rows(pictures, tool_inside, model):
+    """In every format, into a file and a pipe; `Program` decodes the output as UTF-8."""
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures / "images" / "0.png", pictures / "images" / name)
+    run = tool("inference", pictures)
+    escaped = os.path.join("images", r"caf\udce9.png")
+    out, _ = run("images", "--format", "csv", "--save", "seen.png")
+    rows = table_of(out)
+    assert len(rows) == 7 and escaped in [row["file"] for row in rows]
+    out, _ = run("images", "--format", "json")
+    assert os.path.join("images", name) in [entry["file"] for entry in json.loads(out)]
+    out, _ = run("images", env={"PYTHONIOENCODING": "ascii"})
+    assert len(out.splitlines()) == 8
+    (classes,) = inference.predict(model, pictures / "images" / name)
+    assert (classes,) == tuple(inference.predict(model, "images/0.png"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_onnx_file_whose_name_is_not_utf_8(onnx_file):
+    path = onnx_file.rename(os.fsdecode(b"caf\xe9.onnx"))
+    assert inference.load_model(path).classes == ["red", "green", "blue"]
+
+
 def test_wrong_usage(pictures, folder, model, tool_inside):
     run = tool_inside("inference")
     assert "IMAGE" in run.error(status=2)
@@ -375,6 +562,24 @@ def test_newest_model_of_a_folder_is_used(pictures, model, tool_inside):
     for path in pictures.glob("model_*.pth"):
         path.unlink()
     assert run("images/0.png")[0].startswith("model_other")
+
+
+def test_models_of_trial_runs_do_not_count(pictures, model, tool_inside):
+    """--fast-dev-run makes one in its run folder, and somebody may have copied it."""
+    content = torch.load(model.path, weights_only=True)
+    content["config"]["fast_dev_run"] = True
+    trial = pictures / "model_trial.pth"
+    torch.save(content, trial)
+    run = tool_inside("inference")
+    out, err = run("images/0.png")
+    assert out.startswith(f"{model.path.name} ") and "model_trial.pth" in err
+    folder_of_run = pictures / "runs" / "CIFAR10" / "now"
+    folder_of_run.mkdir(parents=True)
+    (pictures / model.path.name).rename(folder_of_run / "model_real.pth")
+    assert run("images/0.png")[0].startswith("model_real.pth ")
+    (folder_of_run / "model_real.pth").unlink()
+    assert "trial" in run.error("images/0.png").splitlines()[-1]
+    assert run("images/0.png", "--checkpoint", trial)[0].startswith("model_trial.pth ")
 
 
 def test_confidence_that_is_not_calibrated_is_said(pictures, model, tool_inside):
@@ -460,7 +665,8 @@ def test_model_that_names_no_data_set_is_taken_for_cifar10(model, folder):
     assert not inference.dataset_available(nameless)
     assert not inference.dataset_available(nameless, "elsewhere")
     (folder / "data").mkdir()
-    (folder / "data" / "test_batch").touch()
+    for name in REQUIRED:
+        (folder / "data" / name).touch()
     assert inference.dataset_available(nameless)
     assert inference.dataset_available(nameless, "data")
 
@@ -485,10 +691,13 @@ def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
     seen = describe_seen(data, model.seen_digests)
     noted = f"note: model.pth was trained on {seen}" in capsys.readouterr().out
     assert noted == (seen != "")
-    inference.load_dataset_of(replace(model, seen_digests=None), "moved")  # as of version 0.9
+    assert inference.has_images_of_training(model, data) is False
+    old = replace(model, fingerprint=None, seen_digests=None)  # of version 0.9: the mean tells
+    inference.load_dataset_of(old, "moved")
     assert "note: model.pth does not say" in capsys.readouterr().out
-    pretrained = replace(model, settings=model.settings | {"pretrained": True})
-    assert not inference.images_have_changed(pretrained, inference.load_dataset_of(model, "moved"))
+    assert inference.has_images_of_training(old, data) is False
+    old = replace(old, settings=model.settings | {"pretrained": True})  # which is ImageNet's here
+    assert inference.has_images_of_training(old, data) is None
 
     Path("moved", "red").rename(Path("moved", "pink"))
     with pytest.raises(UserError, match=r"model\.pth"):

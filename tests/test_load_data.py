@@ -8,8 +8,16 @@ from conftest import write_images
 
 from classifier.config import Config
 from classifier.datasets import download, load, named
-from classifier.datasets.load import dataset_available, dataset_settings, load_data
+from classifier.datasets.cifar10 import REQUIRED
+from classifier.datasets.load import (
+    data_dir_to_reuse,
+    dataset_available,
+    find_source,
+    is_same,
+    load_data,
+)
 from classifier.errors import DatasetUnavailable, UsageError, UserError
+from classifier.foreign_paths import existing_folder, is_network_path, refuse_network_path
 
 DEAD = "http://127.0.0.1:9/a.tar.gz"  # nobody listens there
 
@@ -101,7 +109,7 @@ def test_mirror_and_data_dir_are_used(folder, monkeypatch):
 def test_named_data_sets(monkeypatch, name):
     config = Config(dataset=name)
     monkeypatch.setattr(load, "load_named", lambda *arguments: arguments)
-    assert load_data(config) == (name, config)
+    assert load_data(config) == (name, config, True)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,19 @@ def test_image_size_without_imagenet_sizes(folder, loaded_folders):
 # ---- the data set of a trained model ----
 
 
-def test_only_settings_of_the_data_are_taken_over():
+def put(dataset, data_dir):
+    """Files that look like this data set, as if it had been downloaded; returns the folder."""
+    names = [f"cifar-10-batches-py/{name}" for name in REQUIRED]
+    if dataset != "cifar10":
+        names = [named.DATASETS[dataset].on_disk]
+    for name in names:
+        Path(data_dir, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(data_dir, name).touch()
+    return data_dir
+
+
+def test_only_settings_of_the_data_are_taken_over(folder):
+    put("mnist", "there")
     settings = {
         "dataset": "mnist",
         "data_dir": "there",
@@ -180,53 +200,50 @@ def test_only_settings_of_the_data_are_taken_over():
         "image_size": 99,
         "run_dir": "anywhere",
     }
+    source = find_source(settings, 28)
     expected = {"dataset": "mnist", "data_dir": "there", "val_fraction": 0.2, "subset": 5}
-    assert dataset_settings(settings, 28) == (expected | {"image_size": 28}, False)
-    Config(**dataset_settings(settings, 28)[0])
+    assert source.settings == expected | {"image_size": 28}
+    assert not source.is_folder and source.is_named_by_file
+    Config(**source.settings)
 
 
 def test_model_without_settings_is_one_for_cifar10(folder):
-    assert dataset_settings({}, 32) == ({"dataset": "cifar10", "image_size": 32}, False)
+    source = find_source({}, 32)
+    assert source.settings == {"dataset": "cifar10", "data_dir": "data", "image_size": 32}
+    assert not source.is_folder and not source.is_named_by_file
+    assert find_source({"dataset": "auto"}, 32) == source
     assert not dataset_available({}, 32)
     (folder / "data").mkdir()
     (folder / "data" / "test_batch").touch()
+    assert not dataset_available({}, 32)  # a download that was not finished
+    put("cifar10", "data")
     assert dataset_available({}, 32)
 
 
 def test_data_dir_of_a_folder_is_the_folder(folder):
     settings = {"dataset": "photos", "data_dir": "cache"}
-    assert dataset_settings(settings, 48, "elsewhere") == (
-        {"dataset": "elsewhere", "data_dir": "cache", "image_size": 48},
-        True,
-    )
+    source = find_source(settings, 48, "elsewhere")
+    assert source.settings == {"dataset": "elsewhere", "data_dir": "data", "image_size": 48}
+    assert source.is_folder and not source.is_named_by_file
+    assert find_source(settings, 48).is_named_by_file
     assert not dataset_available(settings, 48)
     assert not dataset_available(settings, 48, "elsewhere")
     (folder / "elsewhere").mkdir()
     assert dataset_available(settings, 48, "elsewhere")
 
 
-def test_data_dir_of_a_named_data_set_is_where_it_is():
-    settings, is_folder = dataset_settings({"dataset": "svhn", "data_dir": "old"}, 32, "new")
-    assert settings == {"dataset": "svhn", "data_dir": "new", "image_size": 32}
-    assert not is_folder
+def test_data_dir_of_a_named_data_set_is_where_it_is(folder):
+    put("svhn", "old")
+    source = find_source({"dataset": "svhn", "data_dir": "old"}, 32, "new")
+    assert source.settings == {"dataset": "svhn", "data_dir": "new", "image_size": 32}
+    assert not source.is_folder and not source.is_named_by_file
 
 
-@pytest.mark.parametrize(
-    ("dataset", "path"),
-    [
-        ("cifar10", "test_batch"),
-        ("cifar10", "cifar-10-batches-py/test_batch"),
-        ("cifar100", "cifar-100-python"),
-        ("mnist", "MNIST"),
-        ("fashion-mnist", "FashionMNIST"),
-        ("svhn", "test_32x32.mat"),
-        ("stl10", "stl10_binary"),
-    ],
-)
-def test_data_set_on_disk_is_available(folder, dataset, path):
+@pytest.mark.parametrize("dataset", ["cifar10", *named.NAMES])
+def test_data_set_on_disk_is_available(folder, dataset):
     settings = {"dataset": dataset, "data_dir": "there"}
     assert not dataset_available(settings, 32)
-    Path("there", path).mkdir(parents=True)
+    put(dataset, "there")
     assert dataset_available(settings, 32)
     assert not dataset_available(settings, 32, "elsewhere")
     assert dataset_available({"dataset": dataset}, 32, "there")
@@ -235,3 +252,54 @@ def test_data_set_on_disk_is_available(folder, dataset, path):
 def test_digits_are_always_available(folder):
     assert dataset_available({"dataset": "digits"}, 32)
     assert dataset_available({"dataset": "digits", "data_dir": "nowhere"}, 32, "elsewhere")
+
+
+# ---- folders that a file names ----
+
+
+def test_folder_for_data_sets_is_used_only_if_it_holds_what_is_wanted(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    Path("empty").mkdir()
+    put("mnist", "there")
+    for data_dir in ("nowhere", "empty", "~/empty", "~nobody/x", "\0", "//server/share"):
+        assert data_dir_to_reuse("cifar10", data_dir) == "data", data_dir
+        assert data_dir_to_reuse("photos", data_dir) == "data", data_dir
+    assert data_dir_to_reuse("cifar10", "there") == "data"
+    assert data_dir_to_reuse("mnist", "~/there") == "~/there"
+    Path("empty", ".decoded").mkdir()  # images of folders
+    assert data_dir_to_reuse("photos", "empty") == "empty"
+    put("mnist", "data")
+    assert data_dir_to_reuse("mnist", "there") == "data"
+    assert {path.name for path in folder.iterdir()} == {"empty", "there", "data"}
+
+
+@pytest.mark.parametrize("path", [r"\\server\share", "//server/share", r"\/server/share"])
+def test_network_paths_are_not_looked_at(folder, monkeypatch, path):
+    asked = []
+    monkeypatch.setattr(Path, "is_dir", lambda self: asked.append(self))
+    assert is_network_path(path)
+    assert existing_folder(path) is None
+    assert not dataset_available({"dataset": path, "data_dir": path}, 32)
+    with pytest.raises(UserError, match="--dataset"):
+        refuse_network_path(path, "run", "--dataset")
+    assert not asked
+    for local in ("photos", "/photos", r"C:\photos", r"\photos", ""):
+        assert not is_network_path(local)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", *named.NAMES])
+def test_nothing_is_downloaded_where_that_is_not_allowed(folder, dataset):
+    for data_dir in ("nowhere", put(dataset, "damaged")):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match=dataset if data_dir == "nowhere" else "damaged"):
+            load_data(Config(dataset=dataset, data_dir=data_dir), may_download=False)
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_damaged_fingerprint_is_that_of_other_images():
+    data = load_data(Config(dataset="digits", subset=50))
+    assert is_same(data, data.fingerprint())
+    other = load_data(Config(dataset="digits", subset=51))
+    for fingerprint in (other.fingerprint(), [], [1.0], "x", 3, None, ["a", "b", "c", "d"]):
+        assert not is_same(data, fingerprint)

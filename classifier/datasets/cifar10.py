@@ -62,6 +62,11 @@ def find_cifar10(data_dir: Path, mirror: str = "") -> Path:
     return batches
 
 
+def has_batches(data_dir: Path) -> bool:
+    """Whether all batch files lie in `data_dir` or in its folder BATCHES."""
+    return _is_complete(data_dir) or _is_complete(data_dir / BATCHES)
+
+
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in REQUIRED)
 

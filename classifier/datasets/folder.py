@@ -1,6 +1,7 @@
 """A folder of images as a data set."""
 
 import contextlib
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,8 +100,10 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
 
 
 def _dataset_name(folder: Path) -> str:
-    """The folder's name, made different from those of the other data sets."""
+    """The folder's name in UTF-8, made different from those of the other data sets."""
     name = folder.resolve().name or "images"
+    # a byte that is not UTF-8 is a lone surrogate in Python, which TensorBoard does not take
+    name = re.sub(r"[\ud800-\udfff]", "_", name)
     others = ["cifar10", "digits", *named.NAMES]
     others += [each.class_name.lower() for each in named.DATASETS.values()]
     if name.lower() in others:

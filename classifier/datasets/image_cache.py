@@ -45,6 +45,7 @@ from classifier.errors import UserError
 from classifier.files import NOT_WRITABLE, write_atomically
 from classifier.text import pluralize
 
+CACHE_FOLDER = ".decoded"  # in --data-dir: the caches of all data sets
 WRITE_BYTES = 2**22  # of decoded images at once: this much is lost if decoding is stopped
 PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
 MAX_PIECE = 16  # images; one at a time, small ones took twice as long
@@ -367,7 +368,7 @@ def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> De
         if failure is not None:
             unwritable = failure.filename or failure
             print(f"note: {unwritable} cannot be written: the decoded images are in {folder}")
-        cache = DecodedCache(folder / ".decoded" / title, source, size)
+        cache = DecodedCache(folder / CACHE_FOLDER / title, source, size)
         try:
             cache.fill(files)
             return cache

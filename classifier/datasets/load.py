@@ -2,22 +2,28 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from classifier.config import Config
 from classifier.datasets import named
-from classifier.datasets.cifar10 import BATCHES, find_cifar10, load_cifar10
-from classifier.datasets.dataset import Dataset
+from classifier.datasets.cifar10 import find_cifar10, has_batches, load_cifar10
+from classifier.datasets.dataset import Dataset, same_images
 from classifier.datasets.digits import load_digits
 from classifier.datasets.folder import load_folder
+from classifier.datasets.image_cache import CACHE_FOLDER
 from classifier.datasets.named import load_named
 from classifier.errors import DatasetUnavailable, UsageError
+from classifier.foreign_paths import existing_folder
 from classifier.text import did_you_mean
 
 NAMES = ["cifar10", "digits", *named.NAMES]  # and "auto"; everything else is a folder of images
 
 
-def load_data(config: Config, imagenet_size: Callable[[str], int | None] | None = None) -> Dataset:
+def load_data(
+    config: Config,
+    imagenet_size: Callable[[str], int | None] | None = None,
+    may_download: bool = True,
+) -> Dataset:
     """Find, download if needed, verify and read the data set that `config.dataset` names.
 
     With "auto" and no recipe, the digits of scikit-learn are used if CIFAR-10 is not available;
@@ -25,16 +31,19 @@ def load_data(config: Config, imagenet_size: Callable[[str], int | None] | None 
 
     imagenet_size: returns the image size that the ImageNet weights of a model are made for. With
         --pretrained and no --image-size, a folder of images is decoded at that size.
+    may_download: False: what is not on disk is not available.
 
     Raises DatasetUnavailable if a data set is not on disk and cannot be downloaded, UsageError for
     an unknown name, and UserError for damaged files.
     """
+    if not may_download and config.dataset in NAMES:
+        _check_on_disk(config)
     if config.dataset in ("auto", "cifar10"):
         return _load_cifar10_or_digits(config)
     if config.dataset == "digits":
         return load_digits(config)
     if config.dataset in named.NAMES:
-        return load_named(config.dataset, config)
+        return load_named(config.dataset, config, may_download)
     _check_folder(config.dataset)
     image_size = config.image_size
     if image_size is None and config.pretrained and imagenet_size is not None:
@@ -54,6 +63,12 @@ def _load_cifar10_or_digits(config: Config) -> Dataset:
     return load_cifar10(folder, config)
 
 
+def _check_on_disk(config: Config) -> None:
+    """Raises DatasetUnavailable unless one of NAMES is in --data-dir."""
+    if not _is_on_disk(config.dataset, Path(config.data_dir).expanduser()):
+        raise DatasetUnavailable(f"{config.dataset} is not in {config.data_dir}")
+
+
 def _check_folder(dataset: str) -> None:
     """Raises UsageError if `dataset` is not a folder."""
     if dataset and Path(dataset).expanduser().is_dir():
@@ -65,30 +80,69 @@ def _check_folder(dataset: str) -> None:
     raise UsageError(f"--dataset {dataset}: unknown data set: {suggestion}")
 
 
-def dataset_settings(
-    settings: dict[str, Any], image_size: int, data_dir: str | None = None
-) -> tuple[dict[str, Any], bool]:
-    """The settings that load the data set of a trained model again.
+# ---- The data set of a trained model -------------------------------------------------------------
 
-    Only those that define the data set are taken over: a model file from somebody else decides
-    nothing more.
+
+class Source(NamedTuple):
+    """Where the data set of a trained model is, and how to load it again.
+
+    Attributes:
+        settings: for a Config. Only those that define the data set are the model file's.
+        is_folder: whether the data set is a folder of images.
+        is_named_by_file: whether nobody but the model file, perhaps a stranger's, says where it is.
+            Then nothing is downloaded there, and the images have to be those of the training.
+    """
+
+    settings: dict[str, Any]
+    is_folder: bool
+    is_named_by_file: bool
+
+
+def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None = None) -> Source:
+    """Where the data set of a trained model is: `data_dir` if that is given, else --data-dir's
+    default, else where the model file says, provided that it is there.
 
     Args:
         settings: the settings of the model's training, or {}, which stands for CIFAR-10.
         image_size: width and height in pixels of the model's images.
-        data_dir: where the data set is now; of a folder of images, that folder itself.
-
-    Returns the settings for a Config, and whether the data set is a folder of images.
+        data_dir: what the user typed: where the data set is; of a folder of images, that folder.
     """
-    result: dict[str, Any] = {"dataset": "cifar10"}
-    for name in ("dataset", "data_dir", "val_fraction", "subset", "skip_unreadable"):
+    dataset = settings.get("dataset", "cifar10")
+    if dataset == "auto":
+        dataset = "cifar10"
+    found: dict[str, Any] = {"dataset": dataset, "image_size": image_size}
+    for name in ("val_fraction", "subset", "skip_unreadable"):
         if name in settings:
-            result[name] = settings[name]
-    result["image_size"] = image_size
-    is_folder = result["dataset"] not in NAMES
-    if data_dir:
-        result["dataset" if is_folder else "data_dir"] = data_dir
-    return result, is_folder
+            found[name] = settings[name]
+    place = data_dir_to_reuse(dataset, settings.get("data_dir", Config.data_dir))
+    if dataset not in NAMES:
+        found["data_dir"] = place
+        if data_dir:
+            found["dataset"] = data_dir
+        return Source(found, is_folder=True, is_named_by_file=not data_dir)
+    found["data_dir"] = data_dir or place
+    is_named_by_file = found["data_dir"] not in (data_dir, Config.data_dir)
+    return Source(found, is_folder=False, is_named_by_file=is_named_by_file)
+
+
+def data_dir_to_reuse(dataset: str, named: str) -> str:
+    """The folder for downloads and decoded images, where a file names one: a model or a run folder.
+
+    It is that folder only if it holds what this program would otherwise put there: the data set,
+    or for a folder of images those that it decoded. Otherwise, and where the default has it, too,
+    it is the default.
+
+    dataset: a name in NAMES, or a folder of images. named: the setting in the file.
+    """
+    folder = existing_folder(named)
+    if folder is None:
+        return Config.data_dir
+    dataset = "cifar10" if dataset == "auto" else dataset
+    if dataset not in NAMES:
+        return named if (folder / CACHE_FOLDER).is_dir() else Config.data_dir
+    if _is_on_disk(dataset, folder) and not _is_on_disk(dataset, Path(Config.data_dir)):
+        return named
+    return Config.data_dir
 
 
 def dataset_available(
@@ -96,15 +150,33 @@ def dataset_available(
 ) -> bool:
     """Whether the data set of a trained model is on this machine, so that nothing is downloaded.
 
-    The arguments are those of `dataset_settings`.
+    The arguments are those of `find_source`.
     """
-    wanted, is_folder = dataset_settings(settings, image_size, data_dir)
-    dataset = wanted["dataset"]
-    if is_folder:
-        return Path(dataset).expanduser().is_dir()
+    source = find_source(settings, image_size, data_dir)
+    dataset = source.settings["dataset"]
+    if source.is_folder:
+        folder = Path(data_dir).expanduser() if data_dir else existing_folder(dataset)
+        return folder is not None and folder.is_dir()
+    return _is_on_disk(dataset, Path(source.settings["data_dir"]).expanduser())
+
+
+def _is_on_disk(dataset: str, data_dir: Path) -> bool:
+    """Whether one of NAMES needs no download into this folder."""
     if dataset == "digits":
         return True
-    folder = Path(wanted.get("data_dir", Config.data_dir)).expanduser()
     if dataset == "cifar10":
-        return (folder / "test_batch").exists() or (folder / BATCHES / "test_batch").exists()
-    return (folder / named.DATASETS[dataset].on_disk).exists()
+        return has_batches(data_dir)
+    return (data_dir / named.DATASETS[dataset].on_disk).exists()
+
+
+def is_same(data: Dataset, fingerprint: Any) -> bool:
+    """Whether a data set has the training images that a fingerprint describes.
+
+    fingerprint: what `Dataset.fingerprint` returned, as a file holds it, which may be damaged.
+    """
+    found = data.fingerprint()
+    try:
+        # version 0.9 saved no digest: one number less
+        return len(fingerprint) >= len(found) - 1 and same_images(found, fingerprint)
+    except TypeError:  # no list, or no numbers
+        return False

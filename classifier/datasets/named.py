@@ -80,15 +80,15 @@ DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 DAMAGED_FILE_ERRORS = (AssertionError, EOFError, LookupError, TypeError, ValueError)
 
 
-def load_named(name: str, config: Config) -> Dataset:
-    """One of NAMES, downloaded into --data-dir if it is not there.
+def load_named(name: str, config: Config, may_download: bool = True) -> Dataset:
+    """One of NAMES, downloaded into --data-dir if it is not there and `may_download` is True.
 
     Raises DatasetUnavailable if that fails, and UserError if its files are damaged or cannot be
     written.
     """
     data_dir = Path(config.data_dir).expanduser()
     try:
-        train, test = _open(name, data_dir)
+        train, test = _open(name, data_dir, may_download)
     except (*DOWNLOAD_ERRORS, *DAMAGED_FILE_ERRORS) as error:
         raise _to_user_error(error, name, data_dir) from error
 
@@ -104,18 +104,18 @@ def load_named(name: str, config: Config) -> Dataset:
     )
 
 
-def _open(name: str, data_dir: Path) -> tuple[Any, Any]:
+def _open(name: str, data_dir: Path, may_download: bool) -> tuple[Any, Any]:
     """The training and the test images as objects of torchvision."""
     from torchvision import datasets
 
     dataset_class = getattr(datasets, DATASETS[name].class_name)
     root = str(data_dir)
     if name in ("svhn", "stl10"):
-        train = dataset_class(root, split="train", download=True)
-        test = dataset_class(root, split="test", download=True)
+        train = dataset_class(root, split="train", download=may_download)
+        test = dataset_class(root, split="test", download=may_download)
     else:
-        train = dataset_class(root, train=True, download=True)
-        test = dataset_class(root, train=False, download=True)
+        train = dataset_class(root, train=True, download=may_download)
+        test = dataset_class(root, train=False, download=may_download)
     return train, test
 
 

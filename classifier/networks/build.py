@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from classifier.checkpoints import load_weights, read_checkpoint, read_state_dict
+from classifier.checkpoints import (
+    load_weights,
+    read_checkpoint,
+    read_state_dict,
+    without_wrapper,
+)
 from classifier.config import Config, flag, is_custom_model
 from classifier.datasets.dataset import Dataset
 from classifier.errors import UsageError, UserError
@@ -190,44 +195,69 @@ def _load_pretrained(model: ImageNetClassifier, init_from: str, classes: list[st
         weights = pretrained.download_imagenet_weights(model)
         pretrained.load_pretrained(model, weights, model.weights.url, keep_last_layer=False)
         return
-    weights, weights_classes = _read_pretrained_file(init_from)
+    weights, weights_classes = _read_pretrained_file(init_from, model)
     same_classes = weights_classes == classes
     pretrained.load_pretrained(model, weights, init_from, keep_last_layer=same_classes)
     if weights_classes is not None and not same_classes:
         _note_new_last_layer(init_from)
 
 
-def _read_pretrained_file(path: str) -> tuple[dict[str, torch.Tensor], list[str] | None]:
-    """The weights in a file, under an ImageNetClassifier's names, and the classes they are for.
+def _read_pretrained_file(
+    path: str, model: ImageNetClassifier
+) -> tuple[dict[str, torch.Tensor], list[str] | None]:
+    """The weights in a file, under the names of `model`, and the classes they are for.
 
-    None instead of the classes: torchvision's own file, for ImageNet's.
+    None instead of the classes: a state dict, such as torchvision's own for ImageNet's classes.
     """
     try:
         checkpoint = read_checkpoint(path)
     except UserError as error:
-        content = read_state_dict(path)
-        if content is None:
-            raise pretrained.damaged_weights(path) from None
-        if "classes" in content:  # a checkpoint after all
+        weights = read_state_dict(path)
+        if weights is None:
             raise UserError(f"--pretrained: {error}") from None
-        return pretrained.rename_torchvision_weights(content), None
-    return checkpoint["model"], checkpoint["classes"]
+        expected = model.state_dict()
+        weights = without_wrapper(weights, {*expected, *model.body.state_dict()})
+        if not any(name in expected for name in weights):
+            weights = pretrained.rename_torchvision_weights(weights)
+        return weights, None
+    return without_wrapper(checkpoint["model"], model.state_dict()), checkpoint["classes"]
 
 
 def _load_checkpoint(model: nn.Module, config: Config, classes: list[str]) -> None:
-    """Load the weights of --init-from."""
-    checkpoint = read_checkpoint(config.init_from)
-    weights = checkpoint["model"]
+    """Load the weights of --init-from: a checkpoint, or a state dict of another program."""
+    path = config.init_from
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError:
+        weights = read_state_dict(path)
+        if weights is None:
+            raise
+        _load_state_dict(model, weights, path)
+        return
+    weights = without_wrapper(checkpoint["model"], model.state_dict())
     if checkpoint["classes"] != classes:
-        _note_new_last_layer(config.init_from)
+        _note_new_last_layer(path)
         weights.update(pretrained.last_layer_weights(model))
     try:
-        load_weights(model, weights, config.init_from)
+        load_weights(model, weights, path)
     except UserError as error:
         differences = _network_options_of(checkpoint["config"], config)
         if not differences:
             raise
         raise UserError(f"{error}; it was made with {differences}") from None
+
+
+def _load_state_dict(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
+    """Load a state dict, which names no classes: its last layer too, where that fits."""
+    weights = without_wrapper(weights, model.state_dict())
+    last_layer = pretrained.last_layer_weights(model)
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    if all(shapes.get(name) == tensor.shape for name, tensor in last_layer.items()):
+        print(f"note: {path} names no classes: its last layer is taken for these, in this order")
+    else:
+        _note_new_last_layer(path)
+        weights.update(last_layer)
+    load_weights(model, weights, path)
 
 
 def _note_new_last_layer(source: str) -> None:
