@@ -49,6 +49,7 @@ try:
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UsageError, UserError
     from classifier.files import prepare_folder, write_atomically, write_csv
+    from classifier.foreign_paths import is_network_path
     from classifier.heartbeat import Heartbeat
     from classifier.networks.pretrained import last_layer_weights
     from classifier.text import percent
@@ -438,8 +439,7 @@ def problem_with_weights(model: Classifier, data: Dataset, path: str) -> str:
 
     path: the file with these weights. Empty if they can.
     """
-    is_network_path = path.startswith(("\\\\", "//"))  # a model file has it touch no other machine
-    if is_network_path or not Path(path).is_file():
+    if is_network_path(path) or not Path(path).is_file():
         return f"the model started from {path}, which is no longer there"
     try:
         content = read_checkpoint(path)

@@ -44,7 +44,7 @@ try:
         run_tool,
     )
     from classifier.config import Config, flag, is_custom_model
-    from classifier.datasets.dataset import Dataset
+    from classifier.datasets.dataset import Dataset, digest_of
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import Diverged, Stopped, UsageError, UserError
     from classifier.files import write_json

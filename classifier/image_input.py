@@ -34,7 +34,7 @@ def to_batch(
         images: ACCEPTED says what they may be.
         size: width and height, S, that the network takes.
         read_file: reads the file of this path: uint8 (3, S, S).
-        ranges: of values, for PIL images with more than 8 bits a pixel.
+        ranges: of the values of PIL images with more than 8 bits a pixel, see `pixel_range`.
 
     Returns uint8 (N, 3, S, S). Raises TypeError and ValueError for anything else, and what
     `read_file` raises.

@@ -24,7 +24,7 @@ from classifier.files import write_atomically, write_csv
 from classifier.progress import Row
 from classifier.run_log import RunLog
 from classifier.runs import Run
-from classifier.text import percent, printable
+from classifier.text import percent
 from classifier.train_state import TrainState
 
 COMMIT_FILE = "COMMIT"  # in the package within a .pyz: see bundle.py
@@ -166,7 +166,7 @@ def write_report(
         "label": labels,
         "prediction": [classes[prediction] for prediction in predictions.tolist()],
         "confidence": confidences.tolist(),
-        "image": [printable(name) for name in identity.name_test_images(data)],
+        "image": identity.name_test_images(data),
         "digest": digests,
     }
     rows = zip(*columns.values(), strict=True)
