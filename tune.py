@@ -545,7 +545,7 @@ def main() -> int:
     settings = non_default_settings(configure(**search.fixed))
     for name in OF_ONE_MACHINE:
         settings.pop(name, None)
-    study.begin(settings, search.data.fingerprint())
+    study.begin(settings, [*search.data.fingerprint(), float(digest_of(search.data.valid))])
     num_trials = study.num_trials()
     known = f", which has {num_trials} of the trials already" if num_trials else ""
     print(f"Searching in {search.folder}{known}")

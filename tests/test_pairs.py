@@ -79,7 +79,7 @@ if __name__ == "__main__":
 
 
 def break_off(progress, runs, break_at, how):
-    """Let the process be killed, or get Ctrl-C, in this step; before it every step is saved.
+    """Let the process be killed, or get Ctrl-C, in this step; the step before it is saved.
 
     progress, runs: the class and the module, which are changed.
     """
@@ -89,10 +89,11 @@ def break_off(progress, runs, break_at, how):
 
     def advance_and_break(self, scale):
         advance(self, scale)
+        if self.step == break_at - 1:
+            runs.SAVE_EVERY = 0
         if self.step == break_at:
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
 
-    runs.SAVE_EVERY = 0
     progress.advance = advance_and_break
 
 
