@@ -371,12 +371,12 @@ counted = []
 
 def classify(images):
     counted.append(len(images))
-    return torch.stack([images.float(), images.float() + model.statistic], 1)
+    return torch.stack([images.float(), images.float() + network.statistic], 1)
 
 
-model.statistic.fill_(100.0 * (rank + 1))
+network.statistic.fill_(100.0 * (rank + 1))
 for count in (5, 4, 1):
-    logits = group.share_evaluation(model, torch.arange(count), classify)
+    logits = group.share_evaluation(network, torch.arange(count), classify)
     found[f"logits of {count}"] = logits.tolist()
 found["counted"] = counted
 

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gzip
 import os
 import pickle
 import struct
@@ -178,3 +179,25 @@ def test_disk_that_cannot_be_written_is_not_a_failed_download(folder, monkeypatc
 
 def test_paths_that_show_what_is_on_disk(name, folder):
     assert (folder / "data" / named.DATASETS[name].on_disk).exists()
+
+
+def test_errors_are_told_apart_by_where_they_arise(folder, monkeypatch):
+    """While files are fetched, or while they are read, whatever their words."""
+
+    class Fetching:
+        def __init__(self, *_, **__):
+            self.download()
+
+        def download(self):
+            raise RuntimeError("shape is invalid for input of size 3")
+
+    def read(*_, **__):
+        raise gzip.BadGzipFile("could not be downloaded")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", Fetching)
+    with pytest.raises(DatasetUnavailable):
+        load_named("mnist", Config())
+    monkeypatch.setattr("torchvision.datasets.MNIST", read)
+    with pytest.raises(UserError, match="damaged") as caught:
+        load_named("mnist", Config())
+    assert not isinstance(caught.value, DatasetUnavailable)

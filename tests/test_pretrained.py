@@ -1,5 +1,7 @@
 """torchvision's classifiers, their ImageNet weights, and training only the last layer."""
 
+import errno
+import os
 import urllib.error
 from pathlib import Path
 
@@ -215,3 +217,22 @@ def test_freezing_leaves_only_the_last_layer_to_be_trained():
     freeze_all_but_last_layer(network)
     trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
     assert trained == LAST_LAYER
+
+
+@pytest.mark.parametrize(
+    ("number", "named", "blamed"),
+    [
+        (errno.ENOSPC, "TORCH_HOME", "downloaded"),
+        (errno.EROFS, "TORCH_HOME", "downloaded"),
+        (errno.ECONNRESET, "could not be downloaded", "TORCH_HOME"),
+    ],
+)
+def test_disk_and_network_are_told_apart(monkeypatch, number, named, blamed):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    network = ImageNetClassifier(SMALLEST, 3)
+    monkeypatch.setattr(type(network.weights), "get_state_dict", fail)
+    with pytest.raises(UserError, match=named) as caught:
+        download_imagenet_weights(network)
+    assert blamed not in str(caught.value) and os.strerror(number) in str(caught.value)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from classifier.errors import UsageError, UserError
+from classifier.errors import NO_SPACE, UsageError, UserError
+from classifier.files import NOT_WRITABLE
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -138,12 +139,17 @@ def size_hint(model: str, image_size: int) -> str:
 def download_imagenet_weights(network: ImageNetClassifier) -> dict[str, torch.Tensor]:
     """ImageNet weights, from torch.hub's cache or the network, under the names of `network`.
 
-    Raises UserError if they cannot be downloaded or are damaged.
+    Raises UserError if they cannot be downloaded or written, or are damaged.
     """
     url = network.weights.url
     try:
         weights = network.weights.get_state_dict(progress=True, check_hash=True)
     except OSError as error:
+        if error.errno in NOT_WRITABLE | NO_SPACE:
+            raise UserError(
+                f"--pretrained: the ImageNet weights cannot be written to {torch.hub.get_dir()} "
+                f"({error.strerror}): name another folder in the variable TORCH_HOME"
+            ) from None
         # The cause that URLError wraps. HTTPError has a `reason` too, which is part of its message.
         reason = getattr(error, "reason", None)
         cause = reason if isinstance(reason, Exception) else error
