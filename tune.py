@@ -188,8 +188,6 @@ def train_trial(
     log_folder = search.folder / f"trial-{trial.number:04d}"
     with training_process(search.device, config.deterministic):
         with contextlib.redirect_stdout(io.StringIO()):  # its notes were printed at the start
-            # the same in all trials, so that an epoch of one compares with that of another
-            config = replace(config, progressive_resizing=search.start.progressive_resizing)
             config = resolve_defaults(config, search.data, ic.DEFAULT_RECIPE)
             trainer = ic.Trainer(config, search.data, search.device)
         progress = trainer.state.progress
@@ -210,8 +208,8 @@ def train_epochs(
 ) -> str:
     """Train a trial; returns "", or why it ended early.
 
-    Each epoch's validation accuracy goes to the trial, which may then end early, and to
-    TensorBoard. Raises Stopped.
+    Each epoch's validation accuracy goes to TensorBoard, and on whole images to the trial, which
+    may then end early. Raises Stopped.
     """
     state, progress, config = trainer.state, trainer.state.progress, trainer.config
     heartbeat = Heartbeat(state, trainer.group, config.progressive_resizing, stop=limit)
@@ -221,7 +219,8 @@ def train_epochs(
             ic.train_one_epoch(trainer, heartbeat)
             row = ic.validate(trainer)
             log.add_scalar("accuracy", row["valid_accuracy"], row["epoch"])
-            trial.report(row["valid_accuracy"], row["epoch"])
+            if row["image_scale"] == 1:  # trials may differ in their share of smaller images
+                trial.report(row["valid_accuracy"], row["epoch"])
             if not progress.done and not is_default(trial) and trial.should_prune():
                 return "stopped early"
     except Diverged:

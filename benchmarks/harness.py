@@ -7,6 +7,7 @@ starts. Its only way to do so is `replace`, which fails if the program has no su
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -160,7 +161,8 @@ def read_kilobytes(path: str, name: str) -> int:
 def read_epochs(metrics_file: Path) -> list[dict[str, float]]:
     """A row for each epoch of a run: losses, validation accuracy, seconds since training began.
 
-    Without validation images their figures are NaN.
+    The validation figures are NaN without validation images, and on images that progressive
+    resizing has made smaller.
     """
     with metrics_file.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -171,6 +173,8 @@ def read_epochs(metrics_file: Path) -> list[dict[str, float]]:
         epoch = {"seconds": elapsed}
         for name in ("train_loss", "valid_loss", "valid_accuracy"):
             epoch[name] = float(row[name] or "nan")
+        if float(row.get("image_scale", 1)) < 1:  # version 0.9 validated on whole images
+            epoch["valid_loss"] = epoch["valid_accuracy"] = math.nan
         epochs.append(epoch)
     return epochs
 

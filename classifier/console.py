@@ -50,10 +50,11 @@ def print_epoch(progress: Progress, row: Row, is_best: bool, eta: str) -> None:
     seconds = f"{row['seconds']:.1f} s"
     if progress.step_in_epoch:  # --minutes ended the run within an epoch
         seconds += f" for {progress.step_in_epoch} of {progress.steps_per_epoch} steps"
+    size = "" if row["image_scale"] == 1 else f", images at {100 * row['image_scale']:.0f} %"
     saved = ", saved" if is_best else ""
     print(
         f"Epoch {row['epoch']:04d}: train loss {row['train_loss']:.4f}, valid loss {valid_loss}, "
-        f"train acc {percent(row['train_accuracy'])}{valid_accuracy}, {seconds}, {eta}{saved}"
+        f"train acc {percent(row['train_accuracy'])}{valid_accuracy}{size}, {seconds}, {eta}{saved}"
     )
 
 

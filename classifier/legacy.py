@@ -82,8 +82,6 @@ def translate_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
         translated["model"] = _translate_weights(content["model"])
         if translated.get("ema"):
             translated["ema"] = _translate_weights(translated["ema"])
-    if "history" in content:  # version 0.9 always validated on whole images
-        translated["history"] = [{**row, "image_scale": 1.0} for row in content["history"]]
     if "optimizers" in content:
         translated["optimizers"] = [_translate_optimizer(each) for each in content["optimizers"]]
     return translated

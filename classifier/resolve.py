@@ -188,16 +188,18 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
 
     batch_size = min(config.batch_size or defaults["batch_size"], len(data.train.labels))
     num_normalised = min(batch_size, config.micro_batch or batch_size)  # that batch norm sees
-    steps = _num_steps(data, batch_size, config.epochs or defaults["epochs"])
+    epochs = config.epochs or defaults["epochs"]
+    steps = _num_steps(data, batch_size, epochs, config.class_balance)
     is_short = steps < MIN_STEPS and not config.minutes
     if _image_size(data) < MIN_IMAGE_SIZE or num_normalised < MIN_BATCH_SIZE or is_short:
         defaults["progressive_resizing"] = 0.0
     return defaults
 
 
-def _num_steps(data: Dataset, batch_size: int, epochs: int) -> int:
-    """Steps of a run without a time budget, where each image is taken once an epoch."""
-    return math.ceil(len(data.train.labels) / batch_size) * epochs
+def _num_steps(data: Dataset, batch_size: int, epochs: int, class_balance: str) -> int:
+    """Steps of a run without a time budget."""
+    epoch_size = sampling.epoch_size(data.train.labels, class_balance)
+    return math.ceil(epoch_size / batch_size) * epochs
 
 
 def _optimizer_defaults(optimizer: str, default_recipe: Settings) -> Settings:
@@ -253,9 +255,9 @@ def _check_augment(text: str | None, data: Dataset) -> None:
 
 def _check_progressive_resizing(config: Config, data: Dataset) -> None:
     """Raise UsageError if no step is left for whole images, on which the network is tested."""
-    if config.minutes:
+    if config.minutes or config.resume:
         return
-    steps = _num_steps(data, config.batch_size, config.epochs)
+    steps = _num_steps(data, config.batch_size, config.epochs, config.class_balance)
     if (steps - 1) / steps < config.progressive_resizing:
         raise UsageError(
             f"--progressive-resizing {config.progressive_resizing:g} leaves none of the {steps} "

@@ -95,7 +95,7 @@ def summarize(reports: list[Report], run: Path) -> Report:
 def _loss_of_kept_weights(report: Report) -> float:
     """Validation loss of the epoch whose weights a seed has kept.
 
-    Without validation images it is not known for any seed; infinity then makes all of them equal.
+    Infinity if it is not known, as without validation images.
     """
     loss = report.history[report.results["best_epoch"]]["valid_loss"]
     return math.inf if loss is None else loss

@@ -19,7 +19,7 @@ from PIL import Image
 
 import image_classification as ic
 from classifier import runs
-from classifier.datasets.load import dataset_settings
+from classifier.datasets.load import find_source
 
 pytestmark = [
     pytest.mark.slow,
@@ -298,7 +298,7 @@ def judge(run, folder, prepared, monkeypatch):
 
 def predict_test_images(model_file, model, checkpoint, table, prepared):
     """inference.py predicts of each test image what test_predictions.csv says."""
-    settings, _ = dataset_settings(checkpoint["config"], checkpoint["image_size"])
+    settings = find_source(checkpoint["config"], checkpoint["image_size"]).settings
     data = ic.load_data(ic.Config(**{**settings, "data_dir": str(prepared / "data")}))
     network, _ = ic.load_checkpoint(model_file, model)
     tested = ic.evaluate(network, data.test.images, data.test.labels)

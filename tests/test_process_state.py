@@ -44,7 +44,7 @@ CALLS = {
     "train_with_one_ctrl_c": "Stopped",
     "train_with_two_ctrl_c": "KeyboardInterrupt",
     "evaluate": "done",
-    "evaluate_with_an_error": "RuntimeError",
+    "evaluate_with_an_error": "ValueError",
 }
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 from pathlib import Path
 
 import optuna
@@ -203,23 +202,22 @@ def test_bad_trials_end_early(here, folder, monkeypatch):
     assert "Trial 7: stopped early (best " in out
 
 
-def test_all_trials_have_the_same_share_of_small_images(folder, monkeypatch):
-    """Otherwise pruning would compare accuracies on images of different sizes."""
-    monkeypatch.setattr(sys, "argv", ["tune.py", *QUICK, "--epochs", "20"])
-    search = tune.prepare(*tune.parse_options())
-    shares = []
-
-    def note(config, data, device):
-        shares.append(config.progressive_resizing)
-        raise Diverged("as far as this test goes")
-
-    monkeypatch.setattr(ic, "Trainer", note)
-    trial = types.SimpleNamespace(number=1)
-    for batch_size in (50, 3):  # the default would be 0 for the smaller one
-        config = configure(**{**search.fixed, "batch_size": batch_size})
-        with pytest.raises(Diverged):
-            tune.train_trial(trial, config, search, None)
-    assert shares == [0.7, 0.7]
+def test_only_accuracies_on_whole_images_are_compared(here, folder):
+    """With the default share of small images, 14 of 20 epochs are on these."""
+    here(
+        "--dataset",
+        "digits",
+        "--subset",
+        "200",
+        "--width",
+        "0.25",
+        "--epochs",
+        "20",
+        "--trials",
+        "1",
+    )
+    (trial,) = trials_of(folder)
+    assert sorted(trial.intermediate_values) == list(range(13, 20))
 
 
 def test_too_little_time_is_said(here):

@@ -240,6 +240,7 @@ def test_digits_are_not_mirrored(inside):
 def test_batches_of_two_leave_no_image_alone(inside, folder, subset):
     """ResNet-18 has batch norm over a single value of each channel, from images of 16 pixels."""
     options = ["--model", "torchvision:resnet18", "--image-size", "16", "--val-fraction", "0"]
+    options += ["--precision", "fp32"]  # in bf16 the loss of such batches may overflow
     inside(*DIGITS, *options, "--subset", subset, "--batch-size", "2", "--epochs", "1")
     assert report_of(only_run(folder))["train_images"] == int(subset)
 
