@@ -84,7 +84,8 @@ class Progress:
         self.step = saved["step"]
         self.seconds = saved["seconds"]
         self.cost = saved["cost"]
-        self.history = saved["history"]
+        # older versions always validated on whole images, and did not record it
+        self.history = [{"image_scale": 1.0, **row} for row in saved["history"]]
         if keep_total_steps:
             self.total_steps = saved["total_steps"]
         if not self.done:  # an epoch that ended early and now continues gets a new row

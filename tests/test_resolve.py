@@ -355,3 +355,39 @@ def test_processes_need_some_images_each(world_size, given, named):
     check_processes(config, data, Group())
     config = resolved(data, batch_size=4 * world_size)
     check_processes(config, data, Processes(world_size=world_size))
+
+
+# ---- progressive resizing in short runs ----
+
+
+def test_runs_of_few_steps_are_not_resized():
+    """The network would hardly see whole images."""
+    shares = [
+        resolved(batch_size=100, epochs=epochs).progressive_resizing  # 6 steps an epoch
+        for epochs in (3, 4)
+    ]
+    assert shares == [0.0, 0.7]
+    assert resolved(batch_size=100, epochs=3, minutes=1.0).progressive_resizing == 0.7
+
+
+def test_steps_are_those_of_the_balanced_classes():
+    data = dataset(count=2000)
+    data.train.labels[:20] = 1
+    settings = {"epochs": 10, "batch_size": 40}
+    assert resolved(data, **settings).progressive_resizing == 0.7
+    balanced = resolved(data, class_balance="undersample", **settings)  # one step an epoch
+    assert balanced.progressive_resizing == 0.0
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.75, True), (0.76, False)])
+def test_share_that_leaves_no_step_for_whole_images_is_refused(share, fits):
+    settings = {"batch_size": 300, "epochs": 2, "progressive_resizing": share}  # 4 steps
+    if fits:
+        assert resolved(**settings).progressive_resizing == share
+        return
+    with pytest.raises(UsageError, match="--progressive-resizing"):
+        resolved(**settings)
+
+
+def test_trial_run_is_on_whole_images():
+    assert resolved(fast_dev_run=True, progressive_resizing=0.7).progressive_resizing == 0.0

@@ -122,7 +122,9 @@ def test_total_never_falls_below_the_steps_done(clock):
     run = Run(clock, budget_for(1), 40, 1.0)  # no step fits
     run.train()
     assert all(total >= step for step, total in enumerate(run.planned, 1))
-    assert run.progress.step == time_budget.PROBE_STEPS  # the first look ends the run
+    # the first look would end the run, but the network has seen only small images
+    assert run.progress.step == time_budget.PROBE_STEPS + time_budget.WHOLE_STEPS
+    assert run.progress.image_scale == 1
 
 
 def test_one_slow_probe_does_not_end_a_run(clock):

@@ -204,20 +204,9 @@ def test_bad_trials_end_early(here, folder, monkeypatch):
 
 def test_only_accuracies_on_whole_images_are_compared(here, folder):
     """With the default share of small images, 14 of 20 epochs are on these."""
-    here(
-        "--dataset",
-        "digits",
-        "--subset",
-        "200",
-        "--width",
-        "0.25",
-        "--epochs",
-        "20",
-        "--trials",
-        "1",
-    )
+    here(*QUICK, "--epochs", "20", "--trials", "1")
     (trial,) = trials_of(folder)
-    assert sorted(trial.intermediate_values) == list(range(13, 20))
+    assert sorted(trial.intermediate_values) == list(range(14, 20))
 
 
 def test_too_little_time_is_said(here):
