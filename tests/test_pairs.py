@@ -28,7 +28,7 @@ pytestmark = [
 
 CHOICES = {
     "data": ["digits", "photos", "divided"],  # divided: a folder with train/, val/ and test/
-    "model": ["cnn", "network.py:small", "torchvision:resnet18"],
+    "model": ["cnn", "network.py:small", "torchvision:mobilenet_v3_small"],
     "start": ["scratch", "trained", "frozen"],
     "break": ["none", "kill", "ctrl-c"],
     "class_balance": ["none", "weights", "oversample", "undersample"],
