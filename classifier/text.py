@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 URL_REFUSED = "this is a URL: name a file or folder on this machine, downloaded if need be"
 
 
@@ -57,4 +58,9 @@ def printable(name: str) -> str:
 
 def has_control_characters(name: str) -> bool:
     """Whether printing this may do more than print, such as move the cursor of a terminal."""
-    return re.search(r"[\x00-\x1f\x7f-\x9f]", name) is not None
+    return CONTROL_CHARACTER.search(name) is not None
+
+
+def escape_control_characters(text: str) -> str:
+    r"""A text that only prints: each control character becomes \xXX, its hexadecimal digits."""
+    return CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

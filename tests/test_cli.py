@@ -303,11 +303,11 @@ def test_command_that_resumes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["image_classification.py", "--epochs", "3"])
     monkeypatch.setattr(cli.shutil, "which", lambda name: sys.executable)
     expected = ["python", "image_classification.py", "--resume", "run"]
-    assert cli.resume_command(Path("run"), "cnn") == expected
+    assert cli.resume_command(Path("run"), {}) == expected
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
-    command = cli.resume_command("run", "cnn", "there/model.pth")
+    command = cli.resume_command("run", {"out": "there/model.pth"})
     assert command[2:] == ["--resume", "run", "--out", "there/model.pth"]
-    command = cli.resume_command("run", "mine.py:net")
+    command = cli.resume_command("run", {"model": "mine.py:net"})
     assert command == [sys.executable, *expected[1:], "--model", "mine.py:net"]
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from classifier import distributed
+from classifier import distributed, rendezvous
 from classifier.distributed import Group
 from classifier.errors import UserError
 
@@ -274,11 +274,11 @@ def test_new_group_meets_in_a_fresh_part_of_the_store():
     old.set("asked by 1", "gone")
     old.set("answer to 1", "gone")
     old.set("address", "of a process that has ended")
-    store.set(distributed.PREFIX_KEY, "old")
+    store.set(rendezvous.PREFIX_KEY, "old")
     parts = {}
 
     def meet(rank):
-        parts[rank] = distributed._fresh_prefix(store, rank, 3)
+        parts[rank] = rendezvous.fresh_prefix(store, rank, 3, distributed.TIMEOUT)
 
     others = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 2)]
     for thread in others:

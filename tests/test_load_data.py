@@ -282,7 +282,7 @@ def test_network_paths_are_not_looked_at(folder, monkeypatch, path):
     assert existing_folder(path) is None
     assert not dataset_available({"dataset": path, "data_dir": path}, 32)
     with pytest.raises(UserError, match="--dataset"):
-        refuse_network_path(path, "run", "--dataset")
+        refuse_network_path(path, "run", "dataset")
     assert not asked
     for local in ("photos", "/photos", r"C:\photos", r"\photos", ""):
         assert not is_network_path(local)

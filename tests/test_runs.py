@@ -21,7 +21,8 @@ from torch import nn
 from classifier import distributed, runs
 from classifier.checkpoints import read_checkpoint, save_checkpoint
 from classifier.config import Config
-from classifier.datasets.dataset import SPLIT_RULES, Dataset, Split
+from classifier.datasets import dataset
+from classifier.datasets.dataset import Dataset, Split
 from classifier.datasets.splits import Identity
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.runs import Run, StopRequest, resume_config
@@ -481,7 +482,7 @@ def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     content = make_content(
         make_network(),
         fingerprint=then.fingerprint(),
-        split_rules=SPLIT_RULES,
+        split_rules=dataset.SPLIT_RULES,
         **digests_for_file(then),
     )
     save_checkpoint(saved_run.path / "last.pth", content)
