@@ -191,7 +191,7 @@ def test_resume_command_of_a_run_with_network_paths_works(inside, folder):
     inside(*BRIEF, "--epochs", "1", "--out", "start.pth")
     settings = ["--dataset", f"/{folder}/my photos", "--init-from", f"/{folder}/start.pth"]
     settings += ["--data-dir", f"/{folder}/decoded", "--image-size", "16", "--epochs", "1"]
-    settings += ["--width", "0.5"]
+    settings += ["--width", "0.25"]
     with beforehand(runs.Run, "begin", lambda *_: signal.raise_signal(signal.SIGINT)):
         out, _ = inside(*settings, "--run-dir", "run", status=130)
     shutil.rmtree(folder / "run" / "seed-0", ignore_errors=True)
