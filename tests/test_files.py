@@ -3,7 +3,6 @@
 import csv
 import os
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -77,27 +76,26 @@ def test_folder_that_another_process_only_tried_to_make_is_made_again(folder, ma
     assert (folder / "new").exists() == (make is prepare_folder)
 
 
-def test_folders_of_a_run_are_made_while_others_try_them(folder):
-    done = threading.Event()
+def test_run_folder_is_made_while_others_try_its_place(folder, monkeypatch):
+    calls = []
+    mkdir = Path.mkdir
 
-    def try_places():
-        while not done.is_set():
-            check_writable(folder / "runs")
-            check_writable(folder / "new" / "inner")
+    def mkdir_or_miss(path, *args, **options):
+        calls.append(path)
+        if len(calls) == 1:  # its parent was removed before it could be made
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        mkdir(path, *args, **options)
 
-    others = [threading.Thread(target=try_places) for _ in range(2)]
-    for thread in others:
-        thread.start()
-    try:
-        for number in range(300):
-            new_run_folder("", "digits").rmdir()
-            (folder / "runs" / "digits").rmdir()
-            write_into_new_folder(folder / "new" / "inner" / f"{number}.pth", b"a model")
-            (folder / "new" / "inner" / f"{number}.pth").unlink()
-    finally:
-        done.set()
-        for thread in others:
-            thread.join()
+    for run_dir in ("", "there/run"):
+        calls.clear()
+        monkeypatch.setattr(Path, "mkdir", mkdir_or_miss)
+        assert new_run_folder(run_dir, "digits").is_dir()
+
+
+def test_model_is_written_while_others_try_its_place(folder):
+    with beforehand(Path, "open", remove_once(folder / "new")):
+        write_into_new_folder(folder / "new" / "a.pth", b"a model")
+    assert (folder / "new" / "a.pth").read_bytes() == b"a model"
 
 
 def test_control_characters_are_escaped():

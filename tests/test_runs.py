@@ -491,6 +491,16 @@ def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
         runs.check_resumable(saved_run.path, with_digests(digests, labels), make_network)
 
 
+def test_rules_of_splitting_are_read_when_they_are_needed(saved_run, data, monkeypatch):
+    content = make_content(make_network(), fingerprint=[1.0], split_rules=dataset.SPLIT_RULES)
+    save_checkpoint(saved_run.last, content)
+    drawn = replace(data, drawn=("testing",))
+    for rules, said in ((dataset.SPLIT_RULES, "not those"), (99, "older version")):
+        monkeypatch.setattr(dataset, "SPLIT_RULES", rules)
+        with pytest.raises(UserError, match=said):
+            runs.check_resumable(saved_run.path, drawn, make_network)
+
+
 def test_damaged_state_is_named(saved_run, data):
     saved_run.last.write_bytes(saved_run.last.read_bytes()[:500])
     with pytest.raises(UserError, match=r"last\.pth is damaged"):
