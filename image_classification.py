@@ -58,6 +58,7 @@ try:
         cuda_graphs,
         devices,
         distributed,
+        foreign_paths,
         metrics,
         micro_batches,
         optimizers,
@@ -973,6 +974,8 @@ def train(
             export = functools.partial(reports.export_model, report, config, data)
             finished = group.broadcast_from_rank0(export)
             run.finish(finished.results)
+            if stop.requested:
+                print("note: the run was finished when it was asked to stop")
     console.print_end(time.perf_counter() - begun, config.minutes)
     return finished
 
@@ -1026,7 +1029,8 @@ def main(arguments: list[str] | None = None) -> int:
                 on_second_interrupt=lambda: os._exit(130),
             )
         except Stopped as stopped:
-            command = cli.resume_command(str(stopped.run), config.model, config.out)
+            to_type_again = foreign_paths.settings_to_type_again(vars(config))
+            command = cli.resume_command(str(stopped.run), to_type_again)
             return cli.report_stopped(stopped, distributed.resume_command(command))
         devices.trim_free_memory()  # to unload its libraries, Python needs 100 MiB more
         return 0

@@ -16,16 +16,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from classifier import streams
-from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
+from classifier.config import FIELD_TYPES, Config, flag
 from classifier.errors import INSTALL, INSTALL_EXTRAS, Stopped, UsageError, UserError, format_error
 from classifier.legacy import REMOVED_OPTIONS, RENAMED_CHOICES, RENAMED_OPTIONS
 from classifier.recipes import DATASET_DEFAULTS, Settings
+from classifier.text import escape_control_characters
 
 # The first setting of each group of options, and the title of the group.
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}
@@ -274,16 +275,24 @@ def run_program(
         print("\nStopped", file=sys.stderr)
         return exit_status(stopped)
     except Exception as error:
-        if isinstance(error, OSError) and streams.drop_unwritable():
+        reported: Exception = error
+        if _is_of_console(error):
             if error.errno in streams.CLOSED_PIPE:
                 return NOBODY_READS
-            error.filename = error.filename or "standard output"
+            reported = OSError(error.errno, error.strerror, "standard output")
         if debug and not isinstance(error, UsageError):
             raise
         if before_report is not None:
             before_report()
-        report_error(error, parser, install)
+        report_error(reported, parser, install)
         return exit_status(error)
+
+
+def _is_of_console(error: Exception) -> TypeGuard[OSError]:
+    """Whether an error is that of printing. Nothing more is then printed to where it arose."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    return error.errno in streams.drop_unwritable()
 
 
 def exit_status(error: BaseException) -> int:
@@ -302,8 +311,11 @@ def report_error(
     parser: argparse.ArgumentParser | None = None,
     install: str = INSTALL,
 ) -> None:
-    """Print what is wrong, in one line on standard error; after wrong usage below the usage."""
-    message = format_error(error, install)
+    """Print what is wrong, in one line on standard error; after wrong usage below the usage.
+
+    A name in it may be a stranger's: its control characters are escaped.
+    """
+    message = escape_control_characters(format_error(error, install))
     if not isinstance(error, UsageError):
         print(f"error: {message}", file=sys.stderr)
         return
@@ -318,13 +330,14 @@ def report_stopped(stopped: Stopped, command: list[str]) -> int:
     return exit_status(stopped)
 
 
-def resume_command(run: Path | str, model: str, out: str = "") -> list[str]:
-    """The command that resumes a run; a custom network and --out have to be named again."""
+def resume_command(run: Path | str, to_type_again: Mapping[str, str]) -> list[str]:
+    """The command that resumes a run.
+
+    to_type_again: settings that the run folder does not decide on, by name.
+    """
     command = [python_command(), sys.argv[0], "--resume", str(run)]
-    if is_custom_model(model):
-        command += ["--model", model]
-    if out:
-        command += ["--out", out]
+    for name, value in to_type_again.items():
+        command += [flag(name), value]
     return command
 
 

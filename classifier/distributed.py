@@ -1,7 +1,8 @@
 """Several processes that train one network together, started by torchrun on one or more machines.
 
 Every function, and every method of a `Group` of one process, also works without torchrun: it then
-does what a single process needs, which is mostly nothing. No other module asks torch.distributed.
+does what a single process needs, which is mostly nothing. Only rendezvous.py, which this module
+uses, asks torch.distributed as well.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import os
 import pickle
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from classifier.config import is_custom_model
+from classifier import rendezvous
 from classifier.errors import Stopped, UserError
+from classifier.foreign_paths import settings_to_type_again
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # did torchrun start this process?
 TIMEOUT = timedelta(minutes=30)  # for which processes wait for each other
@@ -33,7 +34,6 @@ LOAD_TIMEOUT = timedelta(days=2)  # for which they wait for one of them to load 
 
 # Keys in torchrun's store.
 RUN_KEY = "image_classification/run"
-PREFIX_KEY = "image_classification/part"
 LOADED_KEY = "image_classification/loaded by {}"  # by the machine of that number
 FAILED_KEY = "image_classification/failed first after {} restarts"
 
@@ -48,6 +48,8 @@ T = TypeVar("T")
 
 def is_main_process() -> bool:
     """True if this is the process that prints and writes: rank 0, or the only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
     return not LAUNCHED or os.environ["RANK"] == "0"
 
 
@@ -94,12 +96,10 @@ def begin(given: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(0)
     if not (run / "config.json").exists():  # the run ended before there was anything to resume
         return given
-    settings = {name: given[name] for name in RESTART_OVERRIDES if name in given}
-    model = json.loads((run / "config.json").read_text())["model"]
-    if is_custom_model(model):
-        # resuming asks for the name of a user's file, in case the folder is from somebody else;
-        # this folder is not
-        settings["model"] = model
+    # resuming asks for some settings again, in case the folder is somebody else's: this one is not
+    saved = json.loads((run / "config.json").read_text())
+    settings: dict[str, Any] = dict(settings_to_type_again(saved))
+    settings.update({name: given[name] for name in RESTART_OVERRIDES if name in given})
     settings["resume"] = str(run)
     return settings
 
@@ -181,12 +181,15 @@ def resume_command(command: list[str]) -> list[str]:
     return [*launcher, *command[1:]]
 
 
-def _agent_store(timeout: timedelta = STORE_TIMEOUT) -> "dist.Store | None":
-    """What all processes of this torchrun share, also after a restart; None if it has no store."""
+def _agent_store(timeout: timedelta | None = None) -> "dist.Store | None":
+    """What all processes of this torchrun share, also after a restart; None if it has no store.
+
+    timeout: for which to try to reach it. None: STORE_TIMEOUT.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout or STORE_TIMEOUT)
 
 
 # ---- the group ----
@@ -355,8 +358,9 @@ def _to_send(error: Exception) -> Exception:
 def joined(device: torch.device) -> Iterator[Group]:
     """Train together with the other processes of this torchrun, and leave them afterwards."""
     gpu_before = torch.cuda.current_device() if device.type == "cuda" else None
-    group = join(device)
+    group = Group(device)
     try:
+        group = join(device)
         yield group
         group.leave()
     except BaseException as error:
@@ -387,34 +391,9 @@ def join(device: torch.device) -> Group:
     store = _agent_store()
     if store is not None:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        options["store"] = _fresh_prefix(store, rank, world_size)
+        options["store"] = rendezvous.fresh_prefix(store, rank, world_size, TIMEOUT)
         options["rank"] = rank
         options["world_size"] = world_size
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **options)
     return Group(device, dist.get_rank(), dist.get_world_size(), owns_process_group=True)
-
-
-def _fresh_prefix(store: "dist.Store", rank: int, world_size: int) -> "dist.Store":
-    """A part of the store without the addresses of processes that a restart has ended.
-
-    A new group would call these and wait for ever (pytorch/pytorch issue 135712). Rank 0 names the
-    part. The others may read the name of an old part first; so each of them asks there with a fresh
-    token, and takes the part for the new one when rank 0 answers with this token.
-    """
-    token = uuid.uuid4().hex
-    if rank == 0:
-        part = dist.PrefixStore(token, store)
-        store.set(PREFIX_KEY, token)
-        for other in range(1, world_size):
-            part.wait([f"asked by {other}"], TIMEOUT)
-            part.set(f"answer to {other}", part.get(f"asked by {other}").decode())
-        return part
-    store.wait([PREFIX_KEY], TIMEOUT)
-    question, answer = f"asked by {rank}", f"answer to {rank}"
-    while True:
-        part = dist.PrefixStore(store.get(PREFIX_KEY).decode(), store)
-        part.set(question, token)
-        time.sleep(0.05)
-        if part.check([answer]) and part.get(answer).decode() == token:
-            return part

@@ -4,16 +4,25 @@ What the user types is done; what a file names is only looked at. Nothing is wri
 downloaded there, and no other machine is asked.
 """
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from classifier.cli import command_line
+from classifier.config import flag, is_custom_model
 from classifier.errors import UserError
+
+# Settings that name a place to read. A network path among them has to be typed again.
+PLACES_TO_READ = ("dataset", "data_dir", "init_from")
 
 
 def is_network_path(path: str) -> bool:
-    """Whether a path is on another machine, as \\\\server\\share is on Windows.
+    """Whether a path looks like one on another machine: \\\\server\\share, as Windows writes it.
 
     Only to look whether it exists would send the user's name and a hash of the password there.
-    Windows takes both kinds of slashes.
+    Windows takes both kinds of slashes. Elsewhere //folder is on this machine, but is treated
+    alike, as a file may go from one system to another.
     """
     return path[:2] in ("\\\\", "//", "\\/", "/\\")
 
@@ -29,12 +38,48 @@ def existing_folder(path: str) -> Path | None:
         return None
 
 
-def refuse_network_path(path: str, source: str, option: str) -> None:
-    """Raise UserError for a path on another machine, unless the user types it.
+def full_path(folder: str) -> str:
+    """The full path of a folder that the user has typed, as it is written into files.
 
-    source: the file that names it. option: with which the user can name it.
+    Links are followed. But a network drive, H:\\photos, stays what it is: the path that it stands
+    for, \\\\server\\photos, would have to be typed again wherever a file names it.
+    """
+    path = Path(folder).expanduser()
+    resolved = str(path.resolve())
+    return os.path.abspath(path) if is_network_path(resolved) else resolved
+
+
+def to_type(name: str, value: str) -> str:
+    """An option and its value as one types them: --out 'my model.pth'."""
+    return command_line([flag(name), value])
+
+
+def refuse_network_path(path: str, source: str, name: str) -> None:
+    """Raise UserError for what looks like a network path, unless the user types it.
+
+    source: the file that names it. name: of the setting.
     """
     if is_network_path(path):
         raise UserError(
-            f"{source} names {path}, on another machine: add {option} {path} if you know it"
+            f"{source} names {path}, which looks like a network path: add {to_type(name, path)} if "
+            "you know it"
         )
+
+
+def settings_to_type_again(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a run's settings that resuming takes only from the command line, if at all.
+
+    The run folder may be somebody else's, and does not decide on them: the file of a custom
+    network, network paths, and the file that the model is written to.
+
+    settings: by name; missing ones count as empty.
+    """
+    found = {}
+    if is_custom_model(settings.get("model", "")):
+        found["model"] = settings["model"]
+    for name in PLACES_TO_READ:
+        if is_network_path(settings.get(name) or ""):
+            found[name] = settings[name]
+    if settings.get("out"):
+        found["out"] = settings["out"]
+    return found

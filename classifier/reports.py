@@ -20,7 +20,7 @@ from classifier.config import Config, is_custom_model
 from classifier.datasets import identity
 from classifier.datasets.dataset import Dataset
 from classifier.devices import hardware_name
-from classifier.files import write_atomically, write_csv
+from classifier.files import write_atomically, write_csv, write_into_new_folder
 from classifier.progress import Row
 from classifier.run_log import RunLog
 from classifier.runs import Run
@@ -291,6 +291,7 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
 
     A copy stays in the run folder; for a trial run that is the only one, so that it never replaces
     a real model.
+
     Returns the report with the path of the model.
     """
     file_name = f"model_{model_name(config.model)}.pth"
@@ -306,8 +307,7 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
     content = report.checkpoint.read_bytes()
     write_atomically(run_copy, content)
     if out != run_copy:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, content)
+        write_into_new_folder(out, content)
 
     if data.fallback_reason:
         print(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from classifier import augmentations, files, recipes, runs, sampling
-from classifier.config import Config, flag, is_custom_model, parse_augment
+from classifier.config import Config, is_custom_model, parse_augment
 from classifier.datasets import load, named
 from classifier.datasets.dataset import Dataset, same_images
-from classifier.datasets.load import data_dir_to_reuse
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
-from classifier.foreign_paths import refuse_network_path
+from classifier.foreign_paths import full_path
+from classifier.foreign_settings import without_foreign_places
 from classifier.networks.custom import split_custom_model
 from classifier.networks.pretrained import check_torchvision_name
 from classifier.recipes import Settings
@@ -42,36 +42,13 @@ def configure(**given: Any) -> Config:
         return runs.resume_config(**given)
     settings = recipes.find_recipe(given.get("recipe", "default"))
     if given.get("recipe", "default") not in recipes.RECIPES:
-        settings = _without_places(given["recipe"], settings, given)
+        settings = without_foreign_places(settings, given, given["recipe"])
     recipe_model = settings.get("model", "cnn")
     if given.get("model", recipe_model) != recipe_model:
         for name in ("width", "dropout"):  # they are meant for the recipe's network
             settings.pop(name, None)
     settings.update(given)
     return Config(**settings)
-
-
-def _without_places(path: str, settings: Settings, given: Settings) -> Settings:
-    """The settings of a recipe file without the places where it would write, or whom it would ask.
-
-    The file may be somebody else's. A folder for data sets stays if the data set is there already.
-
-    path: the recipe file. given: what the user has typed. Raises UserError where the user has to
-    type a setting: a network, whose FILE.py would be executed, and a path on another machine.
-    """
-    Config(**settings)  # raises UsageError for values of the wrong type
-    settings = dict(settings)
-    settings.pop("mirror", "")
-    model = settings.get("model", "cnn")
-    if is_custom_model(model) and "model" not in given:
-        raise UserError(f"{path} uses a network of your own: add --model {model}")
-    for name in ("dataset", "init_from"):
-        if name in settings and name not in given:
-            refuse_network_path(settings[name], path, flag(name))
-    if "data_dir" in settings:
-        dataset = str(given.get("dataset", settings.get("dataset", Config.dataset)))
-        settings["data_dir"] = data_dir_to_reuse(dataset, settings["data_dir"])
-    return settings
 
 
 def network_defaults(model: str, pretrained: bool = False) -> Settings:
@@ -122,8 +99,11 @@ def check_places(config: Config, reads_data: bool = True) -> None:
         places["--out"] = Path(config.out).parent
     name = "cifar10" if config.dataset == "auto" else config.dataset
     is_downloaded = name == "cifar10" or name in named.NAMES
-    settings = {"dataset": name, "data_dir": config.data_dir}
-    if reads_data and is_downloaded and not load.dataset_available(settings, image_size=0):
+    if (
+        reads_data
+        and is_downloaded
+        and not load.dataset_available({"dataset": name}, image_size=0, data_dir=config.data_dir)
+    ):
         places["--data-dir"] = Path(config.data_dir).expanduser()
 
     problems = []
@@ -270,7 +250,7 @@ def _dataset_to_record(dataset: str, data: Dataset) -> str:
     if dataset == "auto":
         return data.name.lower()
     if data.report:  # a folder of images
-        return str(Path(dataset).expanduser().resolve())
+        return full_path(dataset)
     return dataset
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from torch import nn
 
 from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
-from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
-from classifier.datasets.dataset import SPLIT_RULES, Dataset, same_images
-from classifier.datasets.load import data_dir_to_reuse
+from classifier.config import FIELD_TYPES, Config, flag
+from classifier.datasets import dataset
+from classifier.datasets.dataset import Dataset, same_images
 from classifier.errors import Stopped, UsageError, UserError
-from classifier.files import write_json
-from classifier.foreign_paths import refuse_network_path
+from classifier.files import despite_trials, write_json
+from classifier.foreign_paths import full_path, to_type
+from classifier.foreign_settings import without_foreign_places
 from classifier.seen_images import describe_changes
 from classifier.text import URL_REFUSED, is_url, printable
 
@@ -29,7 +31,7 @@ SAVE_EVERY = 120.0  # seconds between checkpoints within an epoch: what a power 
 STOP_POLL_STEPS = 12  # on accelerators: steps after which processes ask each other whether to stop
 RUNS = Path("runs")
 # settings that may change on resuming
-RESUME_OVERRIDES = {"epochs", "data_dir", "mirror", "out", "debug"}
+RESUME_OVERRIDES = {"epochs", *distributed.RESTART_OVERRIDES}
 
 
 class StopRequest:
@@ -191,7 +193,7 @@ class Run:
             self.config_file.unlink(missing_ok=True)
 
 
-def new_run_folder(run_dir: str, dataset: str) -> Path:
+def new_run_folder(run_dir: str, dataset_name: str) -> Path:
     """Make the folder of a new run: `run_dir`, or runs/<data set>/<time> if that is empty.
 
     No two processes get the same one. Raises UserError if `run_dir` holds a run already, UsageError
@@ -203,17 +205,18 @@ def new_run_folder(run_dir: str, dataset: str) -> Path:
         run = Path(run_dir)
         if (run / "config.json").exists():
             raise UserError(
-                f"{run} holds a run: go on with --resume {run}, or name another --run-dir"
+                f"{run} holds a run: go on with {to_type('resume', str(run))}, or name another "
+                "--run-dir"
             )
-        run.mkdir(parents=True, exist_ok=True)
+        despite_trials(partial(run.mkdir, parents=True, exist_ok=True))
         return run
     start_time = time.strftime("%Y-%m-%d_%H-%M-%S")
     for i in range(10_000):
-        run = RUNS / dataset / (f"{start_time}-{i}" if i else start_time)
+        run = RUNS / dataset_name / (f"{start_time}-{i}" if i else start_time)
         with contextlib.suppress(FileExistsError):
-            run.mkdir(parents=True)
+            despite_trials(partial(run.mkdir, parents=True))
             return run
-    raise UserError(f"{RUNS / dataset / start_time} exists: name another --run-dir")
+    raise UserError(f"{RUNS / dataset_name / start_time} exists: name another --run-dir")
 
 
 def saved_states(run: Path) -> list[Path]:
@@ -239,12 +242,7 @@ def resume_config(resume: str, **changes: Any) -> Config:
         if name in FIELD_TYPES:
             settings[name] = value
     _check_changes(settings, changes)
-    _check_places(saved.folder, settings, changes)
-    if is_custom_model(settings["model"]) and "model" not in changes:
-        # the folder may be from somebody else, and the file would be executed
-        raise UserError(
-            f"{saved.folder} uses a network of your own: add --model {settings['model']}"
-        )
+    settings = without_foreign_places(settings, changes, str(saved.folder))
     if settings["micro_batch"] is None:  # version 0.9: its own numbers are in last.pth
         settings["micro_batch"] = settings["batch_size"]
     if "epochs" in changes:
@@ -254,29 +252,6 @@ def resume_config(resume: str, **changes: Any) -> Config:
     settings.update(changes)
     settings["resume"] = str(saved.folder)
     return Config(**settings)
-
-
-def _check_places(folder: Path, settings: dict[str, Any], changes: dict[str, Any]) -> None:
-    """See to it that a run folder, perhaps a stranger's, decides on no place to write or to ask.
-
-    Changes `settings`, those of the run, where that costs nothing: a data set that is on this
-    machine is found without the mirror, and is not downloaded into a folder that only the file
-    names. Raises UserError where the user has to type the place again.
-
-    folder: the run folder. changes: what the user has typed.
-    """
-    Config(**settings)  # raises UsageError for values of the wrong type
-    source = str(folder)
-    settings["mirror"] = ""
-    settings["data_dir"] = data_dir_to_reuse(settings["dataset"], settings["data_dir"])
-    if "dataset" not in changes:
-        refuse_network_path(settings["dataset"], source, "--dataset")
-    if settings["init_from"]:  # read again if nothing was saved yet
-        refuse_network_path(settings["init_from"], source, "--init-from")
-    out = settings["out"]
-    is_plain_name = Path(out).name == out and Path(out).suffix == ".pth"
-    if out and not is_plain_name and "out" not in changes:
-        raise UserError(f"{source} writes its model to {out}: add --out {out}, or another FILE.pth")
 
 
 class _SavedRun(NamedTuple):
@@ -351,8 +326,7 @@ def _check_changes(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     for name in sorted(changes.keys() - RESUME_OVERRIDES):
         if changes[name] == settings[name]:
             continue
-        # a folder of images is saved with its full path
-        if name == "dataset" and str(Path(changes[name]).expanduser().resolve()) == settings[name]:
+        if name == "dataset" and full_path(changes[name]) == settings[name]:  # of a folder
             continue
         raise UsageError(
             f"{flag(name)} {changes[name]}: a resumed run keeps its setting, {settings[name]}"
@@ -384,7 +358,7 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
     saved = content.get("fingerprint", [])
     if saved and same_images(data.fingerprint(), saved):
         return
-    if data.drawn and content.get("split_rules", 1) < SPLIT_RULES:
+    if data.drawn and content.get("split_rules", 1) < dataset.SPLIT_RULES:
         raise UserError(
             f"{run} was begun by an older version of this program, which chose the images for "
             f"{' and '.join(data.drawn)} in another way: start a new run"

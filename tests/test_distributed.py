@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from classifier import distributed
+from classifier import distributed, rendezvous
 from classifier.distributed import Group
 from classifier.errors import UserError
 
@@ -133,6 +134,38 @@ def test_main_process(launched):
     assert not distributed.is_main_process()
 
 
+def test_main_process_of_a_group_of_the_caller(alone, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert distributed.is_main_process() == (rank == 0)
+
+
+def test_gpu_is_as_before_if_the_processes_do_not_meet(launched, monkeypatch):
+    launched()
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
+
+    def fail(*_, **__):
+        raise dist.DistNetworkError("nobody answers")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    gpu = torch.device("cuda:1")
+    with pytest.raises(dist.DistNetworkError), distributed.joined(gpu):
+        pytest.fail("joined")
+    assert current == [0, gpu, 0]
+
+
+def test_timeout_of_the_store_can_be_changed(launched, monkeypatch):
+    launched(MASTER_ADDR="localhost", MASTER_PORT=1, TORCHELASTIC_USE_AGENT_STORE=True)
+    asked = []
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, timeout, **__: asked.append(timeout))
+    monkeypatch.setattr(distributed, "STORE_TIMEOUT", timedelta(seconds=3))
+    distributed._agent_store()
+    assert asked == [timedelta(seconds=3)]
+
+
 @pytest.mark.parametrize(
     ("world_size", "launcher"),
     [(2, ["torchrun"]), (4, ["torchrun", "--nnodes=2"])],
@@ -225,6 +258,15 @@ def test_restart_names_the_file_of_a_network(launched, store, run, model):
     assert distributed.begin({}).get("model") == (model if model.startswith("mine") else None)
 
 
+@pytest.mark.parametrize("name", ["dataset", "init_from"])
+def test_restart_names_network_paths(launched, store, run, name):
+    launched()
+    saved = {"model": "cnn", "dataset": "digits", "init_from": "", name: "//server/share"}
+    (run / "config.json").write_text(json.dumps(saved))
+    distributed.remember_run(run)
+    assert distributed.begin({}) == {name: "//server/share", "resume": str(run)}
+
+
 def test_restart_of_a_finished_run_ends(launched, store, run):
     launched()
     distributed.remember_run(run)
@@ -274,11 +316,11 @@ def test_new_group_meets_in_a_fresh_part_of_the_store():
     old.set("asked by 1", "gone")
     old.set("answer to 1", "gone")
     old.set("address", "of a process that has ended")
-    store.set(distributed.PREFIX_KEY, "old")
+    store.set(rendezvous.PREFIX_KEY, "old")
     parts = {}
 
     def meet(rank):
-        parts[rank] = distributed._fresh_prefix(store, rank, 3)
+        parts[rank] = rendezvous.fresh_prefix(store, rank, 3, distributed.TIMEOUT)
 
     others = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (1, 2)]
     for thread in others:

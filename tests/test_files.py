@@ -6,10 +6,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import only_run, write_images
+from conftest import beforehand, only_run, write_images
 
-from classifier.files import prepare_file, prepare_folder, write_csv
-from classifier.text import has_control_characters, is_url, printable
+from classifier.files import (
+    check_writable,
+    prepare_file,
+    prepare_folder,
+    write_csv,
+    write_into_new_folder,
+)
+from classifier.runs import new_run_folder
+from classifier.text import (
+    escape_control_characters,
+    has_control_characters,
+    is_url,
+    printable,
+)
 
 
 def test_names_that_are_not_utf_8_are_escaped(folder):
@@ -35,13 +47,60 @@ def test_place_that_cannot_be_written_is_named(folder, unwritable):
     (folder / "kept").mkdir()
     (folder / "file").touch()
     unwritable(folder / "kept")
-    for path in (folder / "kept" / "a.png", folder / "file" / "a.png", folder / "kept"):
+    for path, named in (("kept/a.png", "kept"), ("file/a.png", "file"), ("kept", "kept")):
         with pytest.raises(OSError) as caught:
-            prepare_file(path)
-        assert caught.value.filename == str(path)
+            prepare_file(folder / path)
+        assert caught.value.filename == str(folder / named)
+        assert not isinstance(caught.value, FileExistsError)
     with pytest.raises(OSError) as caught:
         prepare_folder(folder / "kept" / "new")
     assert "kept" in caught.value.filename
+
+
+def remove_once(path):
+    """A function that removes a folder when it is called first, as another process may."""
+    calls = []
+
+    def remove(*_, **__):
+        if not calls and path.exists():
+            calls.append(path)
+            path.rmdir()
+
+    return remove
+
+
+@pytest.mark.parametrize("make", [check_writable, prepare_folder])
+def test_folder_that_another_process_only_tried_to_make_is_made_again(folder, make):
+    with beforehand(Path, "touch", remove_once(folder / "new")):
+        make(folder / "new")
+    assert (folder / "new").exists() == (make is prepare_folder)
+
+
+def test_run_folder_is_made_while_others_try_its_place(folder, monkeypatch):
+    calls = []
+    mkdir = Path.mkdir
+
+    def mkdir_or_miss(path, *args, **options):
+        calls.append(path)
+        if len(calls) == 1:  # its parent was removed before it could be made
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        mkdir(path, *args, **options)
+
+    for run_dir in ("", "there/run"):
+        calls.clear()
+        monkeypatch.setattr(Path, "mkdir", mkdir_or_miss)
+        assert new_run_folder(run_dir, "digits").is_dir()
+
+
+def test_model_is_written_while_others_try_its_place(folder):
+    with beforehand(Path, "open", remove_once(folder / "new")):
+        write_into_new_folder(folder / "new" / "a.pth", b"a model")
+    assert (folder / "new" / "a.pth").read_bytes() == b"a model"
+
+
+def test_control_characters_are_escaped():
+    assert escape_control_characters("a\x1b[2J\x9b数\n") == r"a\x1b[2J\x9b数\x0a"
+    assert escape_control_characters("Übung 数据.png") == "Übung 数据.png"
 
 
 def test_url_is_no_place_to_write(folder):

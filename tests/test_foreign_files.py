@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from optuna.trial import TrialState
 
 import image_classification as ic
 import inference
+from classifier.cli import command_line
 from classifier.config import FIELD_TYPES, Config
-from classifier.datasets import download
+from classifier.datasets import download, load
 from classifier.errors import UserError
+from classifier.foreign_paths import settings_to_type_again
 from classifier.progress import COLUMNS
 from classifier.recipes import NOT_IN_RECIPES
 from classifier.resolve import configure
@@ -205,8 +208,51 @@ def test_run_folder_does_not_decide_where_the_model_goes(folder, out):
 @pytest.mark.parametrize("name", ["dataset", "init_from"])
 def test_run_folder_that_names_another_machine_is_refused(folder, name):
     flag = "--" + name.replace("_", "-")
+    run = write_run(folder / "run", **{name: SHARE})
     with pytest.raises(UserError, match=flag):
-        resume_config(write_run(folder / "run", **{name: SHARE}))
+        resume_config(run)
+    assert getattr(resume_config(run, **{name: SHARE}), name) == SHARE
+
+
+@pytest.mark.parametrize("name", ["dataset", "data_dir", "init_from", "out", "model"])
+def test_resume_command_names_what_a_run_folder_does_not_decide_on(folder, name):
+    value = {"out": "new/model.pth", "model": "mine.py:small"}.get(name, SHARE)
+    config = Config(**{name: value})
+    to_type_again = settings_to_type_again(vars(config))
+    assert to_type_again == {name: value}
+    resumed = resume_config(write_run(folder / "run", **{name: value}), **to_type_again)
+    assert getattr(resumed, name) == value
+
+
+def test_nothing_else_is_to_be_named_again():
+    assert settings_to_type_again(vars(Config())) == {}
+    places = {
+        "dataset": "photos",
+        "data_dir": "/data",
+        "init_from": "a.pth",
+        "mirror": "http://a.b",
+    }
+    assert settings_to_type_again(vars(Config(**places))) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "my files/net.py:small; rm x"),
+        ("out", "there/my model.pth"),
+        ("dataset", "//server/my photos"),
+    ],
+)
+def test_advice_to_type_a_setting_is_quoted_for_the_shell(folder, name, value):
+    with pytest.raises(UserError) as caught:
+        resume_config(write_run(folder / "run", **{name: value}))
+    assert command_line([f"--{name}", value]) in str(caught.value)
+    if name == "out":
+        return
+    (folder / "recipe.json").write_text(json.dumps({name: value}))
+    with pytest.raises(UserError) as caught:
+        configure(recipe="recipe.json")
+    assert command_line([f"--{name}", value]) in str(caught.value)
 
 
 def test_own_run_goes_on_with_its_own_folders(inside, folder):
@@ -249,6 +295,22 @@ def test_recipe_that_names_another_machine_is_refused(folder, name):
     with pytest.raises(UserError, match="recipe.json"):
         configure(recipe="recipe.json")
     assert getattr(configure(recipe="recipe.json", **{name: SHARE}), name) == SHARE
+
+
+@pytest.mark.parametrize("name", ["mirror", "data_dir"])
+def test_place_in_a_recipe_that_is_not_used_is_said(folder, capsys, name):
+    value = {"mirror": "http://a.b/x.tar.gz", "data_dir": "there"}[name]
+    flag = "--" + name.replace("_", "-")
+    (folder / "best.json").write_text(json.dumps({"dataset": "cifar10", name: value}))
+    configure(recipe="best.json")
+    out = capsys.readouterr().out
+    assert "note: " in out and flag in out and "best.json" in out and value not in out
+    configure(recipe="best.json", **{name: value})
+    configure(recipe="best.json", dataset="digits")  # nothing is downloaded
+    (folder / "data").mkdir()
+    with mock.patch.object(load, "has_batches", lambda folder: True):
+        configure(recipe="best.json")
+    assert capsys.readouterr().out == ""
 
 
 # ---- a study ----

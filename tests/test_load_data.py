@@ -1,6 +1,7 @@
 """Which data set --dataset names, and the digits that take the place of CIFAR-10."""
 
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -17,7 +18,12 @@ from classifier.datasets.load import (
     load_data,
 )
 from classifier.errors import DatasetUnavailable, UsageError, UserError
-from classifier.foreign_paths import existing_folder, is_network_path, refuse_network_path
+from classifier.foreign_paths import (
+    existing_folder,
+    full_path,
+    is_network_path,
+    refuse_network_path,
+)
 
 DEAD = "http://127.0.0.1:9/a.tar.gz"  # nobody listens there
 
@@ -282,10 +288,18 @@ def test_network_paths_are_not_looked_at(folder, monkeypatch, path):
     assert existing_folder(path) is None
     assert not dataset_available({"dataset": path, "data_dir": path}, 32)
     with pytest.raises(UserError, match="--dataset"):
-        refuse_network_path(path, "run", "--dataset")
+        refuse_network_path(path, "run", "dataset")
     assert not asked
     for local in ("photos", "/photos", r"C:\photos", r"\photos", ""):
         assert not is_network_path(local)
+
+
+def test_mapped_drive_stays_what_it_is(folder, monkeypatch):
+    """On Windows, H:\\photos resolves to the share that it stands for."""
+    (folder / "photos").mkdir()
+    assert full_path("photos") == str((folder / "photos").resolve())
+    monkeypatch.setattr(Path, "resolve", lambda self: PurePosixPath("//server/share/photos"))
+    assert full_path("photos") == os.path.abspath("photos")
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", *named.NAMES])

@@ -314,6 +314,17 @@ def test_data_are_downloaded_only_where_they_are_not_there(folder, unwritable):
         check_places(missing)
 
 
+def test_typed_folder_is_the_one_that_data_are_looked_for_in(folder, unwritable):
+    for place in ("data", "full"):
+        (folder / place / "MNIST").mkdir(parents=True)
+    unwritable(folder)
+    unwritable(folder / "full")
+    places = {"run_dir": "data/run", "out": "data/model.pth", "dataset": "mnist"}
+    check_places(Config(data_dir=f"/{folder}/full", **places))  # a share that can only be read
+    with pytest.raises(UserError, match="--data-dir"):  # though data/ has them
+        check_places(Config(data_dir="empty", **places))
+
+
 def test_folder_of_images_is_recorded_with_its_whole_path(folder, monkeypatch):
     (folder / "photos").mkdir()
     photos = dataset("photos", report={"words": []})

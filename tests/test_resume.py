@@ -1,9 +1,11 @@
 """Runs that are stopped, killed or extended, and go on as if nothing had happened."""
 
+import functools
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -28,6 +30,7 @@ from conftest import (
     wait_for,
     weights,
     without_time,
+    write_images,
 )
 from filelock import FileLock
 
@@ -171,6 +174,31 @@ def test_stop_while_testing_is_no_finished_run(inside, folder, owner, name, sign
     report, unbroken = report_of(run), report_of(folder / "unbroken")
     assert {name for name in unbroken if report[name] != unbroken[name]} <= {"seconds"}
     assert (folder / "model_cnn_digits.pth").exists()
+
+
+def test_stop_when_the_run_is_finished_is_said(inside, folder):
+    interrupt = functools.partial(signal.raise_signal, signal.SIGINT)
+    with beforehand(reports, "export_model", lambda *_: interrupt()):
+        out, _ = inside(*BRIEF, "--epochs", "1")
+    assert "note: the run was finished" in out and "Done in" in out
+    assert report_of(only_run(folder)) and (folder / "model_cnn_digits.pth").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there //folder is a folder of this machine")
+def test_resume_command_of_a_run_with_network_paths_works(inside, folder):
+    """Before anything was saved: the starting weights are read again."""
+    write_images(folder / "my photos", {"red": 20, "green": 20})
+    inside(*BRIEF, "--epochs", "1", "--out", "start.pth")
+    settings = ["--dataset", f"/{folder}/my photos", "--init-from", f"/{folder}/start.pth"]
+    settings += ["--data-dir", f"/{folder}/decoded", "--image-size", "16", "--epochs", "1"]
+    settings += ["--width", "0.25"]
+    with beforehand(runs.Run, "begin", lambda *_: signal.raise_signal(signal.SIGINT)):
+        out, _ = inside(*settings, "--run-dir", "run", status=130)
+    shutil.rmtree(folder / "run" / "seed-0", ignore_errors=True)
+    (folder / "run" / "last.pth").unlink(missing_ok=True)
+    command = shlex.split(re.search(r"Resume with: (.+)", out)[1])
+    inside(*command[2:])
+    assert report_of(folder / "run") and not (folder / "data").exists()
 
 
 def test_stop_while_the_last_seed_is_tested(inside, folder):

@@ -21,7 +21,8 @@ from torch import nn
 from classifier import distributed, runs
 from classifier.checkpoints import read_checkpoint, save_checkpoint
 from classifier.config import Config
-from classifier.datasets.dataset import SPLIT_RULES, Dataset, Split
+from classifier.datasets import dataset
+from classifier.datasets.dataset import Dataset, Split
 from classifier.datasets.splits import Identity
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.runs import Run, StopRequest, resume_config
@@ -481,13 +482,23 @@ def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     content = make_content(
         make_network(),
         fingerprint=then.fingerprint(),
-        split_rules=SPLIT_RULES,
+        split_rules=dataset.SPLIT_RULES,
         **digests_for_file(then),
     )
     save_checkpoint(saved_run.path / "last.pth", content)
     runs.check_resumable(saved_run.path, then, make_network)
     with pytest.raises(UserError, match=f"images are not those .*{said}"):
         runs.check_resumable(saved_run.path, with_digests(digests, labels), make_network)
+
+
+def test_rules_of_splitting_are_read_when_they_are_needed(saved_run, data, monkeypatch):
+    content = make_content(make_network(), fingerprint=[1.0], split_rules=dataset.SPLIT_RULES)
+    save_checkpoint(saved_run.last, content)
+    drawn = replace(data, drawn=("testing",))
+    for rules, said in ((dataset.SPLIT_RULES, "not those"), (99, "older version")):
+        monkeypatch.setattr(dataset, "SPLIT_RULES", rules)
+        with pytest.raises(UserError, match=said):
+            runs.check_resumable(saved_run.path, drawn, make_network)
 
 
 def test_damaged_state_is_named(saved_run, data):

@@ -88,6 +88,28 @@ def test_other_broken_connections_are_errors(capsys):
     assert "a server: Broken pipe" in capsys.readouterr().err
 
 
+@posix_only
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError("no route")])
+def test_other_errors_keep_their_text_where_nobody_reads(monkeypatch, capsys, error):
+    def program():
+        print("a line")
+        raise error
+
+    with closed_pipe(monkeypatch, "stdout", buffered=True):
+        assert cli.run_program(program) == 1
+    err = capsys.readouterr().err
+    assert str(error.args[-1]) in err and "standard output" not in err
+    assert error.filename is None
+
+
+def test_program_that_closes_its_output_ends_as_usual(monkeypatch):
+    closed = io.TextIOWrapper(io.BytesIO())
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert not streams.drop_unwritable()
+    assert cli.run_program(lambda: 0) == 0
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_full_disk_under_standard_output_is_named(monkeypatch, capsys):
     def program():
