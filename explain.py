@@ -465,7 +465,7 @@ def may_have_seen(content: dict[str, Any], model: Classifier, data: Dataset) -> 
     """
     digests = seen_images.digests_in_file(content)
     if digests is not None and data.train_ids is not None:
-        return bool(torch.isin(data.train_ids.digests, digests).any())
+        return bool(seen_images.is_seen(data, data.train_ids, digests).any())
     same_dataset = content["config"].get("dataset") == model.settings.get("dataset")
     return same_dataset or content["classes"] == model.classes
 
@@ -518,7 +518,7 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
             f"the other {len(held_out)}"
         )
         train, valid = data.train.select(train_indices), data.train.select(held_out)
-        fold = replace(data, train=train, valid=valid, train_ids=None, valid_ids=None)
+        fold = replace(data, train=train, valid=valid, train_ids=None, valid_ids=None, checksums=None)
         probabilities[held_out] = train_and_predict(config, fold, device)
     return probabilities
 

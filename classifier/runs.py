@@ -377,7 +377,7 @@ def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.M
 
 
 def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
-    """Raise UserError unless the training images are those of a saved state.
+    """Raise UserError unless the images are those of a saved state.
 
     content: of last.pth. Version 0.9.0 saved nothing of the images, 0.9.1 only number and mean.
     """

@@ -39,8 +39,9 @@ class Images(NamedTuple):
         files: path of each training image, relative to the folder.
         pixel_ranges: of the values of images with more than 8 bits a pixel.
         train_ids, valid_ids, test_ids: what the images of each split are known by.
+        all_ids: the same of all images that can be read, also of copies that are in no split.
         drawn: see Dataset.
-        test_files: the same of each test image.
+        test_files: path of each test image, relative to the folder.
     """
 
     classes: list[str]
@@ -53,6 +54,7 @@ class Images(NamedTuple):
     train_ids: Identity
     valid_ids: Identity
     test_ids: Identity
+    all_ids: Identity
     drawn: tuple[str, ...]
     test_files: list[str]
 
@@ -94,6 +96,7 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         train_ids=images.train_ids,
         valid_ids=images.valid_ids,
         test_ids=images.test_ids,
+        all_ids=images.all_ids,
         drawn=images.drawn,
         test_files=images.test_files,
     )
@@ -164,6 +167,7 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
         train_ids=ids.select(train),
         valid_ids=ids.select(valid),
         test_ids=ids.select(test),
+        all_ids=ids,
         drawn=drawn,
         test_files=images["path"][test].tolist(),
     )

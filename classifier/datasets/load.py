@@ -176,6 +176,7 @@ def is_same(data: Dataset, fingerprint: Any) -> bool:
     """
     try:
         has_mean = len(fingerprint) > len(data.mean)
-        return has_mean and same_images(data.fingerprint(), fingerprint)
+        own = data.fingerprint()
+        return has_mean and same_images(own[: len(data.mean) + 2], fingerprint)
     except TypeError:  # no list, or no numbers
         return False
