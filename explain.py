@@ -518,7 +518,10 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
             f"the other {len(held_out)}"
         )
         train, valid = data.train.select(train_indices), data.train.select(held_out)
-        fold = replace(data, train=train, valid=valid, train_ids=None, valid_ids=None, checksums=None)
+        fold = replace(data, train=train, valid=valid, checksums=None)
+        if data.train_ids is not None:
+            train_ids, valid_ids = (data.train_ids.select(i) for i in (train_indices, held_out))
+            fold = replace(fold, train_ids=train_ids, valid_ids=valid_ids)
         probabilities[held_out] = train_and_predict(config, fold, device)
     return probabilities
 

@@ -17,7 +17,7 @@ from torch import nn
 from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from classifier.config import FIELD_TYPES, Config, flag, is_custom_model
-from classifier.datasets.dataset import SPLIT_RULES, Dataset, same_images
+from classifier.datasets.dataset import SPLIT_RULES, Dataset, same_images, same_training_images
 from classifier.datasets.load import data_dir_to_reuse
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import write_json
@@ -391,4 +391,8 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
         )
     if saved:
         changes = describe_changes(content, data)
+        if len(saved) == len(data.fingerprint()) and same_training_images(
+            saved, data.fingerprint()
+        ):
+            changes = " (those to train on are; those to validate on or to test with are others)"
         raise UserError(f"the images are not those that {run} began with{changes}: start a new run")

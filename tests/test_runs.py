@@ -488,6 +488,9 @@ def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     runs.check_resumable(saved_run.path, then, make_network)
     with pytest.raises(UserError, match=f"images are not those .*{said}"):
         runs.check_resumable(saved_run.path, with_digests(digests, labels), make_network)
+    valid = Split(data.valid.images, 1 - data.valid.labels)
+    with pytest.raises(UserError, match="images are not those .*to validate on"):
+        runs.check_resumable(saved_run.path, replace(then, valid=valid), make_network)
 
 
 def test_damaged_state_is_named(saved_run, data):

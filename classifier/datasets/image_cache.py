@@ -49,6 +49,7 @@ CACHE_FOLDER = ".decoded"  # in --data-dir: the caches of all data sets
 WRITE_BYTES = 2**22  # of decoded images at once: this much is lost if decoding is stopped
 PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
 MAX_PIECE = 16  # images; one at a time, small ones took twice as long
+OUT_OF_MEMORY = "out of memory"  # how Pillow's OSError begins if that is what a decoder reports
 BAR: dict[str, Any] = {"unit": "img", "leave": False, "disable": None}  # none without a terminal
 
 
@@ -341,9 +342,9 @@ def _missing(files: np.ndarray, broken: dict[str, str]) -> np.ndarray:
 
 def _may_pass(error: Exception) -> bool:
     """True if the same file may be readable another time: short of memory, an error of the disk."""
-    if isinstance(error, MemoryError) or "memory" in str(error):
+    if type(error) is OSError and str(error).startswith(OUT_OF_MEMORY):
         return True
-    return bool(getattr(error, "errno", None))
+    return isinstance(error, MemoryError) or bool(getattr(error, "errno", None))
 
 
 def _append(file: BinaryIO, contents: list[bytes]) -> None:

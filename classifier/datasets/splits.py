@@ -3,8 +3,9 @@
 A position in a list says nothing of an image: one file more, and every image behind it has another
 one. So each group of identical and near-identical images gets a random number from its content, and
 is held out if that is below the fraction. A folder that grows keeps its split: a group changes
-sides only if a near-identical image joins it, or where its class would otherwise have far too many
-or too few images held out.
+sides only if a near-identical image joins it (of k images, with a probability of about 1 / (k + 1),
+it then gets another number), or where its class would otherwise have far too many or too few images
+held out.
 """
 
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def _count_classes(labels: np.ndarray, members: np.ndarray) -> list[Counts]:
 def _bounds(class_sizes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """How many images of each class are to be held out, at least and at most."""
     share = np.round(class_sizes * fraction).astype(np.int64)
-    tolerance = np.maximum(share // 4, share >= 3)
+    tolerance = np.where(share >= 3, np.maximum(share // 4, 1), 0)
     most = np.minimum(share + tolerance, class_sizes - 1)
     return np.minimum(share - tolerance, most), most
 
