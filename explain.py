@@ -45,7 +45,7 @@ try:
     from classifier.config import Config
     from classifier.datasets import checks, splits
     from classifier.datasets.dataset import Dataset, Split
-    from classifier.datasets.splits import Identity
+    from classifier.datasets.splits import ImageIds
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UsageError, UserError
     from classifier.files import prepare_folder, write_atomically, write_csv
@@ -527,7 +527,7 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
 
 
 def stratified_folds(
-    labels: torch.Tensor, ids: Identity | None = None
+    labels: torch.Tensor, ids: ImageIds | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Indices to train on and indices held out, for each fold; every class is in every fold.
 

@@ -12,7 +12,7 @@ import torch
 from classifier.checkpoints import read_checkpoint
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
-from classifier.datasets.splits import Identity
+from classifier.datasets.splits import ImageIds
 from classifier.errors import UserError
 
 TRAIN_DIGESTS = "train_digests"  # in a model file: int64 (N,), of the images it was trained on
@@ -63,7 +63,7 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
     return f" ({num_missing} of those {len(then)} are missing, {num_new} others are there)"
 
 
-def is_seen(data: Dataset, ids: Identity, digests: torch.Tensor) -> torch.Tensor:
+def is_seen(data: Dataset, ids: ImageIds, digests: torch.Tensor) -> torch.Tensor:
     """Whether images of a data set are among those with these digests, or like one of them.
 
     ids: of the images. digests: see digests_in_file. Returns bool (N,).

@@ -22,7 +22,7 @@ from classifier.datasets.dataset import (
     stratified_split,
 )
 from classifier.datasets.decode import decode
-from classifier.datasets.splits import Identity
+from classifier.datasets.splits import ImageIds
 from classifier.errors import UsageError
 
 NUM_IMAGES = 200
@@ -264,7 +264,7 @@ def test_fingerprint_stays_the_same():
 def test_fingerprint_is_of_all_parts():
     """A run whose validation or test images had changed was resumed without a word."""
     split = Split(torch.arange(96).reshape(6, 1, 4, 4).to(torch.uint8), torch.arange(6) % 2)
-    part = Identity(torch.arange(6), torch.arange(6))
+    part = ImageIds(torch.arange(6), torch.arange(6))
 
     def build_parts(**parts):
         parts = {"valid": split, "valid_ids": part, "test_ids": part, "test": split} | parts
@@ -283,7 +283,7 @@ def test_fingerprint_is_of_all_parts():
 
     original = build_parts()
     assert same_images(original, build_parts())
-    other_ids = Identity(torch.arange(1, 7), torch.arange(6))
+    other_ids = ImageIds(torch.arange(1, 7), torch.arange(6))
     relabelled = Split(split.images, 1 - split.labels)
     for name, value in (
         ("valid", relabelled),

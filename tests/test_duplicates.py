@@ -70,7 +70,7 @@ def test_pairs_of_identical_and_near_identical_images(folder, pictures):
 def find_groups(images, cache):
     """The files of each group, and whether all were compared."""
     pairs, is_complete = duplicates.near_duplicates(images, cache)
-    groups = duplicates.group_images(images["record"]["content"].astype(np.int64), pairs)
+    groups = duplicates.group_images(images["record"]["content_digest"].astype(np.int64), pairs)
     files = {}
     for path, group in zip(images["path"], groups.tolist(), strict=True):
         files.setdefault(group, set()).add(Path(path).stem)

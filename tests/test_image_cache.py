@@ -193,7 +193,7 @@ def test_content_of_files_is_known(folder, photos):
     for path in (folder / "data" / ".decoded").iterdir():
         index = np.fromfile(path / "index", image_records.RECORD)
         expected = {decode.hash64(file.read_bytes()) for file in photos.rglob("*.png")}
-        assert set(index["content"].tolist()) == expected
+        assert set(index["content_digest"].tolist()) == expected
 
 
 # ---- files that took the place of others ----

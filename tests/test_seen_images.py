@@ -18,7 +18,7 @@ import tune
 from classifier import seen_images
 from classifier.datasets.dataset import Dataset, Split
 from classifier.datasets.decode import decode, hash64
-from classifier.datasets.splits import Identity
+from classifier.datasets.splits import ImageIds
 from classifier.errors import UserError
 
 BRIEFLY = ["--epochs", "1", "--width", "0.25", "--image-size", "16", "--progressive-resizing", "0"]
@@ -38,7 +38,7 @@ def all_for_training(folder, photos):
 
 def ids(*digests, groups=None):
     groups = digests if groups is None else groups
-    return Identity(torch.tensor(digests), torch.tensor(groups))
+    return ImageIds(torch.tensor(digests), torch.tensor(groups))
 
 
 def dataset(**parts):

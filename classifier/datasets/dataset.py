@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from classifier.config import Config
 from classifier.datasets.pixel_range import Ranges
-from classifier.datasets.splits import Identity, hold_out, random_numbers
+from classifier.datasets.splits import ImageIds, hold_out, random_numbers
 from classifier.errors import UsageError
 
 # Not the seed of the run: every run holds out the same images and never trains on those of another.
@@ -97,10 +97,10 @@ class Dataset:
     files: list[str] | None = None
     train_indices: torch.Tensor | None = None
     pixel_ranges: Ranges = field(default_factory=dict)
-    train_ids: Identity | None = None
-    valid_ids: Identity | None = None
-    test_ids: Identity | None = None
-    all_ids: Identity | None = None
+    train_ids: ImageIds | None = None
+    valid_ids: ImageIds | None = None
+    test_ids: ImageIds | None = None
+    all_ids: ImageIds | None = None
     drawn: tuple[str, ...] = ()
     checksums: tuple[int, int, int] | None = None
     earlier_digests: torch.Tensor | None = None
@@ -166,7 +166,7 @@ def same_training_images(first: list[float], second: list[float]) -> bool:
     return same_images(first[:-2], second[:-2])
 
 
-def split_checksum(split: Split, ids: Identity | None = None) -> int:
+def split_checksum(split: Split, ids: ImageIds | None = None) -> int:
     """CRC-32 of all images and labels, in their order: a float holds it exactly.
 
     ids: what the images are known by. It stands for their pixels, which are then not read.
@@ -181,7 +181,7 @@ def split_checksum(split: Split, ids: Identity | None = None) -> int:
     return zlib.crc32(labels.data, checksum)
 
 
-def _first_ids(ids: Identity | None, count: int) -> Identity | None:
+def _first_ids(ids: ImageIds | None, count: int) -> ImageIds | None:
     return None if ids is None else ids.select(slice(count))
 
 
@@ -190,8 +190,8 @@ def build_dataset(
     train: Split,
     valid: Split | None = None,
     *,
-    train_ids: Identity | None = None,
-    valid_ids: Identity | None = None,
+    train_ids: ImageIds | None = None,
+    valid_ids: ImageIds | None = None,
     drawn: tuple[str, ...] = (),
     **rest: Any,
 ) -> Dataset:
@@ -249,7 +249,7 @@ def build_dataset(
 
 
 def _split_off(
-    labels: torch.Tensor, fraction: float, ids: Identity | None
+    labels: torch.Tensor, fraction: float, ids: ImageIds | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the images to train on and of those to validate on, in ascending order."""
     if ids is None:
@@ -261,7 +261,7 @@ def _split_off(
 
 
 def _choose_subset(
-    labels: torch.Tensor, indices: torch.Tensor, count: int, ids: Identity | None
+    labels: torch.Tensor, indices: torch.Tensor, count: int, ids: ImageIds | None
 ) -> torch.Tensor:
     """The first `count` of these indices in an order in which the classes take turns.
 

@@ -48,7 +48,7 @@ class Duplicates(NamedTuple):
 def near_duplicates(images: np.ndarray, cache: DecodedCache) -> Duplicates:
     """Find the images that are identical or nearly so. images: FILE (N,), all in the cache."""
     indices = np.arange(len(images))
-    first = first_occurrence(images["record"]["digest"])
+    first = first_occurrence(images["record"]["pixel_digest"])
     copies = indices[first != indices]
     identical = np.stack([first[copies], copies, np.ones_like(copies)], axis=1)
     originals = indices[first == indices]
@@ -92,7 +92,7 @@ def near_identical(
     if len(indices) > MAX_COMPARED:
         return np.empty((0, 2), dtype=np.int64), False
     records = images["record"]
-    fingerprint = hash64(records["digest"].tobytes() + records["dhash"].tobytes())
+    fingerprint = hash64(records["pixel_digest"].tobytes() + records["dhash"].tobytes())
     path = cache.path / "near.npz"
     found = _read_pairs(path, fingerprint)
     if found is None:

@@ -16,7 +16,7 @@ from classifier.datasets.dataset import Dataset, Split, build_dataset
 from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
 from classifier.datasets.folder_layout import find_splits, list_images
 from classifier.datasets.image_cache import DecodedCache, open_cache
-from classifier.datasets.splits import Identity, hold_out
+from classifier.datasets.splits import ImageIds, hold_out
 from classifier.errors import UserError
 from classifier.text import pluralize
 
@@ -51,10 +51,10 @@ class Images(NamedTuple):
     report: dict[str, Any]
     files: list[str]
     pixel_ranges: pixel_range.Ranges
-    train_ids: Identity
-    valid_ids: Identity
-    test_ids: Identity
-    all_ids: Identity
+    train_ids: ImageIds
+    valid_ids: ImageIds
+    test_ids: ImageIds
+    all_ids: ImageIds
     drawn: tuple[str, ...]
     test_files: list[str]
 
@@ -173,11 +173,11 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
     )
 
 
-def _identify(images: np.ndarray, pairs: np.ndarray) -> Identity:
+def _identify(images: np.ndarray, pairs: np.ndarray) -> ImageIds:
     """What each of the images, FILE (N,), is known by. pairs: see Duplicates."""
-    digests = images["record"]["content"].astype(np.int64)
+    digests = images["record"]["content_digest"].astype(np.int64)
     groups = group_images(digests, pairs)
-    return Identity(torch.from_numpy(digests), torch.from_numpy(groups))
+    return ImageIds(torch.from_numpy(digests), torch.from_numpy(groups))
 
 
 def _draw_test(
@@ -338,7 +338,7 @@ def _with_values(folder: Path, file: np.void) -> str:
 def _without_copies(images: np.ndarray, num_classes: int) -> np.ndarray:
     """Indices of the images, without those that are identical to an earlier one of their class."""
     indices = np.arange(len(images))
-    first = first_occurrence(images["record"]["digest"])
+    first = first_occurrence(images["record"]["pixel_digest"])
     first_of_class = first_occurrence(first * num_classes + images["label"])
     return indices[first_of_class == indices]
 

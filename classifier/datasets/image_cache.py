@@ -224,7 +224,7 @@ class DecodedCache:
         every = max(1, len(found) // 100)
         for file in found[::every]:
             pixels = self.pixels[file["row"]]
-            if decode.hash64(pixels.tobytes()) != file["record"]["digest"]:
+            if decode.hash64(pixels.tobytes()) != file["record"]["pixel_digest"]:
                 problem = f"the decoded images in {self.path} are damaged"
                 raise UserError(f"{problem}: delete that folder and run again")
 
@@ -311,7 +311,7 @@ class DecodedCache:
             path = self.source / file["path"]
             key = int(file["key"])
             try:
-                content = decode.hash64(path.read_bytes())
+                content_digest = decode.hash64(path.read_bytes())
                 image = decode.decode(path, self.size, self.ranges)
             except Exception as error:  # a damaged file makes Pillow raise almost anything
                 reasons = failed if _may_pass(error) else broken
@@ -322,7 +322,7 @@ class DecodedCache:
                 key = key_with_range(key, image.used_range)
             width, height = image.size
             pixels.append(image.pixels)
-            records.append((key, content, image.digest, width, height, image.dhash))
+            records.append((key, content_digest, image.pixel_digest, width, height, image.dhash))
         return Piece(
             num_files=len(files),
             pixels=np.array(pixels, np.uint8).tobytes(),

@@ -19,7 +19,7 @@ Counts = list[tuple[int, int]]  # of a group: its classes, and how many images i
 MIN_GROUPS = 3  # of so many groups in a class at least one is held out
 
 
-class Identity(NamedTuple):
+class ImageIds(NamedTuple):
     """What the images of a folder are known by, wherever they are in a list.
 
     Attributes:
@@ -31,9 +31,9 @@ class Identity(NamedTuple):
     digests: torch.Tensor
     groups: torch.Tensor
 
-    def select(self, indices: Any) -> "Identity":
+    def select(self, indices: Any) -> "ImageIds":
         """Those at these indices: an int64 or bool tensor, or a slice."""
-        return Identity(self.digests[indices], self.groups[indices])
+        return ImageIds(self.digests[indices], self.groups[indices])
 
 
 def random_numbers(digests: np.ndarray, salt: str) -> np.ndarray:
@@ -53,7 +53,7 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, salt: str)
 
     Args:
         labels: int64 (N,).
-        groups: int64 (N,), see Identity.
+        groups: int64 (N,), see ImageIds.
         fraction: in [0, 1).
         salt: see `random_numbers`.
     """
