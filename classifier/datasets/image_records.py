@@ -13,10 +13,7 @@ from classifier.datasets.pixel_range import PixelRange
 RECORD = np.dtype(
     [
         ("key", "<u8"),  # of the file: see `file_key` and `key_with_range`
-        (
-            "content_digest",
-            "<u8",
-        ),  # hash of the file's bytes: the same at every size of decoded images
+        ("content_digest", "<u8"),  # hash of the file's bytes, whatever the size of images here
         ("pixel_digest", "<u8"),  # hash of the decoded pixels: equal for identical images
         ("width", "<u4"),  # in the file, in pixels
         ("height", "<u4"),
