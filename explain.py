@@ -45,7 +45,7 @@ try:
     from classifier.config import Config
     from classifier.datasets import checks, splits
     from classifier.datasets.dataset import Dataset, Split
-    from classifier.datasets.splits import Identity
+    from classifier.datasets.splits import ImageIds
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import UsageError, UserError
     from classifier.files import prepare_folder, write_atomically, write_csv
@@ -465,7 +465,7 @@ def may_have_seen(content: dict[str, Any], model: Classifier, data: Dataset) -> 
     """
     digests = seen_images.digests_in_file(content)
     if digests is not None and data.train_ids is not None:
-        return bool(torch.isin(data.train_ids.digests, digests).any())
+        return bool(seen_images.is_seen(data, data.train_ids, digests).any())
     same_dataset = content["config"].get("dataset") == model.settings.get("dataset")
     return same_dataset or content["classes"] == model.classes
 
@@ -518,13 +518,16 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
             f"the other {len(held_out)}"
         )
         train, valid = data.train.select(train_indices), data.train.select(held_out)
-        fold = replace(data, train=train, valid=valid, train_ids=None, valid_ids=None)
+        fold = replace(data, train=train, valid=valid, checksums=None)
+        if data.train_ids is not None:
+            train_ids, valid_ids = (data.train_ids.select(i) for i in (train_indices, held_out))
+            fold = replace(fold, train_ids=train_ids, valid_ids=valid_ids)
         probabilities[held_out] = train_and_predict(config, fold, device)
     return probabilities
 
 
 def stratified_folds(
-    labels: torch.Tensor, ids: Identity | None = None
+    labels: torch.Tensor, ids: ImageIds | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Indices to train on and indices held out, for each fold; every class is in every fold.
 

@@ -44,7 +44,7 @@ try:
         run_tool,
     )
     from classifier.config import Config, flag, is_custom_model
-    from classifier.datasets.dataset import Dataset, digest_of
+    from classifier.datasets.dataset import Dataset
     from classifier.devices import choose_device, keep_freed_memory, training_process
     from classifier.errors import Diverged, Stopped, UsageError, UserError
     from classifier.files import write_json
@@ -544,7 +544,7 @@ def main() -> int:
     settings = non_default_settings(configure(**search.fixed))
     for name in OF_ONE_MACHINE:
         settings.pop(name, None)
-    study.begin(settings, [*search.data.fingerprint(), float(digest_of(search.data.valid))])
+    study.begin(settings, search.data.fingerprint())
     num_trials = study.num_trials()
     known = f", which has {num_trials} of the trials already" if num_trials else ""
     print(f"Searching in {search.folder}{known}")

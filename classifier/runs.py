@@ -19,7 +19,7 @@ from classifier import distributed, legacy
 from classifier.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from classifier.config import FIELD_TYPES, Config, flag
 from classifier.datasets import dataset
-from classifier.datasets.dataset import Dataset, same_images
+from classifier.datasets.dataset import Dataset, same_images, same_training_images
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import despite_trials, write_json
 from classifier.foreign_paths import full_path, to_type
@@ -351,7 +351,7 @@ def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.M
 
 
 def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
-    """Raise UserError unless the training images are those of a saved state.
+    """Raise UserError unless the images are those of a saved state.
 
     content: of last.pth. Version 0.9.0 saved nothing of the images, 0.9.1 only number and mean.
     """
@@ -365,4 +365,8 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
         )
     if saved:
         changes = describe_changes(content, data)
+        if len(saved) == len(data.fingerprint()) and same_training_images(
+            saved, data.fingerprint()
+        ):
+            changes = " (those to train on are; those to validate on or to test with are others)"
         raise UserError(f"the images are not those that {run} began with{changes}: start a new run")

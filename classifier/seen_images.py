@@ -4,7 +4,6 @@ A model file of a folder of images lists what it was trained on: a 64-bit digest
 content. So images are known wherever they have been moved or renamed to.
 """
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from classifier.checkpoints import read_checkpoint
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
+from classifier.datasets.splits import ImageIds
 from classifier.errors import UserError
 
 TRAIN_DIGESTS = "train_digests"  # in a model file: int64 (N,), of the images it was trained on
@@ -63,21 +63,26 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
     return f" ({num_missing} of those {len(then)} are missing, {num_new} others are there)"
 
 
+def is_seen(data: Dataset, ids: ImageIds, digests: torch.Tensor) -> torch.Tensor:
+    """Whether images of a data set are among those with these digests, or like one of them.
+
+    ids: of the images. digests: see digests_in_file. Returns bool (N,).
+    """
+    all_ids = ids if data.all_ids is None else data.all_ids
+    seen_groups = all_ids.groups[torch.isin(all_ids.digests, digests)]
+    return torch.isin(ids.groups, seen_groups)
+
+
 def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
     """How many of the held-out images are among those with these digests, in words, or "".
 
     An image that is nearly identical to one of them counts as well.
     """
-    seen_groups = digests  # a group has the name of one of its images
-    for ids in (data.train_ids, data.valid_ids, data.test_ids):
-        if ids is not None:
-            of_seen = ids.groups[torch.isin(ids.digests, digests)]
-            seen_groups = torch.cat([seen_groups, of_seen])
     counts = []
     for ids, purpose in ((data.test_ids, "test"), (data.valid_ids, "validation")):
         if ids is None:
             continue
-        num_seen = int(torch.isin(ids.groups, seen_groups).sum())
+        num_seen = int(is_seen(data, ids, digests).sum())
         if num_seen:
             counts.append(f"{num_seen} of the {len(ids.groups)} {purpose} images")
     return " and ".join(counts)
@@ -86,17 +91,22 @@ def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
 def with_starting_weights(data: Dataset, config: Config) -> Dataset:
     """The data set with what the weights of --init-from were trained on.
 
-    Prints a note if they were trained on images that are held out now. A file that cannot be read
-    is left to the code that loads the weights; a resumed run knows already.
+    Prints a note if they were trained on images that are held out now, unless the run is resumed,
+    which has printed it already. A file that cannot be read is left to the code that loads the
+    weights.
     """
-    if not config.init_from or config.resume:
+    if not config.init_from:
         return data
-    with contextlib.suppress(UserError):
-        digests = digests_in_file(read_checkpoint(config.init_from))
-        if digests is not None:
-            note_seen(config.init_from, data, digests)
-            return replace(data, earlier_digests=digests)
-    return data
+    try:
+        content = read_checkpoint(config.init_from)
+    except (UserError, OSError):
+        return data
+    digests = digests_in_file(content)
+    if digests is None:
+        return data
+    if not config.resume:
+        note_seen(config.init_from, data, digests)
+    return replace(data, earlier_digests=digests)
 
 
 def note_seen(model: Any, data: Dataset, digests: torch.Tensor) -> None:

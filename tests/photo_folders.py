@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def scene(random: np.random.Generator, size=(48, 36)) -> Image.Image:
@@ -39,6 +39,22 @@ def write_scenes(folder: Path, num_scenes: int, shots=5, seed=0, classes=("a", "
         place.mkdir(parents=True, exist_ok=True)
         for shot in range(shots):
             photographed_again(picture, random).save(place / f"{number}-{shot}.png")
+
+
+def write_cards(folder: Path, num_cards: int, shots=5, seed=0, size=(48, 36)) -> None:
+    """Plain cards with one disc, photographed several times; named as by `write_scenes`."""
+    random = np.random.default_rng(seed)
+    radius = size[1] // 7
+    for number in range(num_cards):
+        card = Image.new("RGB", size, tuple(random.integers(60, 256, 3).tolist()))
+        x, y = (int(random.integers(radius, side - radius)) for side in size)
+        color = tuple(random.integers(0, 256, 3).tolist())
+        corners = (x - radius, y - radius, x + radius, y + radius)
+        ImageDraw.Draw(card).ellipse(corners, fill=color)
+        place = folder / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        for shot in range(shots):
+            photographed_again(card, random).save(place / f"{number}-{shot}.png")
 
 
 def write_jpegs(folder: Path, num_scenes=200, qualities=(95, 80, 60), seed=0) -> None:

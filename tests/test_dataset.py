@@ -1,23 +1,28 @@
 """Splits, resizing and statistics of a data set."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import load_photos
 from PIL import Image
 
 from classifier.config import Config
+from classifier.datasets import dataset
 from classifier.datasets.dataset import (
     Dataset,
     Split,
     build_dataset,
-    digest_of,
     resize,
     same_images,
+    same_training_images,
+    split_checksum,
     stratified_split,
 )
 from classifier.datasets.decode import decode
+from classifier.datasets.splits import ImageIds
 from classifier.errors import UsageError
 
 NUM_IMAGES = 200
@@ -247,13 +252,74 @@ def test_fingerprint_does_not_depend_on_the_layout_in_memory():
     images = torch.randint(0, 256, (700, 3, 12, 12), dtype=torch.uint8)
     labels = torch.arange(700) % 4
     channels_last = images.contiguous(memory_format=torch.channels_last)
-    assert digest_of(Split(channels_last, labels)) == digest_of(Split(images, labels))
+    assert split_checksum(Split(channels_last, labels)) == split_checksum(Split(images, labels))
 
 
 def test_fingerprint_stays_the_same():
     """It is saved with each run."""
     images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8)
-    assert digest_of(Split(images, torch.tensor([0, 1]))) == 0xE812D17F
+    assert split_checksum(Split(images, torch.tensor([0, 1]))) == 0xE812D17F
+
+
+def test_fingerprint_is_of_all_parts():
+    """A run whose validation or test images had changed was resumed without a word."""
+    split = Split(torch.arange(96).reshape(6, 1, 4, 4).to(torch.uint8), torch.arange(6) % 2)
+    part = ImageIds(torch.arange(6), torch.arange(6))
+
+    def build_parts(**parts):
+        parts = {"valid": split, "valid_ids": part, "test_ids": part, "test": split} | parts
+        test = parts.pop("test")
+        return build_dataset(
+            Config(),
+            split,
+            name="photos",
+            classes=["a", "b"],
+            load_test=lambda: test,
+            num_test_images=len(test.labels),
+            flip_keeps_label=True,
+            train_ids=part,
+            **parts,
+        ).fingerprint()
+
+    original = build_parts()
+    assert same_images(original, build_parts())
+    other_ids = ImageIds(torch.arange(1, 7), torch.arange(6))
+    relabelled = Split(split.images, 1 - split.labels)
+    for name, value in (
+        ("valid", relabelled),
+        ("valid_ids", other_ids),
+        ("test", relabelled),
+        ("test_ids", other_ids),
+    ):
+        other = build_parts(**{name: value})
+        assert not same_images(original, other)
+        assert same_training_images(original, other)
+        assert same_images(original[:2], other)  # as an older version wrote it
+    fewer = split.select(slice(4))
+    without_files = build_parts(test_ids=None)
+    assert not same_images(without_files, build_parts(test_ids=None, test=fewer))
+    assert same_images(without_files, build_parts(test_ids=None, test=relabelled))  # not read
+
+
+def test_images_of_files_are_not_read_for_the_fingerprint(photos, monkeypatch):
+    data = load_photos()
+    expected = data.fingerprint()
+    monkeypatch.setattr(dataset.zlib, "crc32", lambda *given: pytest.fail("computed again"))
+    assert replace(data, fallback_reason="a resumed run").fingerprint() == expected
+    monkeypatch.undo()
+    unreadable = replace(data, checksums=None, train=Split(None, data.train.labels))
+    assert unreadable.fingerprint() == expected
+
+
+def test_first_images_have_their_own_indices_and_fingerprint(photos):
+    for data in (
+        load_photos(),
+        build(Split(torch.zeros(40, 3, 4, 4, dtype=torch.uint8), torch.arange(40) % 2)),
+    ):
+        first = data.first(5)
+        assert torch.equal(first.train_indices, data.train_indices[:5])
+        assert len(first.train.labels) == 5
+        assert not same_images(first.fingerprint()[-3:], data.fingerprint()[-3:])
 
 
 def test_fingerprint_of_an_older_version_is_compared_as_far_as_it_goes():

@@ -228,8 +228,8 @@ def test_digest_is_of_the_pixels(folder):
     one, other, near = (
         decode.decode(folder / name, 32) for name in ("one.png", "other.bmp", "near.jpg")
     )
-    assert one.digest == other.digest == decode.hash64(one.pixels.tobytes())
-    assert one.digest != near.digest
+    assert one.pixel_digest == other.pixel_digest == decode.hash64(one.pixels.tobytes())
+    assert one.pixel_digest != near.pixel_digest
 
 
 def test_difference_hash_is_similar_for_similar_images():

@@ -1,6 +1,8 @@
 """Identical and near-identical images: finding them, and which belong together."""
 
 import itertools
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from photo_folders import write_cards
 from PIL import Image
 
 from classifier.config import Config
@@ -15,6 +18,7 @@ from classifier.datasets import duplicates
 from classifier.datasets.folder import load_folder
 from classifier.datasets.folder_layout import list_images
 from classifier.datasets.image_cache import open_cache
+from classifier.datasets.image_records import FILE
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)
@@ -63,12 +67,85 @@ def test_pairs_of_identical_and_near_identical_images(folder, pictures):
     assert (pairs[:, 0] < pairs[:, 1]).all()
 
 
-def test_plain_images_are_not_near_identical(folder, pictures):
+def find_groups(images, cache):
+    """The files of each group, and whether all were compared."""
+    pairs, is_complete = duplicates.near_duplicates(images, cache)
+    groups = duplicates.group_images(images["record"]["content_digest"].astype(np.int64), pairs)
+    files = {}
+    for path, group in zip(images["path"], groups.tolist(), strict=True):
+        files.setdefault(group, set()).add(Path(path).stem)
+    return list(files.values()), is_complete
+
+
+@pytest.mark.parametrize("size", [(48, 36), (32, 32), (20, 20)])
+def test_plain_images_are_grouped_by_thumbnails(folder, pictures, size):
+    """Their hashes say little: none of these used to be compared."""
+    write_cards(folder / "photos", num_cards=30, size=size)
+    images, cache = pictures()
+    ones = np.unpackbits(images["record"]["dhash"], axis=1).sum(axis=1)
+    assert (ones <= duplicates.MAX_PLAIN).all()
+    groups, is_complete = find_groups(images, cache)
+    assert is_complete
+    assert len(groups) == 30 and all(len(files) == 5 for files in groups)
+    assert all(len({file.split("-")[0] for file in files}) == 1 for files in groups)
+
+
+def test_cards_stay_on_one_side_of_the_split(folder):
+    write_cards(folder / "photos", num_cards=30)
+    data = load()
+    assert data.report["twins"]
+    train, test = data.train_ids.groups, data.test_ids.groups
+    assert len(test) and not torch.isin(test, train).any()
+
+
+def test_plain_images_of_other_colors_or_with_other_drawings_are_not_near_identical(
+    folder, pictures
+):
     write_images(folder / "photos", {"red": 4, "green": 4})
-    for grey in (100, 101, 102):
+    for grey in (80, 100, 120):
         Image.new("RGB", (40, 40), (grey, grey, grey)).save(folder / "photos" / f"red/{grey}.png")
+    for place in (4, 14, 24):  # a spot of 1 % of the image
+        drawing = Image.new("RGB", (40, 40), "white")
+        drawing.paste("black", (place, 20, place + 4, 24))
+        drawing.save(folder / "photos" / f"green/spot {place}.png")
     images, cache = pictures()
     assert not len(duplicates.near_duplicates(images, cache).pairs)
+
+
+def search_pixels(pixels):
+    """Search among images without structure, uint8 (N, S, S, 3)."""
+    images = np.zeros(len(pixels), FILE)
+    images["row"] = np.arange(len(pixels))
+    return duplicates._search(images, np.arange(len(pixels)), pixels)
+
+
+def test_thousands_of_black_images_are_one_group_in_seconds():
+    pixels = np.random.default_rng(0).integers(0, 4, (10_000, 16, 16, 3), dtype=np.uint8)
+    begun = time.perf_counter()
+    pairs, is_complete = search_pixels(pixels)
+    assert time.perf_counter() - begun < 20  # half a second; comparing each with each takes minutes
+    assert is_complete and len(pairs) < 2 * duplicates.MAX_PAIRS
+    groups = duplicates.group_images(np.arange(10_000), np.pad(pairs, ((0, 0), (0, 1))))
+    assert len(np.unique(groups)) == 1
+
+
+def test_plain_images_that_were_not_compared_are_reported(folder, monkeypatch):
+    write_cards(folder / "photos", num_cards=30, shots=1)
+    monkeypatch.setattr(duplicates, "MAX_VALUES", 100)
+    report = load().report
+    assert not report["twins"]
+    assert "near-identical ones may be in training as well" in "\n".join(report["words"])
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 20, 48])
+def test_thumbnails_are_means_of_places(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, size, size, 3), dtype=np.uint8)
+    thumbnails, means = duplicates._thumbnails(pixels, np.array([3, 1]))
+    assert thumbnails.shape == (2, 3 * min(8, size) ** 2)
+    np.testing.assert_allclose(means, pixels[[3, 1]].mean(axis=(1, 2, 3)), rtol=1e-5)
+    end = max(1, size // 8)
+    corner = pixels[3, :end, :end].mean(axis=(0, 1))
+    np.testing.assert_allclose(thumbnails[0, :3], corner, rtol=1e-5)
 
 
 def test_similar_hashes_are_not_enough(folder, pictures):

@@ -16,7 +16,7 @@ import PIL
 import pytest
 import torch
 from conftest import wait_for, write_images
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from classifier.config import Config
 from classifier.datasets import decode, image_cache, image_records
@@ -193,7 +193,7 @@ def test_content_of_files_is_known(folder, photos):
     for path in (folder / "data" / ".decoded").iterdir():
         index = np.fromfile(path / "index", image_records.RECORD)
         expected = {decode.hash64(file.read_bytes()) for file in photos.rglob("*.png")}
-        assert set(index["content"].tolist()) == expected
+        assert set(index["content_digest"].tolist()) == expected
 
 
 # ---- files that took the place of others ----
@@ -454,6 +454,21 @@ def test_files_that_failed_for_a_moment_are_tried_again(folder, decoded, monkeyp
     (broken,) = load().report["unreadable"]
     assert Path(broken).name == "1.png"
     assert decoded.count("0.png") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        (MemoryError(), True),
+        (OSError(5, "Input/output error"), True),
+        (OSError("out of memory when reading image file"), True),  # as Pillow says it
+        (OSError("broken data stream when reading image file"), False),
+        (UnidentifiedImageError("cannot identify image file 'memory/0.png'"), False),
+        (ValueError("in memory of"), False),
+    ],
+)
+def test_which_errors_may_pass(error, may_pass):
+    assert image_cache._may_pass(error) == may_pass
 
 
 def test_cache_that_is_mostly_of_files_that_are_gone_begins_anew(folder, photos):

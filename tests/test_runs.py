@@ -23,7 +23,7 @@ from classifier.checkpoints import read_checkpoint, save_checkpoint
 from classifier.config import Config
 from classifier.datasets import dataset
 from classifier.datasets.dataset import Dataset, Split
-from classifier.datasets.splits import Identity
+from classifier.datasets.splits import ImageIds
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.runs import Run, StopRequest, resume_config
 from classifier.seen_images import digests_for_file
@@ -473,7 +473,7 @@ def test_run_of_a_version_that_drew_otherwise_cannot_go_on(saved_run, data, fing
 )
 def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     def with_digests(digests, labels):
-        ids = Identity(torch.tensor(digests), torch.tensor(digests))
+        ids = ImageIds(torch.tensor(digests), torch.tensor(digests))
         images = torch.tensor(digests, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
         train = Split(images, torch.tensor(labels))
         return replace(data, train=train, train_ids=ids, drawn=("testing",))
@@ -489,6 +489,9 @@ def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     runs.check_resumable(saved_run.path, then, make_network)
     with pytest.raises(UserError, match=f"images are not those .*{said}"):
         runs.check_resumable(saved_run.path, with_digests(digests, labels), make_network)
+    valid = Split(data.valid.images, 1 - data.valid.labels)
+    with pytest.raises(UserError, match="images are not those .*to validate on"):
+        runs.check_resumable(saved_run.path, replace(then, valid=valid), make_network)
 
 
 def test_rules_of_splitting_are_read_when_they_are_needed(saved_run, data, monkeypatch):

@@ -4,17 +4,22 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import only_run, report_of, rows_of, state_of, write_images
 from photo_folders import write_noise, write_scenes
 from PIL import Image
 
+import explain
 import image_classification as ic
+import inference
 import tune
 from classifier import seen_images
 from classifier.datasets.dataset import Dataset, Split
-from classifier.datasets.splits import Identity
+from classifier.datasets.decode import decode, hash64
+from classifier.datasets.splits import ImageIds
+from classifier.errors import UserError
 
 BRIEFLY = ["--epochs", "1", "--width", "0.25", "--image-size", "16", "--progressive-resizing", "0"]
 
@@ -33,7 +38,7 @@ def all_for_training(folder, photos):
 
 def ids(*digests, groups=None):
     groups = digests if groups is None else groups
-    return Identity(torch.tensor(digests), torch.tensor(groups))
+    return ImageIds(torch.tensor(digests), torch.tensor(groups))
 
 
 def dataset(**parts):
@@ -47,12 +52,15 @@ def test_held_out_images_that_were_seen_are_counted():
         train_ids=ids(1, 2, 3, groups=[1, 2, 3]),
         valid_ids=ids(4, 5, 6, groups=[4, 2, 6]),
         test_ids=ids(7, 8, 9, 10, groups=[7, 8, 8, 10]),
+        all_ids=ids(*range(1, 12), groups=[1, 2, 3, 4, 2, 6, 7, 8, 8, 10, 7]),
     )
     seen = torch.tensor([8, 10, 99])
     assert seen_images.describe_seen(data, seen) == "3 of the 4 test images"  # 9 is like 8
     both = seen_images.describe_seen(data, torch.tensor([2, 4, 7]))
     assert both == "1 of the 4 test images and 2 of the 3 validation images"
     assert seen_images.describe_seen(data, torch.tensor([1, 3])) == ""
+    copy = torch.tensor([11])  # of 7; it is in no part
+    assert seen_images.describe_seen(data, copy) == "1 of the 4 test images"
     assert seen_images.describe_seen(dataset(), seen) == ""  # a data set that is no folder
 
 
@@ -136,6 +144,60 @@ def test_near_copies_of_what_was_seen_are_noted(inside, folder, photos):
     groups, counts = data.test_ids.groups.unique(return_counts=True)
     assert 0 < (counts == 2).sum() < len(groups)
     assert f"was trained on {2 * int((counts == 2).sum())} of the {counts.sum()} test images" in out
+
+
+def test_identical_copies_of_what_was_seen_are_noted(inside, folder, photos):
+    """Of an image and its copies only the first is used; the one that was seen is another."""
+    inside("--dataset", "photos", *BRIEFLY, "--val-fraction", "0", "--out", "first.pth")
+    content, digests = digests_in(folder / "first.pth")
+    names = {
+        int(np.uint64(hash64(file.read_bytes())).astype(np.int64)): file
+        for file in photos.rglob("*.png")
+    }
+    for digest in digests.tolist():
+        file = names[digest]
+        Image.open(file).save(file.with_name(f"-{file.name}"), compress_level=1)
+    data = ic.load_data(ic.Config(dataset="photos", image_size=16))
+    pixels = [
+        {image.numpy().tobytes() for image in split.images} for split in (data.train, data.test)
+    ]
+    trained_on = {
+        decode(names[digest], 16).pixels.transpose(2, 0, 1).tobytes() for digest in digests.tolist()
+    }
+    num_seen = len(trained_on & pixels[1])
+    assert num_seen > 0 and trained_on & pixels[0]
+    assert not torch.isin(data.test_ids.digests, digests).all()
+    expected = f"{num_seen} of the {len(data.test.labels)} test images"
+    assert seen_images.describe_seen(data, digests).startswith(expected)
+    model = inference.load_model(folder / "first.pth")
+    assert explain.may_have_seen(content, model, data)
+    only_copies = torch.isin(data.all_ids.digests, digests)
+    assert not torch.isin(data.train_ids.digests, data.all_ids.digests[only_copies]).any()
+
+
+@pytest.mark.parametrize("resume", ["", "run"])
+def test_starting_weights_of_a_resumed_run_are_remembered(monkeypatch, capsys, resume):
+    """A seed that had not begun when the run was stopped has them from nowhere else."""
+    content = {"train_digests": torch.tensor([7, 8])}
+    monkeypatch.setattr(seen_images, "read_checkpoint", lambda path: content)
+    data = dataset(test_ids=ids(7, 9), all_ids=ids(7, 9))
+    config = ic.Config(init_from="first.pth", resume=resume)
+    assert seen_images.with_starting_weights(data, config).earlier_digests.tolist() == [7, 8]
+    assert ("was trained on" in capsys.readouterr().out) == (not resume)
+    monkeypatch.undo()  # the file is gone
+    assert seen_images.with_starting_weights(data, config).earlier_digests is None
+
+
+def test_errors_of_the_note_are_not_taken_for_those_of_the_file(monkeypatch):
+    content = {"train_digests": torch.tensor([7])}
+    monkeypatch.setattr(seen_images, "read_checkpoint", lambda path: content)
+
+    def fail(*given):
+        raise UserError("something else")
+
+    monkeypatch.setattr(seen_images, "note_seen", fail)
+    with pytest.raises(UserError, match="something else"):
+        seen_images.with_starting_weights(dataset(), ic.Config(init_from="first.pth"))
 
 
 def test_folder_that_grows_keeps_its_test_images(inside, folder):

@@ -5,13 +5,14 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_images
 from PIL import Image
 
 import inference
 from classifier.config import Config
-from classifier.datasets import decode, unreadable
+from classifier.datasets import decode, unreadable, walk
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
 
@@ -178,7 +179,8 @@ def test_how_many_unreadable_files_are_too_many(folder, count, total, is_refused
     for i in range(total):
         path = folder / "photos" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i % 256, i // 256, 90 * (i % 2))).save(path)
+        colors = np.random.default_rng(i).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(colors).save(path)
         if i < count:
             path.write_bytes(b"")
     settings = {"val_fraction": 0.0, "image_size": 8}
@@ -188,6 +190,40 @@ def test_how_many_unreadable_files_are_too_many(folder, count, total, is_refused
         load(**settings, skip_unreadable=True)
     else:
         load(**settings)
+
+
+def test_files_whose_status_cannot_be_read_are_images_that_cannot_be_read(folder, monkeypatch):
+    """They were "no image", although their names end in .png."""
+    write_images(folder / "photos", {"red": 20, "green": 20})
+    red = folder / "photos" / "red"
+    (red / "3.png").rename(red / "without extension")
+    (red / "notes.txt").write_text("no image")
+    broken = {"2.png", "without extension", "notes.txt"}
+    read_status, read_bytes = os.stat, Path.read_bytes
+
+    def fail(path):
+        if Path(path).name in broken and Path(path).parent.name == "red":
+            raise OSError(5, "Input/output error", str(path))
+
+    def stat(path, **options):
+        fail(path)
+        return read_status(path, **options)
+
+    def read(path):
+        fail(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(walk.os, "stat", stat)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    report = load().report
+    broken.clear()
+    reasons = {Path(path).name: reason for path, reason in report["unreadable"].items()}
+    assert set(reasons) == {"2.png", "without extension"}
+    assert all("Input/output error" in reason for reason in reasons.values())
+    assert [Path(path).name for path in report["left_out"]] == ["notes.txt"]
+    assert not load().report["unreadable"]  # nothing of it is remembered
+    words = unreadable.summarize_files([red / "gone.PNG", red / "gone.txt"])
+    assert "in .PNG" not in words and "in .txt" in words
 
 
 def test_class_of_which_nothing_can_be_read(folder):

@@ -140,11 +140,10 @@ def _describe_small_classes(small_classes: dict[str, int], has_test: bool) -> li
     listed = ", ".join(f"{name} ({count})" for name, count in small_classes.items())
     words = [f"  fewer than {FEW_IMAGES} images: {listed}"]
     if not has_test:
-        words += [
-            "    Without test/ and val/, classes of 1 or 2 are trained on only, those of 3 to 6 are"
-            " tested, too,",
-            "    and only larger ones also validated. So small a test says little",
-        ]
+        words.append(
+            "    Without test/ and val/, few or none of these are tested and validated, which says"
+            " little"
+        )
     return words
 
 
@@ -176,13 +175,14 @@ def _describe_duplicates(images: np.ndarray, twins: Duplicates, used_once: bool)
             "near-identical ones:",
             *NOT_KEPT_TOGETHER,
         ]
-    if not len(twins.pairs):
-        return []
-    at_least = "at least " if num_near_identical >= duplicates.MAX_PAIRS else ""
-    words = [
-        f"  {identical} of identical and {at_least}{num_near_identical} of near-identical "
-        f"images{once}"
-    ]
+    words = []
+    if len(twins.pairs):
+        is_all = twins.is_complete and num_near_identical < duplicates.MAX_PAIRS
+        at_least = "" if is_all else "at least "
+        words.append(
+            f"  {identical} of identical and {at_least}{num_near_identical} of near-identical "
+            f"images{once}"
+        )
     if not twins.is_complete:
         words.append("  too many images are similar to compare all of them with each other:")
         words += NOT_KEPT_TOGETHER

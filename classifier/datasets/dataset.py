@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from classifier.config import Config
 from classifier.datasets.pixel_range import Ranges
-from classifier.datasets.splits import Identity, hold_out, random_numbers
+from classifier.datasets.splits import ImageIds, hold_out, random_numbers
 from classifier.errors import UsageError
 
 # Not the seed of the run: every run holds out the same images and never trains on those of another.
@@ -73,8 +73,12 @@ class Dataset:
             pixel: see `classifier.datasets.pixel_range`.
         train_ids, valid_ids, test_ids: of a folder of images, what the images of each part are
             known by.
+        all_ids: of a folder of images, the same of all that can be read, also of copies that are in
+            no part.
         drawn: what images were drawn for by rules that are not those of version 0.9: "testing",
             "validation", "--subset N".
+        checksums: of the images to train on, to validate on and to test with; None: not computed
+            yet, or no longer right.
         earlier_digests: int64, digests of the images that the weights to start from have seen.
         test_files: of a folder of images, the paths of the test images, relative to it.
     """
@@ -93,10 +97,12 @@ class Dataset:
     files: list[str] | None = None
     train_indices: torch.Tensor | None = None
     pixel_ranges: Ranges = field(default_factory=dict)
-    train_ids: Identity | None = None
-    valid_ids: Identity | None = None
-    test_ids: Identity | None = None
+    train_ids: ImageIds | None = None
+    valid_ids: ImageIds | None = None
+    test_ids: ImageIds | None = None
+    all_ids: ImageIds | None = None
     drawn: tuple[str, ...] = ()
+    checksums: tuple[int, int, int] | None = None
     earlier_digests: torch.Tensor | None = None
     test_files: list[str] | None = None
 
@@ -112,48 +118,70 @@ class Dataset:
 
     def first(self, count: int) -> "Dataset":
         """Only the first images of each part, for a trial run."""
-        return replace(
+        first = replace(
             self,
+            checksums=None,
             train=self.train.first(count),
             valid=self.valid.first(count),
             load_test=lambda: self.unresized_test.first(count),
             num_test_images=min(self.num_test_images, count),
+            train_indices=None if self.train_indices is None else self.train_indices[:count],
             train_ids=_first_ids(self.train_ids, count),
             valid_ids=_first_ids(self.valid_ids, count),
             test_ids=_first_ids(self.test_ids, count),
             test_files=None if self.test_files is None else self.test_files[:count],
         )
+        return replace(first, checksums=first.compute_checksums())
 
     def fingerprint(self) -> list[float]:
-        """Number, mean and digest of the training images, which tell them from others.
+        """Number and mean of the training images, and a checksum of each part.
 
-        `same_images` compares two fingerprints.
+        They tell the images from others: `same_images` compares two fingerprints.
         """
-        return [len(self.train.labels), *self.mean, float(self._digest)]
+        checksums = self.checksums or self.compute_checksums()
+        return [len(self.train.labels), *self.mean, *map(float, checksums)]
 
-    @functools.cached_property
-    def _digest(self) -> int:
-        return digest_of(self.train)
+    def compute_checksums(self) -> tuple[int, int, int]:
+        """Checksums of the images to train on, to validate on and to test with.
+
+        Test images that are not files are not read for it: only their number counts.
+        """
+        train = split_checksum(self.train, self.train_ids)
+        valid = split_checksum(self.valid, self.valid_ids)
+        if self.test_ids is None:
+            return train, valid, self.num_test_images
+        return train, valid, split_checksum(self.load_test(), self.test_ids)
 
 
 def same_images(first: list[float], second: list[float]) -> bool:
     """Whether two fingerprints are of the same images and labels, in the same order.
 
-    One of an older version holds no digest: then number and mean are compared.
+    One of an older version holds no checksums: then number and mean are compared.
     """
     return all(abs(a - b) <= 1e-9 for a, b in zip(first, second, strict=False))
 
 
-def digest_of(split: Split) -> int:
-    """CRC-32 of all pixels and labels, in their order: a float holds it exactly."""
+def same_training_images(first: list[float], second: list[float]) -> bool:
+    """Whether two fingerprints, both with checksums, are of the same images to train on."""
+    return same_images(first[:-2], second[:-2])
+
+
+def split_checksum(split: Split, ids: ImageIds | None = None) -> int:
+    """CRC-32 of all images and labels, in their order: a float holds it exactly.
+
+    ids: what the images are known by. It stands for their pixels, which are then not read.
+    """
+    labels = split.labels.cpu().numpy()
+    if ids is not None:
+        return zlib.crc32(labels.data, zlib.crc32(ids.digests.numpy().data))
     checksum = 0
     for images in split.images.split(500):
         pixels = images.cpu().permute(0, 2, 3, 1).contiguous()  # CIFAR-10 is (N, H, W, C) in memory
         checksum = zlib.crc32(pixels.numpy().data, checksum)
-    return zlib.crc32(split.labels.cpu().numpy().data, checksum)
+    return zlib.crc32(labels.data, checksum)
 
 
-def _first_ids(ids: Identity | None, count: int) -> Identity | None:
+def _first_ids(ids: ImageIds | None, count: int) -> ImageIds | None:
     return None if ids is None else ids.select(slice(count))
 
 
@@ -162,8 +190,8 @@ def build_dataset(
     train: Split,
     valid: Split | None = None,
     *,
-    train_ids: Identity | None = None,
-    valid_ids: Identity | None = None,
+    train_ids: ImageIds | None = None,
+    valid_ids: ImageIds | None = None,
     drawn: tuple[str, ...] = (),
     **rest: Any,
 ) -> Dataset:
@@ -206,7 +234,7 @@ def build_dataset(
     size = config.image_size or train.images.shape[-1]
     train = resize(train.select(train_indices), size)
     mean, std = _channel_statistics(train.images)
-    return Dataset(
+    data = Dataset(
         train=train,
         valid=resize(valid, size),
         mean=mean,
@@ -217,10 +245,11 @@ def build_dataset(
         drawn=drawn,
         **rest,
     )
+    return replace(data, checksums=data.compute_checksums())
 
 
 def _split_off(
-    labels: torch.Tensor, fraction: float, ids: Identity | None
+    labels: torch.Tensor, fraction: float, ids: ImageIds | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the images to train on and of those to validate on, in ascending order."""
     if ids is None:
@@ -232,7 +261,7 @@ def _split_off(
 
 
 def _choose_subset(
-    labels: torch.Tensor, indices: torch.Tensor, count: int, ids: Identity | None
+    labels: torch.Tensor, indices: torch.Tensor, count: int, ids: ImageIds | None
 ) -> torch.Tensor:
     """The first `count` of these indices in an order in which the classes take turns.
 

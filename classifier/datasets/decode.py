@@ -38,7 +38,7 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8 (S, S, 3).
         size: width and height in the file, in pixels.
-        digest: 64-bit hash of the pixels.
+        pixel_digest: 64-bit hash of the pixels.
         dhash: difference hash, uint8 (32,): see `difference_hash`.
         extrema: of an image with more than 8 bits a pixel, its values; None for one of 8 bits.
         used_range: the range of values that was used for it.
@@ -46,7 +46,7 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray
     size: tuple[int, int]
-    digest: int
+    pixel_digest: int
     dhash: np.ndarray
     extrema: Extrema | None = None
     used_range: PixelRange | None = None
@@ -64,8 +64,8 @@ def decode(path: Path, size: int, ranges: Ranges | None = None) -> Decoded:
     image, size_in_file = _despite_metadata(lambda source: _read(source, size), path)
     rgb, extrema, used_range = _to_rgb(image, ranges)
     pixels = _middle_square(rgb, size)
-    digest = hash64(pixels.tobytes())
-    return Decoded(pixels, size_in_file, digest, difference_hash(rgb), extrema, used_range)
+    pixel_digest = hash64(pixels.tobytes())
+    return Decoded(pixels, size_in_file, pixel_digest, difference_hash(rgb), extrema, used_range)
 
 
 def square(image: Image.Image, size: int, ranges: Ranges | None = None) -> np.ndarray:

@@ -16,6 +16,14 @@ from classifier.files import write_atomically
 HASH_BITS = 256
 MAX_DIFFERENT_BITS = 20  # of the difference hashes of two images that are near-identical
 MAX_DIFFERENCE = 255 * 0.03  # mean difference of their pixels' values
+# Plain images have hashes of almost only zeros or ones, which say little, or are noise.
+MIN_ONES = 16  # and zeros: images with more of both in their hashes are compared by these
+MAX_PLAIN = 40  # ones or zeros: those with at most so many are compared by thumbnails, too
+THUMBNAIL_SIZE = 8  # pixels, of the thumbnails by which plain images are compared
+# Largest difference of the thumbnails' values. Not the mean: a small drawing that differs changes a
+# few places much, and noise all places a little.
+MAX_THUMBNAIL_DIFFERENCE = 255 * 0.015
+FEW_VALUES = 24  # of thumbnails, which are compared before the others
 MAX_PAIRS = 10_000  # after so many, only pairs that join two groups are looked for
 MAX_COMPARED = 100_000  # images: among more, near-identical ones are not looked for
 MAX_VALUES = 10**11  # of pixels: the search ends when so many were compared, after a minute or two
@@ -40,7 +48,7 @@ class Duplicates(NamedTuple):
 def near_duplicates(images: np.ndarray, cache: DecodedCache) -> Duplicates:
     """Find the images that are identical or nearly so. images: FILE (N,), all in the cache."""
     indices = np.arange(len(images))
-    first = first_occurrence(images["record"]["digest"])
+    first = first_occurrence(images["record"]["pixel_digest"])
     copies = indices[first != indices]
     identical = np.stack([first[copies], copies, np.ones_like(copies)], axis=1)
     originals = indices[first == indices]
@@ -84,7 +92,7 @@ def near_identical(
     if len(indices) > MAX_COMPARED:
         return np.empty((0, 2), dtype=np.int64), False
     records = images["record"]
-    fingerprint = hash64(records["digest"].tobytes() + records["dhash"].tobytes())
+    fingerprint = hash64(records["pixel_digest"].tobytes() + records["dhash"].tobytes())
     path = cache.path / "near.npz"
     found = _read_pairs(path, fingerprint)
     if found is None:
@@ -110,48 +118,142 @@ def _write_pairs(path: Path, fingerprint: int, pairs: np.ndarray, is_complete: b
 
 
 def _search(images: np.ndarray, indices: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Compare each image with each, by difference hash and then by pixels.
+    """Compare each image with each: those with structure by hash, plain ones by thumbnail.
 
-    After MAX_PAIRS pairs, images that are linked by some already are not compared any more. So a
-    thousand images that are all alike are a thousand comparisons more, not half a million.
-
-    pixels: of the cache's images, uint8 (M, S, S, 3). Returns int64 (P, 2), and False if there were
-    too many images with similar hashes to compare the pixels of all.
+    What is alike by these is compared by pixels. pixels: of the cache's images, uint8
+    (M, S, S, 3). Returns int64 (P, 2), and False if there were too many similar images to compare
+    all.
     """
     bits = np.unpackbits(images["record"]["dhash"][indices], axis=1)  # (N, 256), 0 or 1
-    # Plain images have hashes of almost only zeros or ones, which say nothing.
     ones = bits.sum(axis=1)
-    has_structure = (ones > 16) & (ones < HASH_BITS - 16)
-    indices = indices[has_structure]
-    rows = images["row"][indices]
-    # With -1 and 1 for the bits, the product of two hashes is 256 - 2 × the bits that differ.
-    signs = bits[has_structure].astype(np.float32) * 2 - 1
-    min_product = HASH_BITS - 2 * MAX_DIFFERENT_BITS
+    ones = np.minimum(ones, HASH_BITS - ones)
+    search = _Search(indices, images["row"][indices], pixels)
+    is_complete = _search_by_hash(search, np.flatnonzero(ones > MIN_ONES), bits)
+    is_complete = is_complete and _search_by_thumbnail(search, np.flatnonzero(ones <= MAX_PLAIN))
+    pairs = np.array(search.pairs, dtype=np.int64).reshape(-1, 2)
+    pairs.sort(axis=1)
+    return pairs, is_complete
 
-    pairs: list[tuple[int, int]] = []
-    groups = np.arange(len(indices))
-    num_values = 0
-    starts = range(0, len(indices), CHUNK)
+
+class _Search:
+    """What is compared, and what was found so far.
+
+    Attributes:
+        indices: int64 (N,), of the images that are compared; other arrays here are in this order.
+        rows: int64 (N,), places of the images among the pixels.
+        pixels: uint8 (M, S, S, 3).
+        pairs: of near-identical images, by their `indices`.
+        groups: int64 (N,), the same number for images that pairs link.
+        num_values: how many values of pixels and thumbnails were compared.
+    """
+
+    def __init__(self, indices: np.ndarray, rows: np.ndarray, pixels: np.ndarray):
+        self.indices = indices
+        self.rows = rows
+        self.pixels = pixels
+        self.pairs: list[tuple[int, int]] = []
+        self.groups = np.arange(len(indices))
+        self.num_values = 0
+
+    @property
+    def has_time(self) -> bool:
+        """False if so much was compared that the search is to end."""
+        return self.num_values <= MAX_VALUES
+
+    def is_unlinked(self, first: int, others: np.ndarray) -> np.ndarray:
+        """Whether an image is to be compared with others: bool, one for each of these.
+
+        After MAX_PAIRS pairs, images that are linked by some already are not compared any more. So
+        a thousand images that are all alike are a thousand comparisons more, not half a million.
+        """
+        if len(self.pairs) < MAX_PAIRS:
+            return np.ones(len(others), dtype=bool)
+        return self.groups[others] != self.groups[first]
+
+    def compare(self, first: int, others: np.ndarray) -> bool:
+        """Compare the pixels of an image and of others, and note the pairs.
+
+        Returns False, and notes nothing, if this is too much work.
+        """
+        self.num_values += len(others) * self.pixels[0].size
+        if not self.has_time:
+            return False
+        similar = others[_similar(self.pixels, self.rows[first], self.rows[others])]
+        if len(similar):
+            index = int(self.indices[first])
+            self.pairs += [(index, int(other)) for other in self.indices[similar]]
+            joined = np.isin(self.groups, self.groups[similar])
+            self.groups[joined] = self.groups[first]
+        return True
+
+
+def _search_by_hash(search: _Search, places: np.ndarray, bits: np.ndarray) -> bool:
+    """Find near-identical images among those at these places; False if the search ended early.
+
+    bits: of the hashes of all images, uint8 (N, 256).
+    """
+    # With -1 and 1 for the bits, the product of two hashes is 256 - 2 × the bits that differ.
+    signs = bits[places].astype(np.float32) * 2 - 1
+    min_product = HASH_BITS - 2 * MAX_DIFFERENT_BITS
+    starts = range(0, len(places), CHUNK)
     for start in tqdm(starts, "Comparing images", unit="kimg", leave=False, disable=None):
         products = signs[start : start + CHUNK] @ signs[start:].T
         is_candidate = np.triu(products >= min_product, 1)  # each pair once, none with itself
         for row in np.flatnonzero(is_candidate.any(axis=1)).tolist():
-            first = start + row
-            others = start + np.flatnonzero(is_candidate[row])
-            if len(pairs) >= MAX_PAIRS:
-                others = others[groups[others] != groups[first]]
-            num_values += len(others) * pixels[0].size
-            if num_values > MAX_VALUES:
-                return _to_array(pairs), False
-            similar = others[_similar(pixels, rows[first], rows[others])]
-            pairs += [(int(indices[first]), int(other)) for other in indices[similar]]
-            for group in np.unique(groups[similar]):
-                groups[groups == group] = groups[first]
-    return _to_array(pairs), True
+            first = places[start + row]
+            others = places[start + np.flatnonzero(is_candidate[row])]
+            others = others[search.is_unlinked(first, others)]
+            if not search.compare(first, others):
+                return False
+    return True
 
 
-def _to_array(pairs: list[tuple[int, int]]) -> np.ndarray:
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+def _search_by_thumbnail(search: _Search, places: np.ndarray) -> bool:
+    """Find near-identical images among those at these places; False if the search ended early.
+
+    Two images differ in their means by no more than thumbnails may differ anywhere. So in the
+    order of the means, each image is compared with few others, and no near-identical one is missed.
+    """
+    if not len(places):
+        return True
+    thumbnails, means = _thumbnails(search.pixels, search.rows[places])
+    order = np.argsort(means, kind="stable")
+    places, thumbnails, means = places[order], thumbnails[order], means[order]
+    # Where the images differ most; of most pairs nothing else need be compared.
+    telling = np.argsort(-thumbnails.std(axis=0))[:FEW_VALUES]
+    few_values = np.ascontiguousarray(thumbnails[:, telling].T)
+    ends = np.searchsorted(means, means + MAX_THUMBNAIL_DIFFERENCE)
+    for i in tqdm(range(len(places)), "Comparing images", leave=False, disable=None):
+        values = few_values[:, i + 1 : ends[i]]
+        search.num_values += values.size
+        if not search.has_time:
+            return False
+        differences = np.abs(values - few_values[:, i, None]).max(axis=0, initial=0)
+        others = i + 1 + np.flatnonzero(differences < MAX_THUMBNAIL_DIFFERENCE)
+        others = others[search.is_unlinked(places[i], places[others])]
+        differences = np.abs(thumbnails[others] - thumbnails[i]).max(axis=1, initial=0)
+        others = others[differences < MAX_THUMBNAIL_DIFFERENCE]
+        if not search.compare(places[i], places[others]):
+            return False
+    return True
+
+
+def _thumbnails(pixels: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images at about 8 × 8 pixels, float32 (N, 192), and the means of their values, (N,)."""
+    size = pixels.shape[1]
+    num_places = min(size, THUMBNAIL_SIZE)
+    starts = np.arange(num_places) * size // num_places
+    widths = np.diff(starts, append=size)
+    areas = np.repeat(np.outer(widths, widths).ravel(), 3)
+    thumbnails = np.empty((len(rows), len(areas)), dtype=np.float32)
+    means = np.empty(len(rows))
+    for start in range(0, len(rows), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        sums = np.add.reduceat(pixels[rows[chunk]], starts, axis=1, dtype=np.float32)
+        sums = np.add.reduceat(sums, starts, axis=2).reshape(-1, len(areas))
+        thumbnails[chunk] = sums / areas
+        means[chunk] = sums.sum(axis=1) / pixels[0].size
+    return thumbnails, means
 
 
 def _similar(pixels: np.ndarray, row: int, others: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from classifier.datasets.dataset import Dataset, Split, build_dataset
 from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
 from classifier.datasets.folder_layout import find_splits, list_images
 from classifier.datasets.image_cache import DecodedCache, open_cache
-from classifier.datasets.splits import Identity, hold_out
+from classifier.datasets.splits import ImageIds, hold_out
 from classifier.errors import UserError
 from classifier.text import pluralize
 
@@ -39,8 +39,9 @@ class Images(NamedTuple):
         files: path of each training image, relative to the folder.
         pixel_ranges: of the values of images with more than 8 bits a pixel.
         train_ids, valid_ids, test_ids: what the images of each split are known by.
+        all_ids: the same of all images that can be read, also of copies that are in no split.
         drawn: see Dataset.
-        test_files: the same of each test image.
+        test_files: path of each test image, relative to the folder.
     """
 
     classes: list[str]
@@ -50,9 +51,10 @@ class Images(NamedTuple):
     report: dict[str, Any]
     files: list[str]
     pixel_ranges: pixel_range.Ranges
-    train_ids: Identity
-    valid_ids: Identity
-    test_ids: Identity
+    train_ids: ImageIds
+    valid_ids: ImageIds
+    test_ids: ImageIds
+    all_ids: ImageIds
     drawn: tuple[str, ...]
     test_files: list[str]
 
@@ -94,6 +96,7 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         train_ids=images.train_ids,
         valid_ids=images.valid_ids,
         test_ids=images.test_ids,
+        all_ids=images.all_ids,
         drawn=images.drawn,
         test_files=images.test_files,
     )
@@ -164,16 +167,17 @@ def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable
         train_ids=ids.select(train),
         valid_ids=ids.select(valid),
         test_ids=ids.select(test),
+        all_ids=ids,
         drawn=drawn,
         test_files=images["path"][test].tolist(),
     )
 
 
-def _identify(images: np.ndarray, pairs: np.ndarray) -> Identity:
+def _identify(images: np.ndarray, pairs: np.ndarray) -> ImageIds:
     """What each of the images, FILE (N,), is known by. pairs: see Duplicates."""
-    digests = images["record"]["content"].astype(np.int64)
+    digests = images["record"]["content_digest"].astype(np.int64)
     groups = group_images(digests, pairs)
-    return Identity(torch.from_numpy(digests), torch.from_numpy(groups))
+    return ImageIds(torch.from_numpy(digests), torch.from_numpy(groups))
 
 
 def _draw_test(
@@ -334,7 +338,7 @@ def _with_values(folder: Path, file: np.void) -> str:
 def _without_copies(images: np.ndarray, num_classes: int) -> np.ndarray:
     """Indices of the images, without those that are identical to an earlier one of their class."""
     indices = np.arange(len(images))
-    first = first_occurrence(images["record"]["digest"])
+    first = first_occurrence(images["record"]["pixel_digest"])
     first_of_class = first_occurrence(first * num_classes + images["label"])
     return indices[first_of_class == indices]
 

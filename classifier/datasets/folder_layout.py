@@ -253,12 +253,17 @@ def _images_of_class(class_folder: Path, folder: Path) -> tuple[list[tuple[str, 
     others = []
     for path, status in walk_files(class_folder, folder, on_error=fail):
         file = folder / path
-        if status is not None and counts_as_image(file):
+        if counts_as_image(file) or is_unknown(file, status):
             images.append((path, file_key(path, status, file)))
         else:
             others.append(file)
     images.sort(key=lambda image: os.path.normcase(image[0]).split(os.sep))  # as Path compares
     return images, others
+
+
+def is_unknown(file: Path, status: os.stat_result | OSError) -> bool:
+    """Whether neither content nor name of a file tells that it is no image."""
+    return isinstance(status, OSError) and not file.suffix
 
 
 def _to_array(images: list[tuple[str, int]], split: str, label: int) -> np.ndarray:

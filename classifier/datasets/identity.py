@@ -1,13 +1,12 @@
 """Which image is which: digests of content, which stay the same whatever a file is called."""
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from classifier.datasets.dataset import Dataset
+from classifier.datasets.decode import hash64
 
-DIGEST_BYTES = 8
 CHUNK_IMAGES = 1000
 
 
@@ -25,7 +24,7 @@ def digest_test_images(data: Dataset) -> list[str]:
     """
     if data.test_ids is None:
         return digest_pixels(data.unresized_test.images)
-    return [f"{digest % 2**64:016x}" for digest in data.test_ids.digests.tolist()]
+    return [_to_text(digest) for digest in data.test_ids.digests.tolist()]
 
 
 def digest_pixels(images: Any) -> list[str]:
@@ -33,15 +32,16 @@ def digest_pixels(images: Any) -> list[str]:
     digests = []
     for chunk in images.split(CHUNK_IMAGES):
         for image in chunk.numpy():
-            digests.append(_digest(image.tobytes()))
+            digests.append(_to_text(hash64(image.tobytes())))
     return digests
 
 
 def digest_all(digests: Iterable[str], labels: Iterable[str]) -> str:
     """A digest of labelled images, in whatever order, from those of each."""
     lines = [f"{digest} {label}" for digest, label in zip(digests, labels, strict=True)]
-    return _digest("\n".join(sorted(lines)).encode())
+    return _to_text(hash64("\n".join(sorted(lines)).encode()))
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+def _to_text(digest: int) -> str:
+    """A digest of 64 bits, with or without a sign, as 16 hexadecimal digits."""
+    return f"{digest % 2**64:016x}"

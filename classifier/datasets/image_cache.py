@@ -49,6 +49,7 @@ CACHE_FOLDER = ".decoded"  # in --data-dir: the caches of all data sets
 WRITE_BYTES = 2**22  # of decoded images at once: this much is lost if decoding is stopped
 PIECE_BYTES = 2**16  # decoded in one go by a thread, in at most MAX_PIECE images
 MAX_PIECE = 16  # images; one at a time, small ones took twice as long
+OUT_OF_MEMORY = "out of memory"  # how Pillow's OSError begins if that is what a decoder reports
 BAR: dict[str, Any] = {"unit": "img", "leave": False, "disable": None}  # none without a terminal
 
 
@@ -223,7 +224,7 @@ class DecodedCache:
         every = max(1, len(found) // 100)
         for file in found[::every]:
             pixels = self.pixels[file["row"]]
-            if decode.hash64(pixels.tobytes()) != file["record"]["digest"]:
+            if decode.hash64(pixels.tobytes()) != file["record"]["pixel_digest"]:
                 problem = f"the decoded images in {self.path} are damaged"
                 raise UserError(f"{problem}: delete that folder and run again")
 
@@ -310,7 +311,7 @@ class DecodedCache:
             path = self.source / file["path"]
             key = int(file["key"])
             try:
-                content = decode.hash64(path.read_bytes())
+                content_digest = decode.hash64(path.read_bytes())
                 image = decode.decode(path, self.size, self.ranges)
             except Exception as error:  # a damaged file makes Pillow raise almost anything
                 reasons = failed if _may_pass(error) else broken
@@ -321,7 +322,7 @@ class DecodedCache:
                 key = key_with_range(key, image.used_range)
             width, height = image.size
             pixels.append(image.pixels)
-            records.append((key, content, image.digest, width, height, image.dhash))
+            records.append((key, content_digest, image.pixel_digest, width, height, image.dhash))
         return Piece(
             num_files=len(files),
             pixels=np.array(pixels, np.uint8).tobytes(),
@@ -341,9 +342,9 @@ def _missing(files: np.ndarray, broken: dict[str, str]) -> np.ndarray:
 
 def _may_pass(error: Exception) -> bool:
     """True if the same file may be readable another time: short of memory, an error of the disk."""
-    if isinstance(error, MemoryError) or "memory" in str(error):
+    if type(error) is OSError and str(error).startswith(OUT_OF_MEMORY):
         return True
-    return bool(getattr(error, "errno", None))
+    return isinstance(error, MemoryError) or bool(getattr(error, "errno", None))
 
 
 def _append(file: BinaryIO, contents: list[bytes]) -> None:

@@ -13,8 +13,8 @@ from classifier.datasets.pixel_range import PixelRange
 RECORD = np.dtype(
     [
         ("key", "<u8"),  # of the file: see `file_key` and `key_with_range`
-        ("content", "<u8"),  # hash of the file's bytes: the same at every size of decoded images
-        ("digest", "<u8"),  # hash of the decoded pixels: equal for identical images
+        ("content_digest", "<u8"),  # hash of the file's bytes, whatever the size of images here
+        ("pixel_digest", "<u8"),  # hash of the decoded pixels: equal for identical images
         ("width", "<u4"),  # in the file, in pixels
         ("height", "<u4"),
         ("dhash", "u1", 32),  # difference hash: similar for near-identical images
@@ -50,15 +50,18 @@ PAGE = 4096  # bytes of a file at its beginning, middle and end that tell it fro
 HAS_CHANGE_TIME = os.name == "posix"  # st_ctime is the time of creation on Windows
 
 
-def file_key(path: str, status: os.stat_result, file: Path) -> int:
+def file_key(path: str, status: os.stat_result | OSError, file: Path) -> int:
     """Key of a file in a cache: a hash of all that is known of it without reading it.
 
     Size and modification time do not tell a file from another that took its place, because both
     may be set. Its number (inode) and the time of its last change (ctime) do: a program can set
     neither. Windows tells no such time, so there a few pages of the file are hashed as well.
 
-    path: in the data set; file: the same file as it is opened here.
+    path: in the data set; file: the same file as it is opened here. status: if that cannot be read,
+    nothing is known of the file, and its key is another one each time.
     """
+    if isinstance(status, OSError):
+        return decode.hash64(os.fsencode(path) + os.urandom(8))
     identity = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
     if HAS_CHANGE_TIME:
         return decode.hash64(os.fsencode(f"{identity}\0{status.st_ctime_ns}"))

@@ -3,8 +3,9 @@
 A position in a list says nothing of an image: one file more, and every image behind it has another
 one. So each group of identical and near-identical images gets a random number from its content, and
 is held out if that is below the fraction. A folder that grows keeps its split: a group changes
-sides only if a near-identical image joins it, or where its class would otherwise have far too many
-or too few images held out.
+sides only if a near-identical image joins it (of k images, with a probability of about 1 / (k + 1),
+it then gets another number), or where its class would otherwise have far too many or too few images
+held out.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ Counts = list[tuple[int, int]]  # of a group: its classes, and how many images i
 MIN_GROUPS = 3  # of so many groups in a class at least one is held out
 
 
-class Identity(NamedTuple):
+class ImageIds(NamedTuple):
     """What the images of a folder are known by, wherever they are in a list.
 
     Attributes:
@@ -30,9 +31,9 @@ class Identity(NamedTuple):
     digests: torch.Tensor
     groups: torch.Tensor
 
-    def select(self, indices: Any) -> "Identity":
+    def select(self, indices: Any) -> "ImageIds":
         """Those at these indices: an int64 or bool tensor, or a slice."""
-        return Identity(self.digests[indices], self.groups[indices])
+        return ImageIds(self.digests[indices], self.groups[indices])
 
 
 def random_numbers(digests: np.ndarray, salt: str) -> np.ndarray:
@@ -52,7 +53,7 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, fraction: float, salt: str)
 
     Args:
         labels: int64 (N,).
-        groups: int64 (N,), see Identity.
+        groups: int64 (N,), see ImageIds.
         fraction: in [0, 1).
         salt: see `random_numbers`.
     """
@@ -100,7 +101,7 @@ def _count_classes(labels: np.ndarray, members: np.ndarray) -> list[Counts]:
 def _bounds(class_sizes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """How many images of each class are to be held out, at least and at most."""
     share = np.round(class_sizes * fraction).astype(np.int64)
-    tolerance = np.maximum(share // 4, share >= 3)
+    tolerance = np.where(share >= 3, np.maximum(share // 4, 1), 0)
     most = np.minimum(share + tolerance, class_sizes - 1)
     return np.minimum(share - tolerance, most), most
 

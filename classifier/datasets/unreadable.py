@@ -10,7 +10,7 @@ from PIL import UnidentifiedImageError
 
 from classifier.datasets import decode
 from classifier.files import write_csv
-from classifier.text import pluralize
+from classifier.text import pluralize, printable
 
 HEAD = 512  # bytes at the beginning of a file that tell what it is
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -141,7 +141,9 @@ def summarize_files(paths: Iterable[Path]) -> str:
     reasons = []
     for path in paths:
         content = recognise(path)
-        unknown = f"it ends in {path.suffix}, which is no image" if path.suffix else "no image"
+        unknown = "no image"
+        if path.suffix and path.suffix.lower() not in decode.extensions():
+            unknown = f"it ends in {path.suffix}, which is no image"
         reasons.append(content.describe() if content else unknown)
     return summarize(reasons)
 
@@ -153,14 +155,9 @@ def write_list(file: Path, folder: Path, unreadable: Mapping[str, str]) -> Path 
     """
     rows = [["file", "reason"]]
     for path, why in unreadable.items():
-        rows.append([_as_text(folder / path), _as_text(why)])
+        rows.append([printable(str(folder / path)), printable(why)])
     try:
         write_csv(file, rows)
     except OSError:
         return None
     return file
-
-
-def _as_text(name: Path | str) -> str:
-    """A name as UTF-8 can hold it; other bytes become \\udcXX, as Python shows them."""
-    return str(name).encode("utf-8", "backslashreplace").decode()

@@ -34,7 +34,7 @@ def fail(error: OSError) -> None:
 
 def walk_files(
     start: Path, root: Path, on_error: Callable[[OSError], None] | None = None
-) -> Iterator[tuple[str, os.stat_result | None]]:
+) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """The files in a folder and below it that are not hidden.
 
     Links to folders outside the root are followed; those to folders within are not, because they
@@ -45,8 +45,8 @@ def walk_files(
         root: the folder of the data set, or the same folder.
         on_error: what to do about a folder that cannot be read; None: skip it.
 
-    Yields the path of each file relative to the root, and its status, or None if that cannot be
-    read.
+    Yields the path of each file relative to the root, and its status, or the error if that cannot
+    be read.
     """
     real_root = root.resolve()
     visited: set[Path] = set()
@@ -65,9 +65,9 @@ def walk_files(
             real_path = os.path.join(parent, name)
             try:
                 status = os.stat(real_path)
-            except OSError:
+            except OSError as error:
                 if not os.path.islink(real_path):  # a link to nowhere is no image
-                    yield path, None
+                    yield path, error
                 continue
             if stat.S_ISREG(status.st_mode):
                 yield path, status
