@@ -291,6 +291,7 @@ def export_model(report: Report, config: Config, data: Dataset) -> Report:
 
     A copy stays in the run folder; for a trial run that is the only one, so that it never replaces
     a real model.
+
     Returns the report with the path of the model.
     """
     file_name = f"model_{model_name(config.model)}.pth"

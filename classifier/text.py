@@ -4,7 +4,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+FROM_FLOATS = "floats in [0, 1] become that by (255 * images).round(), as uint8"
 URL_REFUSED = "this is a URL: name a file or folder on this machine, downloaded if need be"
+CONTROL_CHARACTER = r"[\x00-\x1f\x7f-\x9f]"
 
 
 def percent(share: float) -> str:
@@ -55,6 +57,14 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def escape_control_characters(text: str) -> str:
+    """A text from somebody else's file, such that printing it does nothing but print.
+
+    The escape character, for example, becomes \\x1b.
+    """
+    return re.sub(CONTROL_CHARACTER, lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def has_control_characters(name: str) -> bool:
     """Whether printing this may do more than print, such as move the cursor of a terminal."""
-    return re.search(r"[\x00-\x1f\x7f-\x9f]", name) is not None
+    return re.search(CONTROL_CHARACTER, name) is not None
