@@ -322,10 +322,18 @@ def test_nothing_is_downloaded_where_that_is_not_allowed(folder, dataset):
         assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("dataset", named.NAMES)
-def test_empty_folder_of_a_data_set_is_none(folder, dataset):
+@pytest.mark.parametrize(
+    ("dataset", "path"),
+    [
+        ("mnist", "MNIST/raw"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+        ("cifar100", "cifar-100-python"),
+        ("stl10", "stl10_binary"),
+    ],
+)
+def test_empty_folder_of_a_data_set_is_none(folder, dataset, path):
     """An interrupted download may leave it."""
-    (folder / "data" / named.DATASETS[dataset].on_disk).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "data" / path).mkdir(parents=True)
     assert not dataset_available({"dataset": dataset}, 32)
     with pytest.raises(DatasetUnavailable, match=f"{dataset} is not in data"):
         load_data(Config(dataset=dataset), may_download=False)
