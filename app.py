@@ -103,14 +103,21 @@ def add_heat_map(
 
 
 def example_pictures(folder: str) -> list[str]:
-    """The first pictures in a folder. Raises UserError if there are none."""
+    """The first pictures in a folder. Raises UserError if there are none.
+
+    Prints a note on each file there that is a picture, but of a format that is not read.
+    """
     paths, problems = find_images([folder])
+    names = []
     for path in paths:
-        if not path.exists():
+        if path.exists():
+            names.append(str(path.resolve()))
+        else:
             problems.append(f"{path}: there is no such file or folder")
-    if problems:
+    if not names:
         raise UserError(problems[0])
-    names = [str(path.resolve()) for path in paths]
+    for problem in problems:
+        print(f"note: left out: {problem}")
     usable = [name for name in names if name == printable(name)]  # Gradio takes no others
     if len(usable) < len(names):
         count = pluralize(len(names) - len(usable), "picture")
@@ -121,13 +128,15 @@ def example_pictures(folder: str) -> list[str]:
 def write_test_images(model: Classifier, data_dir: str | None, folder: Path) -> list[str]:
     """Write a test image of each class, if the data set is on this machine; returns their paths.
 
-    data_dir: what the user typed, if anything: see load_dataset_of.
+    data_dir: where the user says that it is, if anywhere. Raises UserError if it is not there.
     """
-    if not dataset_available(model, data_dir):
+    if not data_dir and not dataset_available(model):
         return []
     try:
         test = load_dataset_of(model, data_dir, may_download=False).test
     except UserError:
+        if data_dir:
+            raise
         return []
     _, first_of_class = np.unique(test.labels.numpy(), return_index=True)
     images = test.images[torch.from_numpy(first_of_class[:MAX_EXAMPLE_CLASSES])]

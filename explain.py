@@ -40,7 +40,7 @@ try:
 
     import image_classification as ic
     from classifier import plots, seen_images
-    from classifier.checkpoints import check_weights, read_checkpoint, read_state_dict
+    from classifier.checkpoints import check_weights
     from classifier.cli import run_tool, tool_parser
     from classifier.config import Config
     from classifier.datasets import checks, splits
@@ -51,8 +51,9 @@ try:
     from classifier.files import prepare_folder, write_atomically, write_csv
     from classifier.foreign_paths import is_network_path
     from classifier.heartbeat import Heartbeat
+    from classifier.networks.build import read_weights
     from classifier.networks.pretrained import last_layer_weights
-    from classifier.text import percent
+    from classifier.text import URL_REFUSED, escape_control_characters, is_url, percent
     from inference import Classifier, load_dataset_of, load_model, read_image, top_classes
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 GALLERY_SIZE = 40  # images
 GALLERY_COLUMNS = 8
 NUM_FOLDS = 3  # networks that --label-issues trains, each without a third of the images
+IMAGENET_CLASSES = 1000
 NUM_MAPS = 8  # feature maps that are drawn of a stage
 NUM_PAIRS = 10  # pairs of confused classes that are printed
 CAM_BATCH_SIZE = 50
@@ -316,7 +318,7 @@ def draw_stage(row: "list[Axes]", stage: Stage) -> None:
 # ---- Animations of a run -------------------------------------------------------------------------
 
 
-def animate(run: Path, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:
+def animate(run: str, model: str, device: torch.device, data_dir: str | None, out: Path) -> None:
     """Write cam_<class>.gif: Grad-CAM of a test image of each class, one frame an epoch.
 
     run: the folder of a run made with --keep-epochs. model: FILE.py:FACTORY of a custom network.
@@ -344,13 +346,18 @@ def animate(run: Path, model: str, device: torch.device, data_dir: str | None, o
     print(f"{out}: cam_<class>.gif of {len(names)} classes, {len(paths)} epochs")
 
 
-def find_epochs(run: Path) -> list[Path]:
+def find_epochs(run: str) -> list[Path]:
     """The models of a run's epochs, in order. Raises UserError if there are none."""
-    paths = sorted(run.glob("epoch-*.pth"))
+    if is_url(run):
+        raise UserError(f"--animate {run}: {URL_REFUSED}")
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"--animate {run}: there is no such folder")
+    paths = sorted(folder.glob("epoch-*.pth"))
     if paths:
         return paths
     advice = "train with --keep-epochs"
-    if list(run.glob("seed-*/epoch-*.pth")):
+    if list(folder.glob("seed-*/epoch-*.pth")):
         advice = "name one of its seeds"
     raise UserError(f"{run} has no epoch-*.pth: {advice}")
 
@@ -430,7 +437,8 @@ def settings_of_folds(model: Classifier, data: Dataset) -> Config:
         if not settings.get("pretrained"):
             settings["freeze"] = False  # a frozen layer with random weights would learn nothing
             start = "random weights, and all layers are trained"
-        print(f"note: {problem}: the networks start from {start}")
+        note = escape_control_characters(f"{problem}: the networks start from {start}")
+        print(f"note: {note}")  # it has a path from a file, which may be a stranger's
     return Config(**settings)
 
 
@@ -439,23 +447,40 @@ def problem_with_weights(model: Classifier, data: Dataset, path: str) -> str:
 
     path: the file with these weights. Empty if they can.
     """
-    if is_network_path(path) or not Path(path).is_file():
+    if is_network_path(path):
+        return f"the model started from {path}, which looks like a network path and is not asked"
+    if not Path(path).is_file():
         return f"the model started from {path}, which is no longer there"
-    try:
-        content = read_checkpoint(path)
-    except (UserError, OSError) as error:
-        is_torchvision_file = model.settings.get("pretrained") and read_state_dict(path)
-        return "" if is_torchvision_file else f"the model started from {path}: {error}"
-    if may_have_seen(content, model, data):
-        return f"{path}, from which the model started, may have seen these images"
-    if model.settings.get("pretrained"):
-        return ""
     network = model.require_network()
     try:
-        check_weights(network, {**content["model"], **last_layer_weights(network)}, path)
-    except UserError as error:
+        saved = read_weights(path, network)
+        weights = {**saved.weights, **last_layer_weights(network)}
+        if model.settings.get("pretrained"):  # what the network does not have is left out
+            weights = {name: weights[name] for name in network.state_dict() if name in weights}
+        check_weights(network, weights, path)
+    except (UserError, OSError) as error:
         return f"the model started from {path}: {error}"
+    if saved.checkpoint is None:
+        if has_imagenets_classes(saved.weights, model):
+            return ""
+        return f"{path}, from which the model started, does not tell which images it has seen"
+    if may_have_seen(saved.checkpoint, model, data):
+        return f"{path}, from which the model started, may have seen these images"
     return ""
+
+
+def has_imagenets_classes(weights: dict[str, torch.Tensor], model: Classifier) -> bool:
+    """Whether these weights are for ImageNet's 1000 classes, as torchvision's own are.
+
+    weights: under the names that the model's network has. False where the model itself is for as
+    many classes: then it cannot be told.
+    """
+    if len(model.classes) == IMAGENET_CLASSES:
+        return False
+    last_layer = last_layer_weights(model.require_network())
+    return all(
+        name in weights and weights[name].shape[:1] == (IMAGENET_CLASSES,) for name in last_layer
+    )
 
 
 def may_have_seen(content: dict[str, Any], model: Classifier, data: Dataset) -> bool:
@@ -567,9 +592,8 @@ def train_and_predict(config: Config, data: Dataset, device: torch.device) -> to
     heartbeat = Heartbeat(trainer.state, trainer.group, config.progressive_resizing)
     while not trainer.state.progress.done:
         ic.train_one_epoch(trainer, heartbeat)
-        trainer.state.end_epoch(
-            valid_loss=None, valid_accuracy=None
-        )  # --scheduler plateau reads it
+        # --scheduler plateau reads the losses
+        trainer.state.end_epoch(valid_loss=None, valid_accuracy=None)
     return ic.evaluate(trainer.state.eval_model(), *data.valid).logits.softmax(1)
 
 
@@ -614,7 +638,7 @@ def main() -> int:
     prepare_folder(out)
     device = choose_device(options.device)
     if options.animate:
-        animate(Path(options.animate), options.model, device, options.data_dir, out)
+        animate(options.animate, options.model, device, options.data_dir, out)
         return 0
 
     model = load_model(options.checkpoint, device, options.model)

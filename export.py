@@ -37,6 +37,7 @@ try:
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
     from classifier.files import prepare_file, write_atomically
+    from classifier.text import escape_control_characters
     from inference import Classifier, dataset_available, load_dataset_of, load_model
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
@@ -102,7 +103,7 @@ def to_onnx(model: Classifier) -> bytes:
     network, example = exportable(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
+        exported: Any = torch.onnx.export(
             network,
             (example,),
             input_names=["images"],
@@ -112,7 +113,7 @@ def to_onnx(model: Classifier) -> bytes:
             external_data=False,
             verbose=False,
         )
-    proto = program.model_proto
+    proto = exported.model_proto
     onnx.helper.set_model_props(proto, metadata(model))
     return proto.SerializeToString()
 
@@ -120,10 +121,10 @@ def to_onnx(model: Classifier) -> bytes:
 def to_pt2(model: Classifier) -> bytes:
     """The model as a file for torch.export.load, with its metadata in classification.json."""
     network, example = exportable(model)
-    program = torch.export.export(network, (example,), dynamic_shapes=DYNAMIC_SHAPES)
+    exported = torch.export.export(network, (example,), dynamic_shapes=DYNAMIC_SHAPES)
     buffer = io.BytesIO()
     extra_files = {"classification.json": json.dumps(metadata(model))}
-    torch.export.save(program, buffer, extra_files=extra_files)
+    torch.export.save(exported, buffer, extra_files=extra_files)
     return buffer.getvalue()
 
 
@@ -176,16 +177,16 @@ def compare_logits(expected: np.ndarray, found: np.ndarray) -> str:
 
 
 def data_to_compare(model: Classifier, data_dir: str | None) -> Dataset | None:
-    """The model's data set, if it is here and can be read; nothing is downloaded.
+    """The model's data set, or None if it cannot be read; nothing is downloaded.
 
-    data_dir: what the user typed, if anything. Raises UserError for what is wrong with that.
+    data_dir: where the user says that it is, if anywhere. Raises UserError if it is not there.
     """
     try:
         return load_dataset_of(model, data_dir, may_download=False)
     except UserError as error:
         if data_dir:
             raise
-        print(f"note: {error}")
+        print(f"note: {escape_control_characters(str(error))}")  # it has paths from the file
         return None
 
 
@@ -195,10 +196,7 @@ def images_to_compare(model: Classifier, data: Dataset | None) -> np.ndarray:
     Returns uint8 (N, 3, S, S).
     """
     if data is None:
-        print(
-            "note: compared on random images, because the data set is not here: --data-dir DIR "
-            "names its folder"
-        )
+        print("note: compared on random images: --data-dir DIR names the folder of the data set")
         shape = (NUM_COMPARED, 3, model.image_size, model.image_size)
         return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     parts = []
@@ -350,7 +348,7 @@ def main() -> int:
     data = None
     if options.int8:
         data = load_dataset_of(model, options.data_dir)
-    elif dataset_available(model, options.data_dir):
+    elif options.data_dir or dataset_available(model):
         data = data_to_compare(model, options.data_dir)
     export(model, options.format, images_to_compare(model, data), out)
     if options.int8 and data is not None:

@@ -30,7 +30,7 @@ try:
     import numpy as np
     from tqdm import tqdm
 
-    from classifier.cli import run_tool, tool_parser
+    from classifier.cli import command_line, run_tool, tool_parser
     from classifier.datasets import decode, pixel_range, unreadable
     from classifier.datasets.walk import walk_files
     from classifier.errors import UsageError, UserError
@@ -52,6 +52,7 @@ try:
         is_url,
         percent,
         pluralize,
+        shorten,
     )
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
@@ -98,6 +99,7 @@ class Classifier:
         seen_digests: int64, of the images that it was trained on, see `seen_images`; None if that
             is not known.
         fingerprint: of the training images, see `Dataset.fingerprint`; None if it is not known.
+        split_rules: by which the training images were chosen: see `dataset.SPLIT_RULES`.
 
     Raises UserError for values that no model can have.
     """
@@ -114,6 +116,7 @@ class Classifier:
     pixel_ranges: pixel_range.Ranges = field(default_factory=dict)
     seen_digests: "torch.Tensor | None" = None
     fingerprint: Any = None
+    split_rules: int = 1
 
     def __post_init__(self) -> None:
         names = [self.dataset, *self.classes] if isinstance(self.classes, list) else []
@@ -254,6 +257,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
     if model:
         settings["model"] = model
     metrics = content["metrics"]
+    split_rules = content.get("split_rules")  # version 0.9 names none
     return Classifier(
         path=path,
         classes=content["classes"],
@@ -267,6 +271,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         pixel_ranges=read_pixel_ranges(content.get("pixel_ranges"), path),
         seen_digests=digests_in_file(content),
         fingerprint=content.get("fingerprint"),
+        split_rules=split_rules if type(split_rules) is int else 1,
     )
 
 
@@ -277,8 +282,9 @@ def read_pixel_ranges(content: Any, path: Path) -> pixel_range.Ranges:
     """
     try:
         return pixel_range.from_json(content)
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged: {content!r} are no ranges of pixel values") from None
+    except (TypeError, ValueError, OverflowError):
+        shown = shorten(repr(content), 80)
+        raise UserError(f"{path} is damaged: {shown} are no ranges of pixel values") from None
 
 
 def warn_about_changed_script(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -324,7 +330,14 @@ def load_onnx(path: Path, device: str) -> Classifier:
             batch = images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255
             (output,) = session.run(["logits"], {"images": batch})
             outputs.append(output)
-        return np.concatenate(outputs)
+        logits = np.concatenate(outputs)
+        num_classes = len(known["classes"])
+        if logits.shape != (len(images), num_classes):
+            raise UserError(
+                f"{path} is damaged: its network has an output of shape {logits.shape}, where "
+                f"{len(images)} images of {num_classes} classes have ({len(images)}, {num_classes})"
+            )
+        return logits
 
     pixel_ranges = read_pixel_ranges(ranges, path)
     return Classifier(path=path, compute_logits=compute_logits, pixel_ranges=pixel_ranges, **known)
@@ -366,8 +379,9 @@ def load_dataset_of(
     """Load the data set that a .pth was trained on.
 
     A folder that only the model file names, perhaps a stranger's, is used if it exists and holds
-    the images of the training; nothing is downloaded there. Prints a note if images of a folder
-    that are now for testing or validation were trained on. Raises UserError.
+    the images of the training; nothing is downloaded there, and nothing is read from it that has
+    other classes. Prints a note if images of a folder that are now for testing or validation were
+    trained on. Raises UserError.
 
     data_dir: where the data set is now; of a folder of images, that folder itself.
     """
@@ -381,22 +395,43 @@ def load_dataset_of(
         raise UserError(message)
     if source.is_named_by_file:
         may_download = False
+    other_classes = UserError(f"{model.path} is for other classes than {dataset} has now")
+    # reading a whole folder takes long, and only its classes tell before whether that is in vain
+    if source.is_folder and load.folder_classes(dataset) != model.classes:
+        raise other_classes
     try:
         data = load.load_data(Config(**source.settings), may_download=may_download)
     except UsageError as error:  # a setting in the file, not the usage of this tool
         raise UserError(str(error)) from None
     if data.classes != model.classes:
-        raise UserError(f"{model.path} is for other classes than {data.name} has now")
+        raise other_classes
     if source.is_named_by_file and not has_images_of_training(model, data):
         place = dataset if source.is_folder else source.settings["data_dir"]
-        raise UserError(
-            f"the images in {place} are not those that {model.path} was trained on: add "
-            f'--data-dir "{place}" to use them nevertheless'
-        )
+        advice = command_line(["--data-dir", place])
+        raise UserError(f"{describe_doubt(model, data, place)}: add {advice} to use them")
     if source.is_folder:
         note_seen_images(model, data)
         note_other_ranges(model, data)
     return data
+
+
+def describe_doubt(model: Classifier, data: "Dataset", place: str) -> str:
+    """Why the images in a place are not known to be those that the model was trained on.
+
+    A trial run has seen the first of them only, and other versions may have chosen others of the
+    same images to train on: then they may well be the same.
+    """
+    from classifier.datasets import dataset
+
+    unknown = f"whether {model.path} was trained on the images in {place} is not known"
+    if model.settings.get("fast_dev_run"):
+        return f"{unknown}, because a trial run sees only the first of them"
+    if data.drawn and model.split_rules != dataset.SPLIT_RULES:
+        drawn = " and ".join(data.drawn)
+        return f"{unknown}, because that version chose the images for {drawn} in another way"
+    if has_images_of_training(model, data) is None:
+        return f"{unknown}, because the file does not say"
+    return f"the images in {place} are not those that {model.path} was trained on"
 
 
 def note_other_ranges(model: Classifier, data: "Dataset") -> None:
@@ -554,9 +589,8 @@ def read_in_batches(
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The files that names, patterns and folders stand for.
 
-    Returns their paths, and a line for each folder without images and each image in a folder whose
-    format is not read. A file that does not exist is
-    among the paths.
+    Returns their paths, and a line for each URL, each folder without images and each image in a
+    folder whose format is not read. A file that does not exist is among the paths.
     """
     found: list[Path] = []
     problems = []
@@ -593,9 +627,8 @@ def expand(name: str | Path) -> list[Path]:
 def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder and the folders in it, hidden ones aside, and the other files there.
 
-    They are those that training finds.
-
-    A folder that cannot be read is skipped, unlike in a data set: the other images still count.
+    The images are those that training finds. A folder that cannot be read is skipped, unlike in a
+    data set: the other images still count.
     """
     images, others = [], []
     for path, _ in walk_files(folder, folder):

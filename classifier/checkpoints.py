@@ -1,6 +1,6 @@
 """Model files and saved states: written whole, read without executing anything in them."""
 
-import contextlib
+import errno
 import io
 import os
 import zipfile
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from classifier import legacy
+from classifier.cli import command_line, program
 from classifier.config import FIELD_TYPES, Config, is_custom_model
-from classifier.errors import UserError
+from classifier.errors import UserError, is_out_of_memory
 from classifier.files import write_atomically
 from classifier.text import has_control_characters
 
@@ -52,7 +53,7 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
     classes: if given, those that the checkpoint has to be for.
 
     Raises UserError if the file is damaged, not one of our checkpoints, or for other classes, and
-    OSError if it cannot be opened.
+    OSError, which names it, if it cannot be read.
     """
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this program (nothing in it was executed)"
@@ -60,7 +61,7 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
     content = _load(Path(path))
     if not _is_checkpoint(content):
         weights = _find_state_dict(content)
-        raise damaged if weights is None else _is_bare(path, weights)
+        raise damaged if weights is None else bare_weights_error(path, weights)
     if legacy.is_legacy(content["versions"]):
         content["classes"] = legacy.compose_names(content["classes"])
     if classes and classes != content["classes"]:
@@ -74,18 +75,32 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """What torch.save wrote, or None if it cannot be read safely. Raises OSError."""
-    with open(path, "rb") as file, contextlib.suppress(Exception):
-        if zipfile.is_zipfile(file):
-            entries = zipfile.ZipFile(file).infolist()
-            uncompressed_size = sum(entry.file_size for entry in entries)
-            file_size = file.seek(0, os.SEEK_END)
-            # torch.save does not compress; a compressed file could grow to any size in memory
-            if uncompressed_size > file_size:
-                return None
-        file.seek(0)
-        return torch.load(file, weights_only=True, map_location="cpu")
-    return None
+    """What torch.save wrote, or None if it cannot be read safely.
+
+    Raises OSError, which names the file, if the disk fails, and the error of a memory that is too
+    small.
+    """
+    is_zip = False
+    with open(path, "rb") as file:
+        try:
+            is_zip = zipfile.is_zipfile(file)
+            if is_zip:
+                entries = zipfile.ZipFile(file).infolist()
+                uncompressed_size = sum(entry.file_size for entry in entries)
+                file_size = file.seek(0, os.SEEK_END)
+                # torch.save does not compress; a compressed file could grow to any size in memory
+                if uncompressed_size > file_size:
+                    return None
+            file.seek(0)
+            return torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch may raise anything for a damaged file
+            # of a damaged file the system is asked for places before its beginning
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            # in the format before the ZIP file, a damaged file may ask for any amount
+            if is_zip and is_out_of_memory(error):
+                raise
+            return None
 
 
 def _is_checkpoint(content: Any) -> bool:
@@ -112,7 +127,7 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor] | None:
     """The weights in a file of another program, or None if it holds something else.
 
     It may hold a plain state dict, such as torchvision publishes, or one among other things.
-    Nothing in it is executed. Raises OSError if it cannot be opened.
+    Nothing in it is executed. Raises OSError, which names it, if it cannot be read.
     """
     return _find_state_dict(_load(Path(path)))
 
@@ -137,12 +152,13 @@ def _find_state_dict(content: Any) -> dict[str, torch.Tensor] | None:
     return None
 
 
-def _is_bare(path: Path | str, weights: dict[str, torch.Tensor]) -> UserError:
+def bare_weights_error(path: Path | str, weights: dict[str, torch.Tensor]) -> UserError:
     """The error for a file that holds weights and nothing else that is needed."""
+    command = program("image_classification.py") or ["python", "image_classification.py"]
     return UserError(
         f"{path} is a state dict of {len(weights)} tensors: it does not tell the names of the "
-        "classes, nor how the images are normalised; a training can start from it: python "
-        f'image_classification.py --model NAME --init-from "{path}"'
+        "classes, nor how the images are normalised; a training can start from it: "
+        + command_line([*command, "--model", "NAME", "--init-from", str(path)])
     )
 
 
@@ -204,7 +220,8 @@ def load_model(path: Path | str, build: Build, model: str = "") -> tuple[nn.Modu
     settings = {name: value for name, value in content["config"].items() if name in FIELD_TYPES}
     config = Config(**settings)
     if is_custom_model(config.model) and not model:
-        raise UserError(f"{path} holds a network of your own: add --model {config.model}")
+        advice = command_line(["--model", config.model])
+        raise UserError(f"{path} holds a network of your own: add {advice}")
     config = replace(config, model=model or config.model)
 
     def build_described(skip_check: bool) -> nn.Module:

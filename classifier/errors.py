@@ -106,20 +106,22 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, torch.AcceleratorError):
         return getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY
-    return type(error) is RuntimeError and (_is_of_mps(error) or _is_of_cpu(error))
+    return type(error) is RuntimeError and (
+        _is_mps_out_of_memory(error) or _is_cpu_out_of_memory(error)
+    )
 
 
-def _is_of_mps(error: BaseException) -> bool:
+def _is_mps_out_of_memory(error: BaseException) -> bool:
     return str(error).startswith("MPS backend out of memory")
 
 
-def _is_of_cpu(error: BaseException) -> bool:
+def _is_cpu_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator: " in str(error)
 
 
 def _format_out_of_memory(error: Exception, text: str) -> str:
     """How much memory there is on a device, and what to try."""
-    if isinstance(error, MemoryError) or _is_of_cpu(error):
+    if isinstance(error, MemoryError) or _is_cpu_out_of_memory(error):
         return "the memory of this machine is too small: try a smaller --batch-size or --image-size"
     first_sentence = text.partition(". ")[0]
     return f"{first_sentence}: try a smaller --batch-size, or --device cpu"

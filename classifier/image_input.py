@@ -15,12 +15,12 @@ from PIL import Image
 
 from classifier.datasets import decode
 from classifier.datasets.pixel_range import Ranges
+from classifier.text import FROM_FLOATS
 
 ACCEPTED = (
     "a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a list "
     "of these; or a batch in uint8: (N, 3, H, W), or as an array (N, H, W, 3)"
 )
-FROM_FLOATS = "floats in [0, 1] become that by (255 * images).round(), as uint8"
 
 ReadFile = Callable[[Path | str], np.ndarray]  # a path to uint8 (3, S, S)
 

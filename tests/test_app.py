@@ -298,6 +298,24 @@ def test_no_examples_where_the_data_set_is_not(model, folder):
     assert app.write_test_images(elsewhere, None, folder) == []
 
 
+def test_typed_folder_without_the_data_set_is_an_error(model, folder):
+    for dataset in ("cifar10", "photos"):
+        elsewhere = replace(model, settings={"dataset": dataset})
+        with pytest.raises(UserError, match="wrong"):
+            app.write_test_images(elsewhere, "wrong", folder)
+
+
+def test_picture_that_is_not_read_leaves_the_others(folder, capsys):
+    (folder / "mine").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "mine" / "a.png")
+    (folder / "mine" / "b.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"></svg>')
+    assert app.example_pictures("mine") == [str((folder / "mine" / "a.png").resolve())]
+    assert "b.svg" in capsys.readouterr().out
+    (folder / "mine" / "a.png").unlink()
+    with pytest.raises(UserError, match="b.svg"):
+        app.example_pictures("mine")
+
+
 def test_own_examples(folder):
     (folder / "many").mkdir()
     for i in range(25):

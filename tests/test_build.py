@@ -390,16 +390,18 @@ def test_state_dict_for_other_classes_gets_a_new_last_layer(folder, capsys):
     after = model.state_dict()
     assert torch.equal(after["convolution.weight"], source.state_dict()["convolution.weight"])
     assert torch.equal(after["classifier.weight"], before["classifier.weight"])
-    assert "plain.pth is for other classes" in capsys.readouterr().out
+    note = capsys.readouterr().out
+    assert "plain.pth" in note and "last layer" in note and "other classes" not in note
 
 
-def test_state_dict_of_another_network_is_refused(folder):
+def test_state_dict_of_another_network_is_refused(folder, capsys):
     model = build()
     before = copy_of(model.state_dict())
     for content in ({"weight": torch.zeros(3)}, build(width=0.5).state_dict()):
         torch.save(content, "plain.pth")
         with pytest.raises(UserError, match="plain.pth holds another network"):
             load(model, init_from="plain.pth")
+        assert capsys.readouterr().out == ""  # nothing on the last layer, which is not the matter
     assert same(model.state_dict(), before)
 
 
@@ -473,7 +475,18 @@ def test_torchvisions_own_file(imagenet, capsys):
         if not name.startswith("classifier"):
             assert torch.equal(after[f"body.{name}"], value)
     assert torch.equal(after["body.classifier.1.weight"], before["body.classifier.1.weight"])
-    assert "note" not in capsys.readouterr().out
+    assert "note: imagenet.pth" in capsys.readouterr().out  # on its last layer of 1000 classes
+
+
+def test_fine_tuned_state_dict_keeps_its_last_layer_where_that_fits(folder, capsys):
+    """As without --pretrained: it names no classes."""
+    source = build(seed=1, **PRETRAINED)
+    for content in (source.state_dict(), source.body.state_dict()):
+        torch.save(content, "tuned.pth")
+        model = build(seed=2, **PRETRAINED)
+        load(model, init_from="tuned.pth", **PRETRAINED)
+        assert same(model.state_dict(), source.state_dict())
+        assert "tuned.pth names no classes" in capsys.readouterr().out
 
 
 def test_torchvisions_weights_as_others_write_them(imagenet):

@@ -1,5 +1,6 @@
 """Model files: written whole, never trusted, and refused in one line."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from classifier.checkpoints import (
     save_checkpoint,
     without_wrapper,
 )
+from classifier.cli import command_line
 from classifier.config import Config
 from classifier.errors import UserError
 
@@ -115,6 +117,50 @@ def test_bad_checkpoint_is_refused_in_one_line(model_file, folder):
 def test_missing_file_is_an_os_error(folder):
     with pytest.raises(FileNotFoundError):
         read_checkpoint(folder / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_disk_or_memory_that_fails_is_no_damaged_file(model_file, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as caught:
+        read_checkpoint(model_file)
+    if isinstance(error, OSError):
+        assert caught.value.filename == str(model_file)
+
+
+def test_file_that_claims_to_need_much_memory_is_damaged(folder, monkeypatch):
+    """In the old format a damaged file may ask for any amount."""
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    (folder / "old.pth").write_bytes(b"no zip file")
+    with pytest.raises(UserError, match="old.pth is damaged"):
+        read_checkpoint(folder / "old.pth")
+
+
+def test_advice_is_quoted_for_the_shell(folder):
+    content = make_content()
+    content["config"]["model"] = "a.py:f; rm -rf x"
+    save_checkpoint(folder / "it's.pth", content)
+    with pytest.raises(UserError) as caught:
+        load_model(folder / "it's.pth", build)
+    assert command_line(["--model", "a.py:f; rm -rf x"]) in str(caught.value)
+    torch.save(content["model"], folder / "it's.pth")
+    with pytest.raises(UserError) as caught:
+        load_model(folder / "it's.pth", build)
+    assert command_line(["--init-from", str(folder / "it's.pth")]) in str(caught.value)
 
 
 def test_compressed_checkpoint_is_refused(model_file, folder):

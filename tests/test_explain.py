@@ -236,6 +236,13 @@ def test_run_without_its_epochs_is_refused(folder, tool_inside):
     assert "seed" in run.error("--animate", "run")
 
 
+def test_run_that_does_not_exist_is_called_so(folder, tool_inside):
+    error = tool_inside("explain").error("--animate", "typo")
+    assert "typo" in error and "no such folder" in error and "--keep-epochs" not in error
+    error = tool_inside("explain").error("--animate", "https://example.com/run")
+    assert "https://example.com/run" in error and "URL" in error
+
+
 def test_example_of_each_class_is_a_correct_one_if_there_is_one(model, data):
     test = data.test.first(500)
     chosen = explain.choose_examples(model.network, test)
@@ -340,18 +347,56 @@ def test_weights_that_cannot_serve_are_left_out(fine_tuned, folder, capsys, monk
     assert not explain.settings_of_folds(fine_tuned, data).init_from
     # a path to another machine, which a stranger's file may hold, is not even looked at
     monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail("looked at"))
-    fine_tuned.settings["init_from"] = "\\\\server\\share\\model.pth"
-    assert not explain.settings_of_folds(fine_tuned, data).init_from
+    for path in ("\\\\server\\share\\model.pth", "\\/server/share/m.pth", "/\\server/m.pth"):
+        fine_tuned.settings["init_from"] = path
+        capsys.readouterr()
+        assert not explain.settings_of_folds(fine_tuned, data).init_from
+        assert "no longer there" not in capsys.readouterr().out
+
+
+def test_note_on_weights_does_not_control_the_terminal(fine_tuned, capsys):
+    data = load_photos(image_size=16)
+    fine_tuned.settings["init_from"] = "\x1b[2Jgone.pth"
+    explain.settings_of_folds(fine_tuned, data)
+    out = capsys.readouterr().out
+    assert "gone.pth" in out and "\x1b" not in out
+
+
+def test_weights_that_the_training_has_taken_are_taken(fine_tuned, folder, capsys):
+    """Those that torch.compile or DDP has named, and of other classes."""
+    data = load_photos(image_size=16)
+    content = torch.load("digits.pth", weights_only=True)
+    content["model"] = {f"module.{name}": value for name, value in content["model"].items()}
+    torch.save(content, "digits.pth")
+    config = explain.settings_of_folds(fine_tuned, data)
+    assert config.init_from == "digits.pth" and config.freeze
+    assert "note" not in capsys.readouterr().out
+
+
+def test_state_dict_does_not_tell_what_it_has_seen(fine_tuned, folder, capsys):
+    data = load_photos(image_size=16)
+    torch.save(fine_tuned.network.state_dict(), "digits.pth")
+    config = explain.settings_of_folds(fine_tuned, data)
+    note = capsys.readouterr().out
+    assert not config.init_from and "digits.pth" in note and "a training can start" not in note
 
 
 def test_pretrained_weights_are_kept_and_frozen(fine_tuned, folder, capsys):
+    from torchvision.models import squeezenet1_1
+
     data = load_photos(image_size=16)
-    fine_tuned.settings |= {"model": "torchvision:resnet18", "pretrained": True}
-    torch.save({"conv1.weight": torch.zeros(1)}, "digits.pth")  # torchvision's own file
-    config = explain.settings_of_folds(fine_tuned, data)
+    settings = {"model": "torchvision:squeezenet1_1", "pretrained": True}
+    network = ic.instantiate(ic.Config(**settings), 2, data.mean, data.std, image_size=16)
+    tuned = replace(fine_tuned, network=network, settings=fine_tuned.settings | settings)
+    torch.save(squeezenet1_1().state_dict(), "digits.pth")  # as torchvision's own file
+    config = explain.settings_of_folds(tuned, data)
     assert config.init_from == "digits.pth" and config.freeze and config.pretrained
+    assert "note" not in capsys.readouterr().out
+    torch.save(squeezenet1_1(num_classes=2).state_dict(), "digits.pth")  # perhaps of these images
+    assert not explain.settings_of_folds(tuned, data).init_from
+    assert "digits.pth" in capsys.readouterr().out
     (folder / "digits.pth").unlink()
-    config = explain.settings_of_folds(fine_tuned, data)
+    config = explain.settings_of_folds(tuned, data)
     assert not config.init_from and config.freeze and config.pretrained
     assert "ImageNet" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import save, shared_folder, table_of, tool
+from conftest import save, shared_folder, table_of, tool, write_images
 
 import export
 import image_classification as ic
@@ -240,6 +240,31 @@ def test_random_images_where_the_data_set_is_not(model, capsys):
     assert images.shape == (1000, 3, model.image_size, model.image_size)
     assert images.dtype == np.uint8 and images.max() == 255
     assert "--data-dir" in capsys.readouterr().out
+
+
+def test_typed_folder_without_the_data_set_is_an_error(model, folder, tool_inside):
+    content = torch.load(model.path, weights_only=True)
+    for dataset in ("cifar10", "mnist", "photos"):
+        content["config"]["dataset"] = dataset
+        torch.save(content, folder / "model_any.pth")
+        error = tool_inside("export").error("--format", "pt2", "--data-dir", "wrong")
+        assert "wrong" in error, dataset
+        assert not (folder / "model_any.pt2").exists()
+
+
+def test_reason_for_random_images_is_the_true_one(folder, inside, tool_inside):
+    """The data set is there, and was refused: it is not said to be missing."""
+    write_images(folder / "photos", {"red": 20, "green": 20})
+    settings = ["--epochs", "1", "--width", "0.25", "--image-size", "16", "--out", "model_a.pth"]
+    inside("--dataset", "photos", *settings)
+    (folder / "photos" / "red").rename(folder / "photos" / "\x1b[31mred")
+    content = torch.load("model_a.pth", weights_only=True)
+    (folder / "photos").rename(folder / "photos\x1b[2J")
+    content["config"]["dataset"] = str(folder / "photos\x1b[2J")
+    torch.save(content, "model_a.pth")
+    out, err = tool_inside("export")("--format", "pt2")
+    assert "random images" in out and "not here" not in out
+    assert "\x1b" not in out + err
 
 
 def test_export_downloads_nothing(model, folder, tool_inside, monkeypatch):

@@ -14,7 +14,8 @@ import image_classification as ic
 import inference
 from classifier.cli import command_line
 from classifier.config import FIELD_TYPES, Config
-from classifier.datasets import download, load
+from classifier.datasets import download, image_cache, load
+from classifier.datasets import folder as folder_loader
 from classifier.errors import UserError
 from classifier.foreign_paths import settings_to_type_again
 from classifier.progress import COLUMNS
@@ -140,6 +141,18 @@ def test_folder_that_a_file_names_has_to_hold_the_images_of_the_training(folder,
         with pytest.raises(UserError, match="--data-dir"):
             inference.load_dataset_of(model)
     assert inference.load_dataset_of(model, "others").name == "others"  # the user says so
+
+
+def test_folder_of_other_classes_is_not_read(own_file, folder, monkeypatch, tool_inside):
+    """A stranger's file may name any folder, and reading it takes long and fills the disk."""
+    write_images(folder / "photos", {"red": 12, "green": 12})
+    monkeypatch.setattr(image_cache, "open_cache", lambda *_: pytest.fail("it reads the images"))
+    monkeypatch.setattr(folder_loader, "open_cache", image_cache.open_cache)
+    path = stranger(own_file, dataset=str(folder / "photos"))
+    assert "classes" in tool_inside("explain").error("--checkpoint", path)
+    model = inference.load_model(path, "cpu")
+    with pytest.raises(UserError, match="classes"):
+        inference.load_dataset_of(model, "photos")
 
 
 def test_setting_that_is_invalid_is_no_wrong_usage(own_file, folder, tool_inside):

@@ -700,6 +700,19 @@ def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
     old = replace(old, settings=model.settings | {"pretrained": True})  # which is ImageNet's here
     assert inference.has_images_of_training(old, data) is None
 
+    # where the folder is only named by the file, what is not known is not called wrong
+    named = {"dataset": str(Path("moved").resolve())}
+    known = replace(model, settings=model.settings | named)
+    with pytest.raises(UserError, match="images in .*moved are not those .*--data-dir"):
+        inference.load_dataset_of(known)
+    for unknown in (
+        replace(old, settings=old.settings | named),
+        replace(known, split_rules=1),
+        replace(known, settings=known.settings | {"fast_dev_run": True}),
+    ):
+        with pytest.raises(UserError, match="moved is not known.*--data-dir"):
+            inference.load_dataset_of(unknown)
+
     Path("moved", "red").rename(Path("moved", "pink"))
     with pytest.raises(UserError, match=r"model\.pth"):
         inference.load_dataset_of(model, "moved")
@@ -742,6 +755,30 @@ def test_onnx_probabilities(onnx_file, monkeypatch):
     assert inference.probabilities(model, images).max(1) == pytest.approx([confidence] * 5)
     with pytest.raises(UserError, match=r"model\.onnx"):
         model.require_network()
+
+
+def with_metadata(onnx_file, **values):
+    """Change values in the metadata of an ONNX file."""
+    import onnx
+
+    proto = onnx.load(str(onnx_file))
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, metadata | values)
+    onnx.save_model(proto, str(onnx_file))
+
+
+@pytest.mark.parametrize("classes", [["red", "green"], ["red", "green", "blue", "grey"]])
+def test_onnx_file_whose_classes_are_not_those_of_its_network(onnx_file, tool_inside, classes):
+    with_metadata(onnx_file, classes=json.dumps(classes))
+    error = tool_inside("inference").error("blue.png", "--checkpoint", onnx_file)
+    assert "model.onnx is damaged" in error
+
+
+def test_range_of_pixel_values_that_no_float_holds(onnx_file, tool_inside):
+    ranges = '{"integers": [0, 1' + 400 * "0" + "]}"
+    with_metadata(onnx_file, pixel_ranges=ranges)
+    error = tool_inside("inference").error("blue.png", "--checkpoint", onnx_file)
+    assert "model.onnx is damaged" in error and len(error) < 300
 
 
 def test_onnx_devices(onnx_file, tool_inside):

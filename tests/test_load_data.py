@@ -229,13 +229,34 @@ def test_model_without_settings_is_one_for_cifar10(folder):
 def test_data_dir_of_a_folder_is_the_folder(folder):
     settings = {"dataset": "photos", "data_dir": "cache"}
     source = find_source(settings, 48, "elsewhere")
-    assert source.settings == {"dataset": "elsewhere", "data_dir": "data", "image_size": 48}
+    there = str(folder / "elsewhere")
+    assert source.settings == {"dataset": there, "data_dir": "data", "image_size": 48}
     assert source.is_folder and not source.is_named_by_file
     assert find_source(settings, 48).is_named_by_file
     assert not dataset_available(settings, 48)
     assert not dataset_available(settings, 48, "elsewhere")
     (folder / "elsewhere").mkdir()
     assert dataset_available(settings, 48, "elsewhere")
+
+
+def test_folder_that_is_called_like_a_data_set_is_that_folder(folder):
+    write_images(folder / "digits", {"red": 12, "green": 12})
+    for typed in ("digits", "digits/", str(folder / "digits")):
+        source = find_source({"dataset": "photos"}, 16, typed)
+        assert load_data(Config(**source.settings)).classes == ["green", "red"]
+
+
+def test_url_is_no_folder(folder):
+    with pytest.raises(UserError, match="--data-dir https://a.b.*URL"):
+        find_source({"dataset": "photos"}, 16, "https://a.b/photos")
+
+
+@pytest.mark.parametrize("typed", [None, "mine"])
+def test_no_file_decides_where_images_are_decoded(folder, typed):
+    """Not on a folder either in which this program has decoded images before."""
+    (folder / "victim" / ".decoded").mkdir(parents=True)
+    source = find_source({"dataset": "photos", "data_dir": "victim"}, 16, typed)
+    assert source.settings["data_dir"] == "data"
 
 
 def test_data_dir_of_a_named_data_set_is_where_it_is(folder):
@@ -273,11 +294,15 @@ def test_folder_for_data_sets_is_used_only_if_it_holds_what_is_wanted(folder, mo
         assert data_dir_to_reuse("photos", data_dir) == "data", data_dir
     assert data_dir_to_reuse("cifar10", "there") == "data"
     assert data_dir_to_reuse("mnist", "~/there") == "~/there"
-    Path("empty", ".decoded").mkdir()  # images of folders
-    assert data_dir_to_reuse("photos", "empty") == "empty"
+    for name in ("photos", "others"):
+        write_images(folder / name, {"red": 12, "green": 12})
+    load_data(Config(dataset="others", data_dir="empty", image_size=16))
+    assert data_dir_to_reuse("others", "empty") == "empty"
+    assert data_dir_to_reuse("photos", "empty") == "data"  # nothing of it has been decoded there
     put("mnist", "data")
     assert data_dir_to_reuse("mnist", "there") == "data"
-    assert {path.name for path in folder.iterdir()} == {"empty", "there", "data"}
+    made = {"empty", "there", "data", "photos", "others"}
+    assert {path.name for path in folder.iterdir()} == made
 
 
 @pytest.mark.parametrize("path", [r"\\server\share", "//server/share", r"\/server/share"])
@@ -311,9 +336,39 @@ def test_nothing_is_downloaded_where_that_is_not_allowed(folder, dataset):
         assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("dataset", "path"),
+    [
+        ("mnist", "MNIST/raw"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+        ("cifar100", "cifar-100-python"),
+        ("stl10", "stl10_binary"),
+    ],
+)
+def test_empty_folder_of_a_data_set_is_none(folder, dataset, path):
+    """An interrupted download may leave it."""
+    (folder / "data" / path).mkdir(parents=True)
+    assert not dataset_available({"dataset": dataset}, 32)
+    with pytest.raises(DatasetUnavailable, match=f"{dataset} is not in data"):
+        load_data(Config(dataset=dataset), may_download=False)
+
+
+def test_cifar10_is_not_downloaded_in_the_place_of_digits_where_that_is_not_allowed(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(download, "download_archive", lambda *_: pytest.fail("it downloads"))
+    data = load_data(Config(dataset="auto"), may_download=False)
+    assert data.name == "digits" and "cifar10 is not in data" in data.fallback_reason
+    for settings in ({"dataset": "cifar10"}, {"dataset": "auto", "recipe": "notebook"}):
+        with pytest.raises(DatasetUnavailable, match="cifar10"):
+            load_data(Config(**settings), may_download=False)
+
+
 def test_damaged_fingerprint_is_that_of_other_images():
     data = load_data(Config(dataset="digits", subset=50))
     assert is_same(data, data.fingerprint())
     other = load_data(Config(dataset="digits", subset=51))
-    for fingerprint in (other.fingerprint(), [], [1.0], "x", 3, None, ["a", "b", "c", "d"]):
+    tables = (torch.zeros(9, 5), [[1.0, 2.0]] * 5, [torch.zeros(2)] * 5)
+    others = (other.fingerprint(), [], [1.0], "x", 3, None, ["a", "b", "c", "d"])
+    for fingerprint in (*others, *tables):
         assert not is_same(data, fingerprint)

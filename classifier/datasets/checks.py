@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from classifier.datasets.memmap_images import MemmapImages
-from classifier.image_input import FROM_FLOATS
+from classifier.text import FROM_FLOATS
 
 
 def check_images(images: Any, channels: int) -> None:

@@ -361,9 +361,7 @@ def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> De
     `cache_folders` that can be written. Raises OSError if none can or the disk is full, and
     UserError if the cache is damaged.
     """
-    real = source.resolve()
-    identity = decode.hash64(os.fsencode(f"{real} {DECODED_AS}"))
-    title = f"{real.name}-{size}-{identity:016x}"
+    title = f"{source.resolve().name}-{size}-{identity_of(source)}"
     failure: OSError | None = None
     for folder in cache_folders(data_dir):
         if failure is not None:
@@ -379,6 +377,11 @@ def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> De
             failure = error
     assert failure is not None  # there is at least one folder
     raise failure
+
+
+def identity_of(source: Path) -> str:
+    """What the names of a folder's caches end in, whatever their size: 16 hexadecimal digits."""
+    return f"{decode.hash64(os.fsencode(f'{source.resolve()} {DECODED_AS}')):016x}"
 
 
 def cache_folders(data_dir: Path) -> Iterator[Path]:

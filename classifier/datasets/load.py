@@ -1,5 +1,6 @@
 """Find a data set by the name or folder that --dataset gives, and load it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from classifier.datasets.cifar10 import find_cifar10, has_batches, load_cifar10
 from classifier.datasets.dataset import Dataset, same_images
 from classifier.datasets.digits import load_digits
 from classifier.datasets.folder import load_folder
-from classifier.datasets.image_cache import CACHE_FOLDER
+from classifier.datasets.folder_layout import class_folders, find_splits
+from classifier.datasets.image_cache import CACHE_FOLDER, identity_of
 from classifier.datasets.named import load_named
-from classifier.errors import DatasetUnavailable, UsageError
+from classifier.errors import DatasetUnavailable, UsageError, UserError
 from classifier.foreign_paths import existing_folder
-from classifier.text import did_you_mean
+from classifier.text import URL_REFUSED, did_you_mean, is_url
 
 NAMES = ["cifar10", "digits", *named.NAMES]  # and "auto"; everything else is a folder of images
 
@@ -36,10 +38,10 @@ def load_data(
     Raises DatasetUnavailable if a data set is not on disk and cannot be downloaded, UsageError for
     an unknown name, and UserError for damaged files.
     """
-    if not may_download and config.dataset in NAMES:
-        _check_on_disk(config)
     if config.dataset in ("auto", "cifar10"):
-        return _load_cifar10_or_digits(config)
+        return _load_cifar10_or_digits(config, may_download)
+    if not may_download and config.dataset in NAMES:
+        _check_on_disk(config.dataset, config.data_dir)
     if config.dataset == "digits":
         return load_digits(config)
     if config.dataset in named.NAMES:
@@ -51,8 +53,10 @@ def load_data(
     return load_folder(config, image_size)
 
 
-def _load_cifar10_or_digits(config: Config) -> Dataset:
+def _load_cifar10_or_digits(config: Config, may_download: bool) -> Dataset:
     try:
+        if not may_download:
+            _check_on_disk("cifar10", config.data_dir)
         folder = find_cifar10(Path(config.data_dir).expanduser(), config.mirror)
     except DatasetUnavailable as error:
         # A recipe is made for one data set, and who names CIFAR-10 wants nothing else.
@@ -63,10 +67,10 @@ def _load_cifar10_or_digits(config: Config) -> Dataset:
     return load_cifar10(folder, config)
 
 
-def _check_on_disk(config: Config) -> None:
+def _check_on_disk(dataset: str, data_dir: str) -> None:
     """Raises DatasetUnavailable unless one of NAMES is in --data-dir."""
-    if not _is_on_disk(config.dataset, Path(config.data_dir).expanduser()):
-        raise DatasetUnavailable(f"{config.dataset} is not in {config.data_dir}")
+    if not _is_on_disk(dataset, Path(data_dir).expanduser()):
+        raise DatasetUnavailable(f"{dataset} is not in {data_dir}")
 
 
 def _check_folder(dataset: str) -> None:
@@ -91,6 +95,7 @@ class Source(NamedTuple):
         is_folder: whether the data set is a folder of images.
         is_named_by_file: whether nobody but the model file, perhaps a stranger's, says where it is.
             Then nothing is downloaded there, and the images have to be those of the training.
+            The images of a folder are decoded into --data-dir's default, whoever names it.
     """
 
     settings: dict[str, Any]
@@ -106,7 +111,11 @@ def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None 
         settings: the settings of the model's training, or {}, which stands for CIFAR-10.
         image_size: width and height in pixels of the model's images.
         data_dir: what the user typed: where the data set is; of a folder of images, that folder.
+
+    Raises UserError if `data_dir` is a URL.
     """
+    if data_dir and is_url(data_dir):
+        raise UserError(f"--data-dir {data_dir}: {URL_REFUSED}")
     dataset = settings.get("dataset", "cifar10")
     if dataset == "auto":
         dataset = "cifar10"
@@ -114,12 +123,12 @@ def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None 
     for name in ("val_fraction", "subset", "skip_unreadable"):
         if name in settings:
             found[name] = settings[name]
-    place = data_dir_to_reuse(dataset, settings.get("data_dir", Config.data_dir))
     if dataset not in NAMES:
-        found["data_dir"] = place
-        if data_dir:
-            found["dataset"] = data_dir
+        found["data_dir"] = Config.data_dir  # images are decoded there, and no file decides where
+        if data_dir:  # its full path: "digits" would be the data set of that name
+            found["dataset"] = os.path.abspath(os.path.expanduser(data_dir))
         return Source(found, is_folder=True, is_named_by_file=not data_dir)
+    place = data_dir_to_reuse(dataset, settings.get("data_dir", Config.data_dir))
     found["data_dir"] = data_dir or place
     is_named_by_file = found["data_dir"] not in (data_dir, Config.data_dir)
     return Source(found, is_folder=False, is_named_by_file=is_named_by_file)
@@ -129,8 +138,8 @@ def data_dir_to_reuse(dataset: str, named: str) -> str:
     """The folder for downloads and decoded images, where a file names one: a model or a run folder.
 
     It is that folder only if it holds what this program would otherwise put there: the data set,
-    or for a folder of images those that it decoded. Otherwise, and where the default has it, too,
-    it is the default.
+    or for a folder of images its images, decoded. Otherwise, and where the default has it, too, it
+    is the default.
 
     dataset: a name in NAMES, or a folder of images. named: the setting in the file.
     """
@@ -139,10 +148,19 @@ def data_dir_to_reuse(dataset: str, named: str) -> str:
         return Config.data_dir
     dataset = "cifar10" if dataset == "auto" else dataset
     if dataset not in NAMES:
-        return named if (folder / CACHE_FOLDER).is_dir() else Config.data_dir
+        return named if _has_decoded(dataset, folder) else Config.data_dir
     if _is_on_disk(dataset, folder) and not _is_on_disk(dataset, Path(Config.data_dir)):
         return named
     return Config.data_dir
+
+
+def _has_decoded(dataset: str, data_dir: Path) -> bool:
+    """Whether the images of this folder have been decoded into data_dir before, at any size."""
+    source = existing_folder(dataset)
+    if source is None:
+        return False
+    caches = (data_dir / CACHE_FOLDER).glob(f"*-{identity_of(source)}")
+    return any(path.is_dir() for path in caches)
 
 
 def dataset_available(
@@ -158,6 +176,19 @@ def dataset_available(
         folder = Path(data_dir).expanduser() if data_dir else existing_folder(dataset)
         return folder is not None and folder.is_dir()
     return _is_on_disk(dataset, Path(source.settings["data_dir"]).expanduser())
+
+
+def folder_classes(folder: str) -> list[str]:
+    """Names of the classes that a folder of images has, by its folders: no image is looked at.
+
+    Raises UserError for a folder that is no such data set, or that cannot be read.
+    """
+    try:
+        splits = find_splits(Path(folder).expanduser())
+        learning_folder = next(iter(splits.values()))
+        return list(class_folders(learning_folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
 
 
 def _is_on_disk(dataset: str, data_dir: Path) -> bool:
@@ -176,6 +207,7 @@ def is_same(data: Dataset, fingerprint: Any) -> bool:
     """
     try:
         has_mean = len(fingerprint) > len(data.mean)
-        return has_mean and same_images(data.fingerprint()[:-2], fingerprint)  # not the other parts
-    except TypeError:  # no list, or no numbers
+        # of the training images alone, as the other parts may change
+        return has_mean and same_images(data.fingerprint()[:-2], fingerprint)
+    except (TypeError, ValueError, RuntimeError):  # no list of numbers; a tensor of any shape
         return False

@@ -21,7 +21,7 @@ class NamedDataset(NamedTuple):
         class_name: name of its class in torchvision.datasets, and of the Dataset.
         archives: the files to download by hand if torchvision cannot.
         folder: where they have to be, below --data-dir.
-        on_disk: a path below --data-dir that exists once it was downloaded.
+        on_disk: a file below --data-dir that is there once all of it was downloaded.
         flip_keeps_label: see Dataset.
     """
 
@@ -42,21 +42,21 @@ DATASETS = {
         class_name="CIFAR100",
         archives="cifar-100-python.tar.gz",
         folder="",
-        on_disk="cifar-100-python",
+        on_disk="cifar-100-python/test",
         flip_keeps_label=True,
     ),
     "mnist": NamedDataset(
         class_name="MNIST",
         archives=MNIST_ARCHIVES,
         folder="MNIST/raw",
-        on_disk="MNIST",
+        on_disk="MNIST/raw/t10k-labels-idx1-ubyte",
         flip_keeps_label=False,
     ),
     "fashion-mnist": NamedDataset(
         class_name="FashionMNIST",
         archives=MNIST_ARCHIVES,
         folder="FashionMNIST/raw",
-        on_disk="FashionMNIST",
+        on_disk="FashionMNIST/raw/t10k-labels-idx1-ubyte",
         flip_keeps_label=True,
     ),
     "svhn": NamedDataset(
@@ -70,7 +70,7 @@ DATASETS = {
         class_name="STL10",
         archives="stl10_binary.tar.gz",
         folder="",
-        on_disk="stl10_binary",
+        on_disk="stl10_binary/test_X.bin",
         flip_keeps_label=True,
     ),
 }

@@ -8,7 +8,7 @@ print_summary(model, (3, 32, 32))                           a table of its layer
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -177,16 +177,49 @@ def load_initial_weights(model: nn.Module, config: Config, data: Dataset) -> boo
     """Load the weights of --pretrained or --init-from; False if the settings have neither.
 
     The last layer of a file for other classes stays new. Raises UserError for a file that is
-    damaged or holds another network, OSError for one that cannot be opened.
+    damaged or holds another network, OSError for one that cannot be read.
     """
     if config.pretrained:
         assert isinstance(model, ImageNetClassifier)
         _load_pretrained(model, config.init_from, data.classes)
         return True
     if config.init_from:
-        _load_checkpoint(model, config, data.classes)
+        _load_from_file(model, config, data.classes)
         return True
     return False
+
+
+class SavedWeights(NamedTuple):
+    """The weights in a file.
+
+    Attributes:
+        weights: under the names that the network has, where they fit.
+        checkpoint: the content of the file, if it is a checkpoint of this program; None for a state
+            dict, which does not tell what the network was trained on.
+    """
+
+    weights: dict[str, torch.Tensor]
+    checkpoint: dict[str, Any] | None
+
+
+def read_weights(path: str, model: nn.Module) -> SavedWeights:
+    """Read the weights for a network: a checkpoint of ours, or the state dict of another program.
+
+    Raises UserError if the file holds neither, OSError if it cannot be read.
+    """
+    expected = model.state_dict()
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError:
+        weights = read_state_dict(path)
+        if weights is None:
+            raise
+        if isinstance(model, ImageNetClassifier):  # torchvision's own names, or those of ours
+            weights = without_wrapper(weights, {*expected, *model.body.state_dict()})
+            if not any(name in expected for name in weights):
+                weights = pretrained.rename_torchvision_weights(weights)
+        return SavedWeights(without_wrapper(weights, expected), None)
+    return SavedWeights(without_wrapper(checkpoint["model"], expected), checkpoint)
 
 
 def _load_pretrained(model: ImageNetClassifier, init_from: str, classes: list[str]) -> None:
@@ -195,73 +228,55 @@ def _load_pretrained(model: ImageNetClassifier, init_from: str, classes: list[st
         weights = pretrained.download_imagenet_weights(model)
         pretrained.load_pretrained(model, weights, model.weights.url, keep_last_layer=False)
         return
-    weights, weights_classes = _read_pretrained_file(init_from, model)
-    same_classes = weights_classes == classes
-    pretrained.load_pretrained(model, weights, init_from, keep_last_layer=same_classes)
-    if weights_classes is not None and not same_classes:
-        _note_new_last_layer(init_from)
-
-
-def _read_pretrained_file(
-    path: str, model: ImageNetClassifier
-) -> tuple[dict[str, torch.Tensor], list[str] | None]:
-    """The weights in a file, under the names of `model`, and the classes they are for.
-
-    None instead of the classes: a state dict, such as torchvision's own for ImageNet's classes.
-    """
     try:
-        checkpoint = read_checkpoint(path)
+        saved = read_weights(init_from, model)
     except UserError as error:
-        weights = read_state_dict(path)
-        if weights is None:
-            raise UserError(f"--pretrained: {error}") from None
-        expected = model.state_dict()
-        weights = without_wrapper(weights, {*expected, *model.body.state_dict()})
-        if not any(name in expected for name in weights):
-            weights = pretrained.rename_torchvision_weights(weights)
-        return weights, None
-    return without_wrapper(checkpoint["model"], model.state_dict()), checkpoint["classes"]
+        raise UserError(f"--pretrained: {error}") from None
+    keep, note = _judge_last_layer(model, saved, classes)
+    pretrained.load_pretrained(model, saved.weights, init_from, keep_last_layer=keep)
+    _print_note(init_from, note)
 
 
-def _load_checkpoint(model: nn.Module, config: Config, classes: list[str]) -> None:
+def _load_from_file(model: nn.Module, config: Config, classes: list[str]) -> None:
     """Load the weights of --init-from: a checkpoint, or a state dict of another program."""
     path = config.init_from
-    try:
-        checkpoint = read_checkpoint(path)
-    except UserError:
-        weights = read_state_dict(path)
-        if weights is None:
-            raise
-        _load_state_dict(model, weights, path)
-        return
-    weights = without_wrapper(checkpoint["model"], model.state_dict())
-    if checkpoint["classes"] != classes:
-        _note_new_last_layer(path)
-        weights.update(pretrained.last_layer_weights(model))
+    saved = read_weights(path, model)
+    keep, note = _judge_last_layer(model, saved, classes)
+    weights = saved.weights
+    if not keep:
+        weights = {**weights, **pretrained.last_layer_weights(model)}
     try:
         load_weights(model, weights, path)
     except UserError as error:
-        differences = _network_options_of(checkpoint["config"], config)
+        settings = saved.checkpoint["config"] if saved.checkpoint else {}
+        differences = _network_options_of(settings, config)
         if not differences:
             raise
         raise UserError(f"{error}; it was made with {differences}") from None
+    _print_note(path, note)
 
 
-def _load_state_dict(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
-    """Load a state dict, which names no classes: its last layer too, where that fits."""
-    weights = without_wrapper(weights, model.state_dict())
-    last_layer = pretrained.last_layer_weights(model)
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    if all(shapes.get(name) == tensor.shape for name, tensor in last_layer.items()):
-        print(f"note: {path} names no classes: its last layer is taken for these, in this order")
-    else:
-        _note_new_last_layer(path)
-        weights.update(last_layer)
-    load_weights(model, weights, path)
+def _judge_last_layer(
+    model: nn.Module, saved: SavedWeights, classes: list[str]
+) -> tuple[bool, str]:
+    """Whether to use the last layer in a file, and what to tell the user about it, if anything.
+
+    A state dict names no classes: its last layer is used where its shape fits.
+    """
+    if saved.checkpoint is not None:
+        if saved.checkpoint["classes"] == classes:
+            return True, ""
+        return False, "is for other classes: the last layer is reinitialised"
+    for name, tensor in pretrained.last_layer_weights(model).items():
+        if name not in saved.weights or saved.weights[name].shape != tensor.shape:
+            return False, "has a last layer that does not fit here: it is reinitialised"
+    return True, "names no classes: its last layer is taken for these, in this order"
 
 
-def _note_new_last_layer(source: str) -> None:
-    print(f"note: {source} is for other classes: the last layer is reinitialised")
+def _print_note(path: str, note: str) -> None:
+    """Print a note on a file whose weights have been loaded, if there is one."""
+    if note:
+        print(f"note: {path} {note}")
 
 
 def _network_options_of(settings: dict[str, Any], config: Config) -> str:
