@@ -320,6 +320,8 @@ def load_onnx(path: Path, device: str) -> Classifier:
         metadata = session.get_modelmeta().custom_metadata_map
         known = {name: json.loads(metadata[name]) for name in ONNX_METADATA}
         ranges = json.loads(metadata.get("pixel_ranges", "null"))
+    except MemoryError:
+        raise
     except Exception as error:  # ONNX Runtime may raise anything for a damaged file
         kind = type(error).__name__
         raise UserError(f"{path} is damaged or was not written by export.py ({kind})") from None

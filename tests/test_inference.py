@@ -774,6 +774,17 @@ def test_onnx_file_whose_classes_are_not_those_of_its_network(onnx_file, tool_in
     assert "model.onnx is damaged" in error
 
 
+def test_memory_that_is_too_small_is_no_damaged_onnx_file(onnx_file, monkeypatch):
+    import onnxruntime
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(MemoryError):
+        inference.load_model(onnx_file)
+
+
 def test_range_of_pixel_values_that_no_float_holds(onnx_file, tool_inside):
     ranges = '{"integers": [0, 1' + 400 * "0" + "]}"
     with_metadata(onnx_file, pixel_ranges=ranges)
