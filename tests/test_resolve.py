@@ -9,6 +9,7 @@ import torch
 
 from classifier import runs
 from classifier.config import Config
+from classifier.datasets import named
 from classifier.datasets.dataset import Dataset, Split
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
@@ -316,7 +317,9 @@ def test_data_are_downloaded_only_where_they_are_not_there(folder, unwritable):
 
 def test_typed_folder_is_the_one_that_data_are_looked_for_in(folder, unwritable):
     for place in ("data", "full"):
-        (folder / place / "MNIST").mkdir(parents=True)
+        on_disk = folder / place / named.DATASETS["mnist"].on_disk
+        on_disk.parent.mkdir(parents=True)
+        on_disk.touch()
     unwritable(folder)
     unwritable(folder / "full")
     places = {"run_dir": "data/run", "out": "data/model.pth", "dataset": "mnist"}
