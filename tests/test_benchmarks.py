@@ -121,6 +121,7 @@ def test_snippet_that_replaces_nothing_fails(name, apply_snippet):
         apply_snippet(f'replace(ic, "{name}", None)')
 
 
+@pytest.mark.slow
 def test_program_whose_snippet_replaces_nothing_fails(folder):
     snippet = 'replace(ic.Stage, "no_such_name", None)'
     with pytest.raises(SystemExit, match="no_such_name"):
@@ -559,6 +560,7 @@ def test_records_are_not_overwritten(folder, monkeypatch, tool_inside):
 # ---- Survival; test_model_files.py mutates files ----
 
 
+@pytest.mark.slow
 def test_resume_that_fails_counts_as_a_lost_run(folder, monkeypatch, capsys):
     monkeypatch.setattr(survival, "OPTIONS", ["--dataset", "nowhere"])  # there is no run yet
     wrong = survival.problems(folder, {"a weight": torch.zeros(1)})

@@ -42,6 +42,7 @@ def test_it_holds_sources_only(bundle_file):
     assert others == [f"classifier/{bundle.COMMIT_FILE}"]
 
 
+@pytest.mark.slow
 def test_it_trains_and_says_what_it_is_made_of(bundled, folder):
     out, _ = bundled(*QUICK, "--epochs", "1", env={"PYTHONPATH": ""})
     assert "Accuracy of the network on the 359 test images" in out

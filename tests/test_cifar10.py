@@ -192,6 +192,7 @@ def test_incomplete_batch_folder_is_completed(folder, archive):
     assert (found / "data_batch_1").read_text() == "content of data_batch_1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals")
 def test_ctrl_c_keeps_the_partial_download(folder):
     part = folder / "data" / f"{download.ARCHIVE}.part"

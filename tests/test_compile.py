@@ -89,6 +89,7 @@ def train(**settings):
     return without_time(ic.train(ic.Config(**(usual | settings))).history)
 
 
+@pytest.mark.slow
 def test_recorded_steps_train_as_others_do(folder, monkeypatch, capsys):
     plain = train(grad_clip=5.0, ema=True)
     capture = FakeCapture()
@@ -105,6 +106,7 @@ def refuse(work, pool):
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
+@pytest.mark.slow
 def test_recording_that_fails_is_not_used(folder, monkeypatch, capsys):
     plain = train()
     monkeypatch.setattr(cuda_graphs, "capture", refuse)

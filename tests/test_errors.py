@@ -84,6 +84,7 @@ def test_torchvision_in_a_text_says_nothing_of_torchvision(error):
     assert REINSTALL_TORCH not in format_error(raised(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "remedy"),
     [

@@ -285,6 +285,7 @@ def test_label_issues_of_data_that_moved(folder, inside, tool_inside):
     assert (folder / "explained" / "label_issues.png").exists()
 
 
+@pytest.mark.slow
 def test_label_issues_of_a_custom_network(folder, inside, tool_inside):
     (folder / "net.py").write_text(TINY)
     settings = ["--dataset", "digits", "--subset", "200", "--epochs", "1"]
@@ -310,6 +311,7 @@ def fine_tuned(folder, inside):
     return inference.load_model("photos.pth", "cpu")
 
 
+@pytest.mark.slow
 def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
     """The networks that judge start from the same weights, which have not seen these images."""
     run = tool_inside("explain")
@@ -326,6 +328,7 @@ def test_label_issues_of_a_fine_tuned_model(fine_tuned, tool_inside, folder):
     assert "digits.pth" in note and "random weights" in note
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_serve_are_left_out(fine_tuned, folder, capsys, monkeypatch):
     data = load_photos(image_size=16)
     assert data.train_ids is not None
@@ -354,6 +357,7 @@ def test_weights_that_cannot_serve_are_left_out(fine_tuned, folder, capsys, monk
         assert "no longer there" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_note_on_weights_does_not_control_the_terminal(fine_tuned, capsys):
     data = load_photos(image_size=16)
     fine_tuned.settings["init_from"] = "\x1b[2Jgone.pth"
@@ -362,6 +366,7 @@ def test_note_on_weights_does_not_control_the_terminal(fine_tuned, capsys):
     assert "gone.pth" in out and "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_weights_that_the_training_has_taken_are_taken(fine_tuned, folder, capsys):
     """Those that torch.compile or DDP has named, and of other classes."""
     data = load_photos(image_size=16)
@@ -373,6 +378,7 @@ def test_weights_that_the_training_has_taken_are_taken(fine_tuned, folder, capsy
     assert "note" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_state_dict_does_not_tell_what_it_has_seen(fine_tuned, folder, capsys):
     data = load_photos(image_size=16)
     torch.save(fine_tuned.network.state_dict(), "digits.pth")

@@ -204,9 +204,9 @@ def test_file_that_cannot_be_written_is_noticed_before_the_work(
     (folder / "kept").mkdir()
     (folder / "file").touch()
     unwritable(folder / "kept")
-    for out in ("kept/m.pt2", "file/m.pt2"):
-        arguments = ["--checkpoint", model.path, "--format", "pt2", "--out", out]
-        assert out in tool_inside("export").error(*arguments)
+    for place in ("kept", "file"):
+        arguments = ["--checkpoint", model.path, "--format", "pt2", "--out", f"{place}/m.pt2"]
+        assert place in tool_inside("export").error(*arguments)
 
 
 def test_wrong_usage(folder, model, tool_inside):

@@ -172,6 +172,7 @@ def test_changed_folder_is_not_resumed(inside, folder, photos):
 # ---- The image cache -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -456,7 +456,7 @@ def test_picture_that_cannot_be_written_leaves_the_old_one(pictures, tool_inside
     (pictures / "kept" / "look.png").write_text("the old one")
     unwritable(pictures / "kept")
     error = tool_inside("inference").error("images", "--save", "kept/look.png")
-    assert "look.png" in error
+    assert "kept" in error
     assert (pictures / "kept" / "look.png").read_text() == "the old one"
 
 

@@ -250,6 +250,7 @@ def found(request, tmp_path_factory):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_call_comes_back_and_leaves_the_process_as_it_was(found, call):
     assert CALLS[call] in found[call]["outcome"]

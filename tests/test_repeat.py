@@ -22,6 +22,7 @@ import image_classification as ic
 BRIEF = [*QUICK, "--image-size", "16"]
 
 
+@pytest.mark.slow
 def test_mean_spread_and_the_best_model(inside, folder):
     out, _ = inside(*BRIEF, "--repeat", "3")
     run = only_run(folder)
@@ -57,6 +58,7 @@ def test_mean_spread_and_the_best_model(inside, folder):
     assert same(weights(folder / "model_cnn_digits.pth"), weights(best / "best.pth"))
 
 
+@pytest.mark.slow
 def test_seed_of_several_learns_what_it_learns_alone(inside, folder):
     briefly = [*BRIEF, "--subset", "200", "--epochs", "1", "--device", "cpu"]
     inside(*briefly, "--repeat", "2", "--seed", "6", "--run-dir", "both")
@@ -65,6 +67,7 @@ def test_seed_of_several_learns_what_it_learns_alone(inside, folder):
     assert same(weights(folder / "both" / "seed-7" / "best.pth"), weights(alone))
 
 
+@pytest.mark.slow
 def test_accuracy_with_several_views_is_a_score_of_its_own(folder, capsys):
     data = ic.load_data(ic.Config(dataset="digits", image_size=16))
     data.flip_keeps_label = True

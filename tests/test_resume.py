@@ -142,6 +142,7 @@ def test_run_stopped_at_any_step_goes_on_bit_for_bit(inside, folder, stopped, un
     check_same_state(state_of(only_run(folder)), unbroken)
 
 
+@pytest.mark.slow
 def test_moving_average_and_scaler_go_on(inside, folder, stopped):
     settings = [*BRIEF, "--batch-size", "50", "--ema", "--precision", "fp16", "--dropout", "0.2"]
     inside(*settings, "--run-dir", "unbroken")
@@ -153,6 +154,7 @@ def test_moving_average_and_scaler_go_on(inside, folder, stopped):
     assert first["scaler"] == second["scaler"] and first["scaler"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
     ("owner", "name"), [(ic, "test"), (reports, "write_report"), (RunLog, "report")]
@@ -201,6 +203,7 @@ def test_resume_command_of_a_run_with_network_paths_works(inside, folder):
     assert report_of(folder / "run") and not (folder / "data").exists()
 
 
+@pytest.mark.slow
 def test_stop_while_the_last_seed_is_tested(inside, folder):
     calls = itertools.count(1)
 
@@ -215,6 +218,7 @@ def test_stop_while_the_last_seed_is_tested(inside, folder):
     assert len(report_of(folder / "run")["repeats"]) == 2
 
 
+@pytest.mark.slow
 @no_signals
 def test_second_ctrl_c_quits_at_once(program):
     patch = """
@@ -354,6 +358,7 @@ def test_run_from_another_machine_goes_on_as_suits_this_one_and_says_so(inside, 
     assert max(state_of(run)["micro_batches"].values()) < 77 and epochs_of(run) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_newest_unfinished_run_goes_on(inside, folder):
     briefly = [*BRIEF, "--subset", "100", "--epochs", "1"]
     for name in ("first", "second"):
@@ -365,6 +370,7 @@ def test_newest_unfinished_run_goes_on(inside, folder):
         assert f"Writing to {os.path.join('runs', 'digits', name)}" in out
 
 
+@pytest.mark.slow
 def test_trial_run_is_resumed_only_by_name_and_not_extended(inside, folder):
     inside(*BRIEF, "--run-dir", "runs/digits/real")
     inside(*BRIEF[:2], "--fast-dev-run", "--run-dir", "runs/digits/trial")
@@ -386,6 +392,7 @@ def test_run_that_failed_at_once_is_not_resumed(inside, folder):
     assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 
 
+@pytest.mark.slow
 def test_offline_trains_on_digits_and_stays_with_them(inside, folder, monkeypatch):
     monkeypatch.setattr(download, "SOURCES", ["http://127.0.0.1:9/a.tar.gz"])  # nobody listens
     out, _ = inside(*BRIEF[2:])
@@ -494,6 +501,7 @@ def test_run_of_version_0_9_1_with_a_setting_that_is_gone_is_refused(inside, fol
 # ---- Recorded steps ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recordings_are_made_anew_in_a_resumed_run(inside, folder, stopped, monkeypatch, unbroken):
     """In place of CUDA's recordings, a function repeats the work."""
 

@@ -220,6 +220,7 @@ def test_all_training_images_without_validation(inside, folder):
     assert same(weights(folder / "model_cnn_digits.pth"), last)
 
 
+@pytest.mark.slow
 def test_replacing_a_model_is_said(inside, folder):
     (folder / "mine.pth").write_text("old")
     briefly = [*QUICK, "--subset", "100", "--epochs", "1"]
@@ -229,12 +230,14 @@ def test_replacing_a_model_is_said(inside, folder):
     assert "model_cnn_digits.pth (replaced; runs" in inside(*briefly)[0]
 
 
+@pytest.mark.slow
 def test_console_that_knows_only_cp1252(program):
     env = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     briefly = [*QUICK, "--subset", "100", "--epochs", "1"]
     program(*briefly, "--out", "модель.pth", env=env)
 
 
+@pytest.mark.slow
 def test_bar_is_drawn_on_a_terminal(program):
     pty = pytest.importorskip("pty")
     termios = pytest.importorskip("termios")
@@ -298,6 +301,7 @@ def test_network_computes_the_same_in_fp32_as_in_the_bf16_that_trained_it(folder
     assert report.results["test_accuracy"] > report.history[-1]["valid_accuracy"] - 0.05
 
 
+@pytest.mark.slow
 def test_deterministic_runs_are_the_same(folder):
     flags = []
 
@@ -349,6 +353,7 @@ def test_recorded_loss_is_plain_cross_entropy(folder):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_label_smoothing_makes_predictions_less_confident(folder):
     confidences = []
     for label_smoothing in (0.0, 0.5):
@@ -371,6 +376,7 @@ def test_grad_clip_bounds_the_step(folder, precision):
     assert 1e-4 < squares**0.5 <= 13 * 1e-4 + 1e-6  # an epoch is 13 steps
 
 
+@pytest.mark.slow
 def test_class_balance_helps_the_rare_class(folder):
     data = digits()
     every_12th = torch.arange(len(data.train.labels)) % 12 == 0
@@ -467,6 +473,7 @@ def test_views_of_tta_are_mirrored_and_shifted():
     torch.testing.assert_close(six, (plain + mirrored) / 4 + shifted / 8)
 
 
+@pytest.mark.slow
 def test_test_labels_change_nothing_but_the_report(folder):
     config = ic.Config(dataset="digits", width=0.25, epochs=2, image_size=16, device="cpu")
     honest, wrong = ic.load_data(config), ic.load_data(config)

@@ -236,6 +236,7 @@ def test_digits_are_not_mirrored(inside):
     assert "6 views" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subset", ["4", "5", "7"])
 def test_batches_of_two_leave_no_image_alone(inside, folder, subset):
     """ResNet-18 has batch norm over a single value of each channel, from images of 16 pixels."""
