@@ -941,17 +941,7 @@ def train(
         devices.training_process(device, config.deterministic),
     ):
         resolve.check_processes(config, data, group)
-        models = []  # those of other seeds are built when it is their turn
-        if config.resume:
-            folder = Path(config.resume)
-            untrained = functools.partial(build_model, config, data, init_weights=False)
-            data = runs.check_resumable(folder, data, untrained)
-        else:
-            models.append(build_model(config, data))
-            build.print_summary(models[0], tuple(data.train.images.shape[1:]))
-            # after the network: one that fails leaves no folder behind
-            new_folder = functools.partial(runs.new_run_folder, config.run_dir, data.name)
-            folder = group.broadcast_from_rank0(new_folder)
+        folder, data, models = begin_run(config, data, group)
         print(f"Writing to {folder}")
         if before_training is not None:
             before_training(device)
@@ -978,6 +968,22 @@ def train(
                 print("note: the run was finished when it was asked to stop")
     console.print_end(time.perf_counter() - begun, config.minutes)
     return finished
+
+
+def begin_run(config: Config, data: Dataset, group: Group) -> tuple[Path, Dataset, list[nn.Module]]:
+    """The folder of a run, its data, and its network, unless it is resumed.
+
+    The networks of further seeds are built when it is their turn.
+    """
+    if config.resume:
+        folder = Path(config.resume)
+        untrained = functools.partial(build_model, config, data, init_weights=False)
+        return folder, runs.check_resumable(folder, data, untrained), []
+    models = [build_model(config, data)]
+    build.print_summary(models[0], tuple(data.train.images.shape[1:]))
+    # after the network: one that fails leaves no folder behind
+    new_folder = functools.partial(runs.new_run_folder, config.run_dir, data.name)
+    return group.broadcast_from_rank0(new_folder), data, models
 
 
 # ---- From Python and from the command line -------------------------------------------------------
