@@ -61,7 +61,7 @@ def test_it_is_resumed_by_the_command_that_it_prints(bundled, folder):
     process.send_signal(signal.SIGINT)
     out, _ = bundled.finish(process, 130, timeout=60)
     command = re.search(r"\bpython\S* (.+) --resume (\S+)", out)
-    assert os.path.samefile(folder / command[1].strip('"'), bundled.script)
+    assert os.path.samefile(folder / command[1].strip("'\""), bundled.script)
     steps = state_of(only_run(folder))["step"]
     process = bundled.start("--resume", command[2], env={"PYTHONPATH": ""})
     next(line for line in process.stdout if f"after step {steps} of" in line)
