@@ -65,7 +65,7 @@ def wait_for_first_error() -> None:
     When that one has ended, torchrun ends the others: their errors are the same, or follow from it.
     """
     if LAUNCHED and not _failed_first():
-        time.sleep(10)  # a process takes seconds to end where others compute
+        time.sleep(30)  # on a busy machine a process takes many seconds to end
 
 
 def _failed_first() -> bool:
