@@ -570,7 +570,7 @@ class Trainer:
 
         # what steps change
         steps = len(self.batch_slices)
-        self.state = state = TrainState(
+        state = TrainState(
             model=model,
             optimizers=build_optimizers(model, config, self.dtype, device),
             scaler=torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16),
@@ -580,6 +580,7 @@ class Trainer:
             description=train_state.describe(model, config, data, VERSIONS),
             environment=devices.environment(device, self.dtype, self.group.world_size),
         )
+        self.state = state
 
         # the order matters: trial steps and last.pth need the network before it is wrapped
         first_batch = first_epoch.take(self.batch_slices[0])
