@@ -21,7 +21,7 @@
     python image_classification.py --resume last        resume the run that was stopped last
     torchrun --nproc-per-node=2 image_classification.py     on two GPUs
 
-The default run takes two to three minutes on two CPU cores with AVX-512, and classifies 90.3 % of
+The default run takes about three minutes on two CPU cores with AVX-512, and classifies 90.3 % of
 the test images correctly (90.25 ± 0.12 %, seeds 0 to 2; benchmarks/README.md, "Micro-batches").
 
 This file is the story of learning, in the order in which things happen: the recipe, batches on the
