@@ -356,7 +356,8 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
     content: of last.pth. Version 0.9.0 saved nothing of the images, 0.9.1 only number and mean.
     """
     saved = content.get("fingerprint", [])
-    if saved and same_images(data.fingerprint(), saved):
+    fingerprint = data.fingerprint()
+    if saved and same_images(fingerprint, saved):
         return
     if data.drawn and content.get("split_rules", 1) < dataset.SPLIT_RULES:
         raise UserError(
@@ -365,8 +366,7 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
         )
     if saved:
         changes = describe_changes(content, data)
-        if len(saved) == len(data.fingerprint()) and same_training_images(
-            saved, data.fingerprint()
-        ):
+        has_checksums = len(saved) == len(fingerprint)
+        if has_checksums and same_training_images(saved, fingerprint):
             changes = " (those to train on are; those to validate on or to test with are others)"
         raise UserError(f"the images are not those that {run} began with{changes}: start a new run")
