@@ -98,10 +98,10 @@ def check_places(config: Config, reads_data: bool = True) -> None:
     if not config.fast_dev_run:
         places["--out"] = Path(config.out).parent
     name = "cifar10" if config.dataset == "auto" else config.dataset
-    is_downloaded = name == "cifar10" or name in named.NAMES
-    if reads_data and is_downloaded:
-        if not load.dataset_available({"dataset": name}, image_size=0, data_dir=config.data_dir):
-            places["--data-dir"] = Path(config.data_dir).expanduser()
+    is_downloaded = reads_data and (name == "cifar10" or name in named.NAMES)
+    settings = {"dataset": name}
+    if is_downloaded and not load.dataset_available(settings, 0, config.data_dir):
+        places["--data-dir"] = Path(config.data_dir).expanduser()
 
     problems = []
     options = []
