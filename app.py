@@ -29,7 +29,7 @@ try:
     import torch.nn.functional as F
     from PIL import Image
 
-    from classifier.cli import run_tool, tool_parser
+    from classifier.cli import end_process, run_tool, tool_parser
     from classifier.datasets.decode import decode
     from classifier.errors import UserError
     from classifier.text import pluralize, printable
@@ -268,4 +268,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    end_process(run_tool(main))

@@ -30,7 +30,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder 
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
-    from classifier.cli import run_tool
+    from classifier.cli import end_process, run_tool
     from classifier.errors import UserError
     from classifier.legacy import REMOVED_OPTIONS, translate_settings
     from inference import expand
@@ -682,4 +682,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    end_process(run_tool(main))

@@ -41,7 +41,7 @@ try:
     import image_classification as ic
     from classifier import plots, seen_images
     from classifier.checkpoints import check_weights
-    from classifier.cli import run_tool, tool_parser
+    from classifier.cli import end_process, run_tool, tool_parser
     from classifier.config import Config
     from classifier.datasets import checks, splits
     from classifier.datasets.dataset import Dataset, Split
@@ -666,4 +666,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    end_process(run_tool(main))

@@ -32,7 +32,7 @@ try:
     from torch import nn
 
     import image_classification as ic
-    from classifier.cli import command_line, program, run_tool, tool_parser
+    from classifier.cli import command_line, end_process, program, run_tool, tool_parser
     from classifier.datasets import pixel_range
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
@@ -362,4 +362,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    end_process(run_tool(main))

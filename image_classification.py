@@ -59,6 +59,7 @@ try:
         devices,
         distributed,
         foreign_paths,
+        lazy_compiler,
         metrics,
         micro_batches,
         optimizers,
@@ -788,10 +789,11 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
     return heartbeat.images_per_second()
 
 
-def validate(trainer: Trainer) -> Row:
-    """Evaluate on the validation images; appends the epoch's row to the history and returns it.
+def validate(trainer: Trainer) -> tuple[Row, torch.Tensor | None]:
+    """Evaluate on the validation images; appends the epoch's row to the history.
 
     They are as large as those in training: on larger ones than it has seen, the network fails.
+    Returns the row, and the logits of whole images; None for smaller ones.
     """
     state = trainer.state
     started = time.perf_counter()
@@ -807,8 +809,9 @@ def validate(trainer: Trainer) -> Row:
         state.check_finite(valid_loss=valid.loss)
     state.progress.add_time(time.perf_counter() - started)
     if valid is None:
-        return state.end_epoch(valid_loss=None, valid_accuracy=None)
-    return state.end_epoch(valid.loss, valid.accuracy)
+        return state.end_epoch(valid_loss=None, valid_accuracy=None), None
+    row = state.end_epoch(valid.loss, valid.accuracy)
+    return row, valid.logits if row["image_scale"] == 1 else None
 
 
 # ---- A whole run ---------------------------------------------------------------------------------
@@ -840,13 +843,16 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
     )
     devices.trim_free_memory()
     console.print_start(config, progress, data, trainer.device, trainer.dtype, group)
+    best_logits = None  # of the validation images; not known if the best epoch is an earlier run's
     with closing(log):
         while not progress.done and not progress.stalled(config.early_stopping):
             images_per_second = train_one_epoch(trainer, heartbeat)
             log.open()  # draws samples.png once, outside the time that is measured
             epoch_ended = time.perf_counter()
-            row = validate(trainer)
+            row, valid_logits = validate(trainer)
             is_best = progress.best_epoch() == row["epoch"]
+            if is_best:
+                best_logits = valid_logits
             run.save_epoch(row["epoch"], state.model_file(), is_best, config.keep_epochs)
             log.end_epoch(progress.history, images_per_second)
             run.save_last(state.saved_state())  # after the log: a kill in between loses no row
@@ -854,7 +860,7 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
             console.print_epoch(progress, row, is_best, heartbeat.eta())
             heartbeat.stop_between_epochs()
         print("Finished Training")
-        report = group.broadcast_from_rank0(lambda: test(trainer, run, log))
+        report = group.broadcast_from_rank0(lambda: test(trainer, run, log, best_logits))
         heartbeat.stop_between_epochs()  # a signal during the test: resumed, it is tested again
         return report
 
@@ -867,11 +873,11 @@ def draw_inputs(trainer: Trainer) -> "Figure":
     return plots.draw_samples(sample, gather, labels, trainer.data.classes, trainer.config.augment)
 
 
-def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
+def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tensor | None) -> Report:
     """Test the best weights, once, in fp32, and write the report.
 
     The test images are used nowhere else. Without validation images the last weights count as the
-    best.
+    best. valid_logits: of the best weights, on the validation images; None: compute them.
     """
     config, data, state = trainer.config, trainer.data, trainer.state
     log.open()
@@ -882,9 +888,10 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog) -> Report:
     # temperature scaling, on validation images, makes the confidence fit the accuracy
     temperature = None
     if len(trainer.valid_set.labels):
-        with trainer.autocast():
-            valid = evaluate(state.model, *trainer.valid_set)
-        temperature = metrics.fit_temperature(valid.logits, trainer.valid_set.labels.cpu())
+        if valid_logits is None:
+            with trainer.autocast():
+                valid_logits = evaluate(state.model, *trainer.valid_set).logits
+        temperature = metrics.fit_temperature(valid_logits, trainer.valid_set.labels.cpu())
 
     results = metrics.classification_metrics(
         tested.logits, data.test.labels, data.classes, temperature
@@ -1022,6 +1029,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = cli.parse_settings(parser, arguments)
 
     def tune_process(device: torch.device) -> None:
+        lazy_compiler.spare_optimizers()
         if device.type == "cpu":  # not earlier: reading the data is better off without it
             devices.keep_freed_memory()
 
@@ -1039,7 +1047,6 @@ def main(arguments: list[str] | None = None) -> int:
             to_type_again = foreign_paths.settings_to_type_again(vars(config))
             command = cli.resume_command(str(stopped.run), to_type_again)
             return cli.report_stopped(stopped, distributed.resume_command(command))
-        devices.trim_free_memory()  # to unload its libraries, Python needs 100 MiB more
         return 0
 
     return cli.run_program(
@@ -1051,4 +1058,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.end_process(main())

@@ -30,7 +30,7 @@ try:
     import numpy as np
     from tqdm import tqdm
 
-    from classifier.cli import command_line, run_tool, tool_parser
+    from classifier.cli import command_line, end_process, run_tool, tool_parser
     from classifier.datasets import decode, pixel_range, unreadable
     from classifier.datasets.walk import walk_files
     from classifier.errors import UsageError, UserError
@@ -797,4 +797,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    end_process(run_tool(main))

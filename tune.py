@@ -38,6 +38,7 @@ try:
     from classifier.cli import (
         build_parser,
         command_line,
+        end_process,
         parse_settings,
         program,
         python_command,
@@ -217,7 +218,7 @@ def train_epochs(
         while not progress.done and not progress.stalled(config.early_stopping):
             heartbeat.stop_between_epochs()
             ic.train_one_epoch(trainer, heartbeat)
-            row = ic.validate(trainer)
+            row, _ = ic.validate(trainer)
             log.add_scalar("accuracy", row["valid_accuracy"], row["epoch"])
             if row["image_scale"] == 1:  # trials may differ in their share of smaller images
                 trial.report(row["valid_accuracy"], row["epoch"])
@@ -557,4 +558,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    end_process(run_tool(main))

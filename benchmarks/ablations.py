@@ -120,9 +120,9 @@ def validate_once(trainer):
     valid_set = trainer.valid_set
     if not trainer.state.progress.done:
         trainer.valid_set = valid_set.first(0)
-    row = validate(trainer)
+    row, logits = validate(trainer)
     trainer.valid_set = valid_set
-    return row
+    return row, logits
 
 replace(ic, "validate", validate_once)
 """

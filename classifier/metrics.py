@@ -1,15 +1,19 @@
-"""How good a classifier is, and how far its confidence can be trusted."""
+"""How good a classifier is, and how far its confidence can be trusted.
 
-from typing import TYPE_CHECKING, Any
+scikit-learn and SciPy have most of this, but take seconds to import, at the end of every run.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-if TYPE_CHECKING:
-    import numpy as np
-
 NUM_BINS = 15  # of confidence, in the expected calibration error
+Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within ± Z standard deviations
 
 
 def predict(
@@ -39,8 +43,6 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
     logits: float (N, classes); labels: int64 (N,); of validation images, both on the CPU.
     """
-    from scipy.optimize import minimize_scalar
-
     # As if there were one more image, of each class in equal parts (Laplace). Otherwise confidence
     # would grow without limit where all predictions are right.
     loss = nn.CrossEntropyLoss(label_smoothing=1 / (1 + len(labels)))
@@ -48,8 +50,47 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     def loss_at(inverse_temperature: float) -> float:
         return loss(logits * inverse_temperature, labels).item()
 
-    fit = minimize_scalar(loss_at, bounds=(0.01, 100))
-    return 1 / float(fit.x)
+    return 1 / minimize(loss_at, 0.01, 100)
+
+
+def minimize(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with one minimum between positive bounds has it, to 6 digits.
+
+    Golden-section search on a logarithmic scale.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    left, right = math.log(low), math.log(high)
+    while right - left > 1e-6:
+        margin = golden * (right - left)
+        inner_left, inner_right = right - margin, left + margin
+        if function(math.exp(inner_left)) < function(math.exp(inner_right)):
+            right = inner_right
+        else:
+            left = inner_left
+    return math.exp((left + right) / 2)
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share, of which `hits` of `count` images are a sample (Wilson, 1927).
+
+    Returns its bounds, in [0, 1].
+    """
+    share = hits / count
+    middle = share + Z**2 / (2 * count)
+    margin = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    scale = 1 + Z**2 / count
+    return max(0.0, (middle - margin) / scale), min(1.0, (middle + margin) / scale)
+
+
+def confusion_matrix(
+    labels: torch.Tensor, predictions: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """How many images of each class (rows) are taken for which class (columns), int64.
+
+    labels, predictions: int64 (N,), on the CPU.
+    """
+    pairs = labels * num_classes + predictions
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def classification_metrics(
@@ -66,25 +107,21 @@ def classification_metrics(
     precision of a class that was never predicted. The confusion matrix has a row for each true
     class.
     """
-    from scipy.stats import binomtest
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
     _, predictions = predict(logits, temperature)
-    class_indices = range(len(classes))
-    matrix = confusion_matrix(labels, predictions, labels=class_indices)
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, predictions, labels=class_indices, zero_division=0
-    )
-    is_tested = matrix.sum(1) > 0
-    is_predicted = matrix.sum(0) > 0
+    matrix = confusion_matrix(labels, predictions, len(classes))
+    num_tested, num_predicted = matrix.sum(1), matrix.sum(0)
+    correct = matrix.diagonal().double()
+    recall = correct / num_tested
+    precision = correct / num_predicted
+    f1 = 2 * correct / (num_tested + num_predicted)
+    is_tested, is_predicted = num_tested > 0, num_predicted > 0
 
     count = len(labels)
     hits = int(matrix.trace())
-    low, high = binomtest(hits, count).proportion_ci(method="wilson")
     recall_of_class = _by_class(classes, recall, is_tested)
     return {
         "test_accuracy": hits / count,
-        "test_accuracy_interval": [float(low), float(high)],
+        "test_accuracy_interval": list(wilson_interval(hits, count)),
         "test_loss": F.cross_entropy(logits, labels).item(),
         "class_accuracy": recall_of_class,  # the share of a class that is recognised is its recall
         "precision": _by_class(classes, precision, is_tested & is_predicted),
@@ -98,7 +135,7 @@ def classification_metrics(
 
 
 def _by_class(
-    classes: list[str], values: "np.ndarray", is_known: "np.ndarray"
+    classes: list[str], values: torch.Tensor, is_known: torch.Tensor
 ) -> dict[str, float | None]:
     """The value of each class by its name, None where it is not known."""
     by_class: dict[str, float | None] = {}

@@ -199,32 +199,37 @@ def _draw_curve(axes: "Axes", history: list[Row], metric: str, unit: str, factor
     axes.legend()
 
 
-def draw_confusion_matrix(
-    labels: torch.Tensor, predictions: torch.Tensor, classes: list[str]
-) -> "Figure":
+def draw_confusion_matrix(matrix: list[list[int]], classes: list[str]) -> "Figure":
     """Draw how many images of each class (rows) are recognised as which class (columns).
 
-    labels, predictions: int64 (N,). From 31 classes on no numbers are written: they would be too
-    small to read, and take long to draw.
+    matrix: a row for each class. From 31 classes on no numbers are written: they would be too small
+    to read, and take long to draw.
     """
-    from sklearn.metrics import ConfusionMatrixDisplay
-
     has_numbers = len(classes) <= MAX_CLASSES_WITH_NUMBERS
     figure = new_figure(1, 1, max(6.5, 0.2 * len(classes)), max(6, 0.2 * len(classes)))
     (axes,) = figure.axes
-    ConfusionMatrixDisplay.from_predictions(
-        labels,
-        predictions,
-        labels=range(len(classes)),
-        display_labels=classes,
-        ax=axes,
-        cmap="Blues",
-        colorbar=False,
-        include_values=has_numbers,
-        xticks_rotation=45 if has_numbers else "vertical",
-    )
-    for label in axes.get_xticklabels() + axes.get_yticklabels():
-        label.set_parse_math(False)  # a class may be called under_$10
+    axes.imshow(matrix, cmap="Blues")
+    axes.set(xlabel="Predicted label", ylabel="True label")
+    names = [printable(name) for name in classes]
+    rotation = 45 if has_numbers else "vertical"
+    # a class may be called under_$10
+    axes.set_xticks(range(len(classes)), names, rotation=rotation, parse_math=False)
+    axes.set_yticks(range(len(classes)), names, parse_math=False)
+    if has_numbers:
+        half = max(map(max, matrix)) / 2
+        for row, counts in enumerate(matrix):
+            for column, count in enumerate(counts):
+                color = "white" if count > half else "black"
+                # not in the layout: to measure so many texts takes as long as to draw them
+                axes.text(
+                    column,
+                    row,
+                    str(count),
+                    color=color,
+                    ha="center",
+                    va="center",
+                    in_layout=False,
+                )
     return figure
 
 

@@ -158,7 +158,8 @@ def write_report(
     classes = list(results["class_accuracy"])
     temperature = results["temperature"]
     confidences, predictions = metrics.predict(logits, temperature)
-    pictures = _draw_pictures(run.path, history, data, predictions, confidences, classes)
+    matrix = results["confusion_matrix"]
+    pictures = _draw_pictures(run.path, history, data, predictions, confidences, matrix, classes)
 
     labels = [classes[label] for label in data.test.labels.tolist()]
     digests = identity.digest_test_images(data)
@@ -194,6 +195,7 @@ def _draw_pictures(
     data: Dataset,
     predictions: torch.Tensor,
     confidences: torch.Tensor,
+    matrix: list[list[int]],
     classes: list[str],
 ) -> dict[str, Any]:
     """Draw curves, confusion matrix and worst mistakes into the run folder.
@@ -203,7 +205,7 @@ def _draw_pictures(
     test = data.test
     plots.save_figure(plots.draw_curves(history), run / "training_results.png")
     pictures = {}
-    figure = plots.draw_confusion_matrix(test.labels, predictions, classes)
+    figure = plots.draw_confusion_matrix(matrix, classes)
     pictures["confusion matrix"] = plots.save_figure(figure, run / "confusion_matrix.png")
     mistakes = plots.draw_worst_mistakes(
         test.images, test.labels, predictions, confidences, classes, data.test_files

@@ -98,7 +98,10 @@ class RunLog:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch deprecates the tracer that add_graph uses
                 network = copy.deepcopy(self._model).cpu().eval()
-                writer.add_graph(network, torch.zeros(1, *self._input_shape))
+                example = torch.zeros(1, *self._input_shape)
+                # add_graph traces by itself, too, but checks the trace, which takes seconds
+                traced = torch.jit.trace(network, example, check_trace=False)
+                writer.add_graph(traced, example)
         except Exception as error:  # not every network can be traced
             print(f"note: no graph of this network in TensorBoard ({type(error).__name__})")
 

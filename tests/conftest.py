@@ -184,7 +184,7 @@ class Program:
             code = [
                 "import sys, image_classification as ic",
                 patch,
-                "sys.exit(ic.main(sys.argv[1:]))",
+                "ic.cli.end_process(ic.main(sys.argv[1:]))",
             ]
             run = ["-c", "\n".join(code)]
         command = [sys.executable, *run, *arguments]
@@ -262,6 +262,17 @@ def folder(tmp_path, monkeypatch):
     return path
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Figures stay blank in this process, unless the test is marked: drawing takes half of a run.
+
+    Programs in processes of their own draw them.
+    """
+    if not request.node.get_closest_marker("pictures"):
+        name = "matplotlib.backends.backend_agg.FigureCanvasAgg.draw"
+        monkeypatch.setattr(name, lambda canvas: canvas.get_renderer(), raising=True)
+
+
 @pytest.fixture
 def program(folder):
     """The program in a process of its own."""
@@ -321,8 +332,8 @@ def trained(tmp_path_factory):
     place = find_cifar10()
     if place:
         data = ["--dataset", "cifar10", "--data-dir", place]
-        data += ["--subset", "5000", "--batch-size", "250"]
-    settings = ["--epochs", "4", "--width", "0.5", "--keep-epochs", "--run-dir", "run"]
+        data += ["--subset", "3000", "--batch-size", "125"]
+    settings = ["--epochs", "4", "--width", "0.25", "--keep-epochs", "--run-dir", "run"]
     with shared_folder(tmp_path_factory, "trained") as folder:
         if not list(folder.glob("model_*.pth")):
             Program(folder)(*data, *settings)

@@ -24,7 +24,7 @@ from playwright import sync_api as playwright
 
 import app
 import inference
-from classifier.datasets.cifar10 import REQUIRED
+from classifier.datasets.cifar10 import MD5
 from classifier.errors import UserError
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
@@ -293,7 +293,7 @@ def test_no_examples_where_the_data_set_is_not(model, folder):
     elsewhere = replace(model, settings={"dataset": "cifar10", "data_dir": "nowhere"})
     assert app.write_test_images(elsewhere, None, folder) == []
     (folder / "nowhere").mkdir()
-    for name in REQUIRED:
+    for name in MD5:
         (folder / "nowhere" / name).write_text("damaged")
     assert app.write_test_images(elsewhere, None, folder) == []
 

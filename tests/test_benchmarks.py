@@ -17,6 +17,7 @@ import pytest
 import records
 import same_as
 import scaling
+import startup
 import survival
 import time_to_accuracy
 import torch
@@ -649,6 +650,43 @@ def test_utilisation(folder, monkeypatch, tool_inside):
         ):
             assert seconds > 0 and 0 < share < 1.5
             assert share == pytest.approx(rate / peak)
+
+
+def test_stages_before_the_first_step_and_after_the_last():
+    spans = [
+        startup.Span("import torch", 0.5, 2.0),
+        startup.Span("a:load", 2.0, 3.0),
+        startup.Span("a:read", 2.2, 2.7),
+        startup.Span(startup.STEP, 3.5, 5.0),
+        startup.Span("a:validate", 5.0, 6.0),
+        startup.Span(startup.STEP, 6.0, 7.0),
+        startup.Span("a:test", 7.0, 9.0),
+    ]
+    rows = startup.rows_of_run(spans, ended=10.5)
+    indent = startup.INDENT
+    assert [(row.stage, row.seconds) for row in rows] == [
+        ("until the first step", [3.5]),
+        (f"{indent}import torch", [1.5]),
+        (f"{indent}load", [1.0]),
+        (f"{2 * indent}read", [pytest.approx(0.5)]),
+        ("the first step, longer than the second by", [0.5]),
+        ("after the last step", [3.5]),
+        (f"{indent}test", [2.0]),
+        (f"{indent}until the process is gone", [1.5]),
+    ]
+
+
+@pytest.mark.slow
+def test_startup(folder, monkeypatch, tool_inside):
+    monkeypatch.setattr(harness, "RESULTS", folder)
+    monkeypatch.setattr(startup, "SUBSET", 200)
+    out, _ = tool_inside("startup")("--dataset", "digits", "--device", "cpu", "--runs", "2")
+    rows = json.loads((folder / "startup.json").read_text())
+    stages = [row["stage"].replace(startup.INDENT, "") for row in rows]
+    for stage in ("import torch", "load_data", "Trainer.__init__", "test", "RunLog._add_graph"):
+        assert (stage in stages) == (stage != "RunLog._add_graph")  # that is between two epochs
+    assert all(len(row["seconds"]) == 2 for row in rows)
+    assert "until the first step" in out
 
 
 def test_operations_are_those_of_the_layers():

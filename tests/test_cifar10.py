@@ -20,8 +20,8 @@ from classifier.datasets import download
 from classifier.datasets.cifar10 import (
     BATCHES,
     CLASSES,
+    MD5,
     MEMBERS,
-    REQUIRED,
     find_cifar10,
     load_cifar10,
 )
@@ -58,7 +58,7 @@ def start(folder, **constants):
 def batch_folder(tmp_path_factory):
     """A folder with small files that are named as the batch files."""
     folder = tmp_path_factory.mktemp("batches")
-    for name in REQUIRED:
+    for name in MD5:
         (folder / name).write_text(f"content of {name}")
     return folder
 
@@ -77,7 +77,7 @@ def archive(batch_folder, tmp_path_factory):
             odd.type = kind
             odd.linkname = "/etc/passwd"
             tar.addfile(odd)
-        for name in REQUIRED:
+        for name in MD5:
             tar.add(batch_folder / name, f"{BATCHES}/{name}")
     return path
 
@@ -100,7 +100,7 @@ def batches(folder, cifar10):
     """The files of CIFAR-10 in data/, each a link."""
     batches = folder / "data" / BATCHES
     batches.mkdir(parents=True)
-    for name in REQUIRED:
+    for name in MD5:
         (batches / name).symlink_to(cifar10 / BATCHES / name)
     return batches
 
@@ -111,7 +111,7 @@ def batches(folder, cifar10):
 @pytest.mark.parametrize("inner", ["", BATCHES])
 def test_batch_files_are_found_in_the_folder_or_in_its_own(folder, batch_folder, inner):
     (folder / "data" / inner).mkdir(parents=True)
-    for name in REQUIRED:
+    for name in MD5:
         (folder / "data" / inner / name).write_bytes((batch_folder / name).read_bytes())
     assert find_cifar10(Path("data")) == Path("data", inner)
     assert not list(folder.rglob("*.lock"))  # nothing is written, so the folder may be read-only
@@ -132,7 +132,7 @@ def test_two_processes_share_one_download_and_unpack_only_the_batches(folder, ar
     assert sum("Downloading CIFAR-10" in out for out, _ in outputs) == 1
     assert all("found" in out for out, _ in outputs)
     unpacked = {path.name for path in (folder / "data" / BATCHES).iterdir()}
-    assert unpacked == set(REQUIRED)  # no link and no stranger
+    assert unpacked == set(MD5)  # no link and no stranger
     left = {path.name for path in (folder / "data").iterdir()}
     assert left <= {BATCHES, ".cifar-10.lock"}  # the archive was deleted
     assert not list(folder.parent.rglob("evil*"))
@@ -143,9 +143,10 @@ def test_readme_is_unpacked_as_well(folder, batch_folder, monkeypatch):
     path = folder / download.ARCHIVE
     (folder / "readme.html").write_text("about")
     with tarfile.open(path, "w:gz") as tar:
-        for name in REQUIRED:
+        for name in MD5:
             tar.add(batch_folder / name, f"{BATCHES}/{name}")
-        tar.add(folder / "readme.html", f"{BATCHES}/readme.html")
+        for name in ("batches.meta", "readme.html"):
+            tar.add(folder / "readme.html", f"{BATCHES}/{name}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(download, "ARCHIVE_SHA256", digest)
     found = find_cifar10(folder)
@@ -253,7 +254,7 @@ def test_classes_are_in_the_order_of_the_files(cifar10):
     assert [as_printed.get(name, name) for name in meta["label_names"]] == CLASSES
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
 def test_truncated_batch_file(batches, name):
     content = (batches / name).read_bytes()
     (batches / name).unlink()
@@ -266,5 +267,5 @@ def test_batch_file_that_is_gone_when_the_test_images_are_read(batches):
     data = load_cifar10(batches, Config(subset=100, image_size=16))
     for path in batches.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="data_batch_1.* put it back"):
+    with pytest.raises(UserError, match="test_batch.* put it back"):
         _ = data.test

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,31 @@ def test_tool_says_how_to_install_what_it_misses(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tune.py"])
     assert cli.run_tool(lambda: fail(ModuleNotFoundError("No module named 'optuna'"))) == 1
     assert INSTALL_EXTRAS in capsys.readouterr().err
+
+
+END = """
+import atexit, sys, threading, time
+from classifier.cli import end_process
+
+class Slow:
+    def __del__(self):
+        time.sleep(20)  # as libraries that are unloaded
+
+slow = Slow()
+atexit.register(print, "last words")
+print("printed", end="")
+sys.stderr.write("an error")
+end_process(3)
+"""
+
+
+def test_process_ends_at_once_with_all_that_was_printed():
+    began = time.perf_counter()
+    command = [sys.executable, "-c", END]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert time.perf_counter() - began < 15
+    assert ended.returncode == 3
+    assert ended.stdout == "printedlast words\n" and ended.stderr == "an error"
 
 
 def test_something_can_be_done_before_an_error_is_printed(capsys):

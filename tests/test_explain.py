@@ -21,6 +21,8 @@ from classifier.progress import COLUMNS
 from classifier.resolve import resolve_defaults
 from classifier.seen_images import TRAIN_DIGESTS
 
+pytestmark = pytest.mark.pictures
+
 TINY = """
 from torch import nn
 

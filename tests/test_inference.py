@@ -31,7 +31,7 @@ import inference
 from classifier import prediction_output
 from classifier.config import Config
 from classifier.datasets import decode
-from classifier.datasets.cifar10 import REQUIRED
+from classifier.datasets.cifar10 import MD5
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
 from classifier.seen_images import describe_seen
@@ -666,7 +666,7 @@ def test_model_that_names_no_data_set_is_taken_for_cifar10(model, folder):
     assert not inference.dataset_available(nameless)
     assert not inference.dataset_available(nameless, "elsewhere")
     (folder / "data").mkdir()
-    for name in REQUIRED:
+    for name in MD5:
         (folder / "data" / name).touch()
     assert inference.dataset_available(nameless)
     assert inference.dataset_available(nameless, "data")

@@ -9,7 +9,7 @@ from conftest import write_images
 
 from classifier.config import Config
 from classifier.datasets import download, load, named
-from classifier.datasets.cifar10 import REQUIRED
+from classifier.datasets.cifar10 import MD5
 from classifier.datasets.load import (
     data_dir_to_reuse,
     dataset_available,
@@ -185,7 +185,7 @@ def test_image_size_without_imagenet_sizes(folder, loaded_folders):
 
 def put(dataset, data_dir):
     """Files that look like this data set, as if it had been downloaded; returns the folder."""
-    names = [f"cifar-10-batches-py/{name}" for name in REQUIRED]
+    names = [f"cifar-10-batches-py/{name}" for name in MD5]
     if dataset != "cifar10":
         names = [named.DATASETS[dataset].on_disk]
     for name in names:

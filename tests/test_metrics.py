@@ -6,13 +6,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
 from classifier.metrics import (
     classification_metrics,
     expected_calibration_error,
     fit_temperature,
+    minimize,
     predict,
+    wilson_interval,
 )
 
 CLASSES = ["cat", "dog", "frog", "horse"]
@@ -76,6 +80,12 @@ def test_interval_is_wilsons(outputs):
     half = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     expected = [(middle - half) / (1 + z2), (middle + half) / (1 + z2)]
     assert results["test_accuracy_interval"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (7, 7), (1, 3), (9031, 10_000)])
+def test_interval_is_that_of_scipy(hits, count):
+    expected = binomtest(hits, count).proportion_ci(method="wilson")
+    assert wilson_interval(hits, count) == pytest.approx(tuple(expected), abs=1e-12)
 
 
 def test_results_are_plain_numbers_in_the_order_of_the_report(outputs):
@@ -156,3 +166,13 @@ def test_prediction_does_not_depend_on_the_temperature(outputs):
     assert torch.equal(prediction, logits.argmax(1))
     assert torch.equal(confidence, (logits / 2.5).softmax(1).amax(1))
     assert torch.equal(predict(logits)[0], predict(logits, 1.0)[0])
+
+
+@pytest.mark.parametrize("lowest_at", [0.01, 0.02, 0.7, 3.0, 99.0, 100.0])
+def test_minimum_is_where_scipy_finds_it(lowest_at):
+    def loss(x):
+        return (math.log(x) - math.log(lowest_at)) ** 2
+
+    expected = minimize_scalar(loss, bounds=(0.01, 100), options={"xatol": 1e-8}).x
+    assert minimize(loss, 0.01, 100) == pytest.approx(expected, rel=1e-4)
+    assert minimize(loss, 0.01, 100) == pytest.approx(lowest_at, rel=1e-5)

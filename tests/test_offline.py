@@ -13,8 +13,8 @@ from conftest import beforehand, only_run, report_of, wait_for
 from mirror import Mirror
 
 import image_classification as ic
-from classifier.datasets import download
-from classifier.datasets.cifar10 import BATCHES, CLASSES
+from classifier.datasets import cifar10, download
+from classifier.datasets.cifar10 import BATCHES
 from classifier.datasets.download import ARCHIVE, ARCHIVE_SHA256
 
 TINY = ["--subset", "200", "--width", "0.25", "--epochs", "1", "--image-size", "16"]
@@ -29,22 +29,15 @@ def offline(monkeypatch):
 @pytest.fixture
 def batches(folder, monkeypatch):
     """Batch files in data/ as those of CIFAR-10, of 60 images of noise each."""
-    from torchvision.datasets import CIFAR10
-
     batches = folder / "data" / BATCHES
     batches.mkdir(parents=True)
     random = np.random.default_rng(0)
-    sums = []
-    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
+    for name in cifar10.MD5:
         labels = [number % 10 for number in range(60)]
         content = {"data": random.integers(0, 256, (60, 3072), dtype=np.uint8), "labels": labels}
         (batches / name).write_bytes(pickle.dumps(content))
-        sums.append([name, hashlib.md5((batches / name).read_bytes()).hexdigest()])
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
-    meta_sum = hashlib.md5((batches / "batches.meta").read_bytes()).hexdigest()
-    monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
-    monkeypatch.setattr(CIFAR10, "test_list", sums[5:])
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": meta_sum})
+        digest = hashlib.md5((batches / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(cifar10.MD5, name, digest)
     return batches
 
 

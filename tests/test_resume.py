@@ -540,8 +540,8 @@ def worse(validate):
     """A validation with a loss that is 1 higher than it was."""
 
     def validate_worse(trainer):
-        row = validate(trainer)
+        row, logits = validate(trainer)
         row["valid_loss"] += 1
-        return row
+        return row, logits
 
     return validate_worse
