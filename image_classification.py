@@ -72,6 +72,7 @@ try:
         seed_summary,
         seen_images,
         streams,
+        thread_waiting,
         time_budget,
         train_state,
     )
@@ -947,6 +948,7 @@ def train(
     with (
         distributed.joined(device) as group,
         devices.training_process(device, config.deterministic),
+        thread_waiting.share_cores(device),
     ):
         resolve.check_processes(config, data, group)
         folder, data, models = begin_run(config, data, group)

@@ -36,6 +36,8 @@ from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
 from classifier.seen_images import describe_seen
 
+pytestmark = pytest.mark.pictures
+
 OLD_FILES = Path(__file__).resolve().parent / "fixtures" / "0.9.1"
 TINY = """
 from torch import nn
