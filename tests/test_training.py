@@ -65,7 +65,7 @@ def digits(image_size=16, **settings):
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
-    """A default run on the digits, as a user does it: (current folder, run folder, printed).
+    """A run on the digits, as a user does it: (current folder, run folder, printed).
 
     Script and package lie alone in one folder, and it runs in another.
     """
@@ -79,7 +79,8 @@ def default_run(tmp_path_factory):
             )
             script = shutil.copy(SCRIPT, program / SCRIPT.name)
             (folder / "current").mkdir()
-            out, err = Program(folder / "current", script)("--dataset", "digits", timeout=300)
+            options = ["--dataset", "digits", "--width", "0.5"]
+            out, err = Program(folder / "current", script)(*options, timeout=300)
             assert "%|" not in err  # no bar: this is no terminal
             printed.write_text(out, encoding="utf-8")
     current = folder / "current"
@@ -277,7 +278,7 @@ atexit.register(check_modules)
 """
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "digits"])
+@pytest.mark.parametrize("dataset", ["cifar10", pytest.param("digits", marks=pytest.mark.slow)])
 def test_slow_imports_wait_until_they_are_needed(program, cifar10, dataset):
     options = ["--dataset", dataset, "--subset", "200", "--width", "0.25", "--epochs", "1"]
     out, _ = program("--data-dir", cifar10, *options, patch=NO_SLOW_IMPORTS)
@@ -304,6 +305,7 @@ def test_fp16_with_scaler_and_clipping_learns(folder):
     assert report.results["test_accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_network_computes_the_same_in_fp32_as_in_the_bf16_that_trained_it(folder):
     """Whitening magnifies what bf16 rounds off; a network that learns from that fails without."""
     settings = {"optimizer": "adam", "epochs": 6, "batch_size": 50, "image_size": 16}
