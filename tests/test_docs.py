@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ PAGES = [
     *DOCS.glob("*.md"),
     REPOSITORY / "benchmarks" / "README.md",
 ]
+TOOLS = ["inference", "explain", "export", "app", "tune", "compare"]
 DRAWN = ("stages", "receptive_fields", "learning_rate", "whitening")  # by draw_pictures.py
 
 
@@ -94,6 +97,18 @@ def test_every_picture_is_shown():
     for page in PAGES:
         shown |= {(page.parent / target).resolve() for target in links(page)}
     assert set(DOCS.glob("*.png")) <= shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", TOOLS)
+def test_commands_of_tools_use_options_that_exist(tool):
+    used = set()
+    for page in PAGES:
+        for command in re.findall(rf"python {tool}\.py([^\n`#|>]*)", page.read_text("utf-8")):
+            used |= set(re.findall(r"(?<=\s)--[a-z][\w-]*", command))
+    command = [sys.executable, REPOSITORY / f"{tool}.py", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert used <= set(re.findall(r"--[a-z][\w-]*", text))
 
 
 # ---- How it works ----

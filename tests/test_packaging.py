@@ -176,7 +176,7 @@ def test_examples_of_additions_are_the_real_ones():
 
 def test_commands_in_documents_use_options_that_exist():
     known = {"--help", "--version", *map(ic.cli.flag, ic.cli.FIELD_TYPES)}
-    for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
+    for path in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/*.md")]:
         commands = re.findall(
             r"python image_classification\.py[^\n`#|&>]*", path.read_text("utf-8")
         )
