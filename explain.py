@@ -9,8 +9,8 @@
                                                      wrong
 
 Everything goes into the folder explained/. Grad-CAM (Selvaraju et al., 2017) shows where the
-network found what speaks for a class: the gradient of the class's logit weighs the last feature
-maps. It is computed by Captum.
+network found evidence for a class: the gradient of the class's logit weights the last feature maps.
+It is computed by Captum.
 """
 
 import argparse

@@ -1,11 +1,14 @@
 """What is said in more than one place is the same everywhere: requirements, versions, examples."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
-from conftest import QUICK, REPOSITORY, SCRIPT
+from conftest import QUICK, REPOSITORY, SCRIPT, only_run, report_of
 
 import classifier
 import image_classification as ic
@@ -54,18 +57,19 @@ def test_script_metadata_equals_requirements():
 
 def test_requirements_build_on_each_other():
     assert "-r requirements.txt" in read("requirements-extras.txt")
+    assert "-r requirements-tools.txt" in read("requirements-extras.txt")
     assert "-r requirements-extras.txt" in read("requirements-dev.txt")
 
 
 def test_everything_that_is_imported_is_required():
-    required = requirements("requirements.txt") | requirements("requirements-extras.txt")
+    required = requirements("requirements.txt") | requirements("requirements-tools.txt")
     used_if_installed = {"pillow_heif"}
     for path in [SCRIPT, *(REPOSITORY / "classifier").rglob("*.py")]:
         assert imported_packages(path) <= required | used_if_installed, path
 
 
 def test_plain_run_needs_no_extras(inside, monkeypatch):
-    for name in requirements("requirements-extras.txt"):
+    for name in requirements("requirements-tools.txt"):
         monkeypatch.setitem(sys.modules, name, None)
     inside(*QUICK, "--fast-dev-run")
 
@@ -73,6 +77,66 @@ def test_plain_run_needs_no_extras(inside, monkeypatch):
 def test_packages_that_a_run_imports_late_are_looked_for_at_its_start():
     late = requirements("requirements.txt") - {"torch", "tqdm"}  # imported by the script itself
     assert {DISTRIBUTIONS.get(name, name) for name in cli.PACKAGES} == late
+
+
+# ---- pip install . ----
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder into which pip installed a copy of the checkout."""
+    copy = tmp_path_factory.mktemp("checkout") / "copy"
+    shutil.copytree(REPOSITORY / "classifier", copy / "classifier")
+    for name in ("pyproject.toml", "README.md", "LICENSE", SCRIPT.name):
+        shutil.copy(REPOSITORY / name, copy)
+    for path in REPOSITORY.glob("requirements*.txt"):
+        shutil.copy(path, copy)
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--target", str(folder), str(copy)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def run_installed(installed, folder, *arguments):
+    """Run the installed command in this folder; returns what it prints."""
+    command = installed / "bin" / "image-classification"
+    result = subprocess.run(
+        [command, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_installed_command_is_this_version_and_trains(installed, tmp_path):
+    version = run_installed(installed, tmp_path, "--version")
+    assert classifier.__version__ in version
+    out = run_installed(installed, tmp_path, *QUICK, "--epochs", "1")
+    assert "Accuracy of the network on the 359 test images" in out
+    report = report_of(only_run(tmp_path))
+    assert report["versions"]["script"] == ic.VERSIONS["script"]
+
+
+@pytest.mark.slow
+def test_installed_package_is_whole(installed):
+    sources = {path.relative_to(REPOSITORY) for path in REPOSITORY.glob("classifier/**/*.py")}
+    assert sources == {path.relative_to(installed) for path in installed.glob("classifier/**/*.py")}
+
+
+@pytest.mark.slow
+def test_installed_metadata_is_that_of_the_requirements_files(installed):
+    (path,) = installed.glob("image_classification-*.dist-info/METADATA")
+    metadata = path.read_text(encoding="utf-8")
+    assert f"\nVersion: {classifier.__version__}\n" in metadata
+    required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
+    extra = re.findall(r"^Requires-Dist: ([\w-]+).*extra == .extras.", metadata, re.MULTILINE)
+    assert set(required) == requirements("requirements.txt")
+    assert set(extra) == requirements("requirements-tools.txt")
 
 
 # ---- versions ----
@@ -112,7 +176,7 @@ def test_examples_of_additions_are_the_real_ones():
 
 def test_commands_in_documents_use_options_that_exist():
     known = {"--help", "--version", *map(ic.cli.flag, ic.cli.FIELD_TYPES)}
-    for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
+    for path in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/*.md")]:
         commands = re.findall(
             r"python image_classification\.py[^\n`#|&>]*", path.read_text("utf-8")
         )
