@@ -3,11 +3,13 @@
     python benchmarks/startup.py
     python benchmarks/startup.py --runs 5 --dataset digits
     python benchmarks/startup.py --device cuda
+    python benchmarks/startup.py --old ../an-older-checkout
 
 Trains on 2,000 images for two epochs, in processes of their own, and notes when the functions of
 STAGES begin and end. Prints a Markdown table of the medians, and writes results/startup.json. A
 stage within another one is indented below it. From the second run on, the files come from the
-system's cache.
+system's cache. With --old only the lines that a run prints are timed, of this program and that of
+another checkout, in turns.
 """
 
 import argparse
@@ -50,6 +52,9 @@ STAGES = [  # module:function
     "classifier.reports:export_model",
 ]
 HEAD = "stage | seconds | of all runs"
+OLD_HEAD = "part of a run | this | old | ratio"
+PRINTED = ["Start Training", "Finished Training", "Done in"]  # how lines begin that both print
+PARTS = ["until it trains", "after the training", "after its last line", "whole run"]
 INDENT = "&emsp;"
 SUBSET = 2000  # images to train on
 
@@ -117,11 +122,16 @@ class Row(NamedTuple):
     seconds: list[float]
 
 
-def run_once(options: argparse.Namespace) -> tuple[list[Span], float]:
-    """Train in a process of its own; returns its spans, and after how many seconds it ended."""
+def training_options(options: argparse.Namespace) -> list[str]:
+    """What the program is called with."""
     arguments = ["--dataset", options.dataset, "--device", options.device]
     arguments += ["--data-dir", str(Path(options.data_dir).resolve())]
-    arguments += ["--subset", str(SUBSET), "--epochs", "2"]
+    return [*arguments, "--subset", str(SUBSET), "--epochs", "2"]
+
+
+def run_once(options: argparse.Namespace) -> tuple[list[Span], float]:
+    """Train in a process of its own; returns its spans, and after how many seconds it ended."""
+    arguments = training_options(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-c", WATCHED_PROGRAM, json.dumps(STAGES), *arguments]
@@ -164,6 +174,39 @@ def table_row(row: Row) -> list[str]:
     return [row.stage, f"{statistics.median(row.seconds):.2f}", f"{low:.2f} to {high:.2f}"]
 
 
+def time_parts(script: Path, options: argparse.Namespace) -> list[float]:
+    """Train in a process of its own; returns the seconds of the PARTS of the run."""
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, str(script), *training_options(options)]
+        launched = time.perf_counter()
+        printed = {}
+        with harness.start(command, Path(name)) as process:
+            for line in process.stdout or []:
+                for beginning in PRINTED:
+                    if line.startswith(beginning):
+                        printed[beginning] = time.perf_counter() - launched
+        ended = time.perf_counter() - launched
+        if process.returncode:
+            sys.exit(f"error: {script} failed")
+    began, finished, done = (printed[beginning] for beginning in PRINTED)
+    return [began, ended - finished, ended - done, ended]
+
+
+def compare_with(old: Path, options: argparse.Namespace) -> list[list[str]]:
+    """Time both programs in turns; returns the rows of the table, medians of the runs."""
+    runs: dict[str, list[list[float]]] = {"this": [], "old": []}
+    for _ in tqdm(range(options.runs), unit="run", disable=None):
+        runs["this"].append(time_parts(harness.SCRIPT, options))
+        runs["old"].append(time_parts(old / harness.SCRIPT.name, options))
+    harness.write_results(options.name, runs)
+    rows = []
+    for index, part in enumerate(PARTS):
+        this = statistics.median(run[index] for run in runs["this"])
+        before = statistics.median(run[index] for run in runs["old"])
+        rows.append([part, f"{this:.2f}", f"{before:.2f}", f"{this / before:.2f}"])
+    return rows
+
+
 def parse_options() -> argparse.Namespace:
     parser = harness.new_parser(__doc__)
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="(default: 3)")
@@ -171,6 +214,7 @@ def parse_options() -> argparse.Namespace:
         help_text = f"as the program's (default: {default})"
         parser.add_argument(flag, default=default, metavar="NAME", help=help_text)
     harness.add_data_dir(parser)
+    parser.add_argument("--old", type=Path, metavar="DIR", help="another checkout of this program")
     name = "of the result file (default: startup)"
     parser.add_argument("--name", default="startup", help=name)
     return parser.parse_args()
@@ -178,6 +222,10 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    if options.old:
+        comparison = compare_with(options.old.resolve(), options)
+        print(harness.markdown_table(OLD_HEAD, comparison))
+        return
     tables = []
     for _ in tqdm(range(options.runs), unit="run", disable=None):
         tables.append(rows_of_run(*run_once(options)))

@@ -710,6 +710,14 @@ def test_startup(folder, monkeypatch, tool_inside):
         assert (stage in stages) == (stage != "RunLog._add_graph")  # that is between two epochs
     assert all(len(row["seconds"]) == 2 for row in rows)
     assert "until the first step" in out
+    options = ["--dataset", "digits", "--device", "cpu", "--runs", "1", "--old", REPOSITORY]
+    out, _ = tool_inside("startup")(*options)
+    runs = json.loads((folder / "startup.json").read_text())
+    for until, after, after_last_line, whole in (*runs["this"], *runs["old"]):
+        assert 0 < until < whole and 0 <= after_last_line < after < whole - until
+    assert [line.split(" | ")[0] for line in out.splitlines()[-4:]] == [
+        f"| {part}" for part in startup.PARTS
+    ]
 
 
 def test_operations_are_those_of_the_layers():
