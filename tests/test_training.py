@@ -285,6 +285,41 @@ def test_slow_imports_wait_until_they_are_needed(program, cifar10, dataset):
     assert "imported: []" in out
 
 
+def test_temperature_is_fitted_to_logits_of_the_best_weights(folder, monkeypatch):
+    """They are known from the epoch's validation, and not computed again."""
+    fitted = []
+    fit = ic.metrics.fit_temperature
+
+    def note_logits(logits, labels):
+        fitted.append(logits)
+        return fit(logits, labels)
+
+    evaluate, evaluations = ic.evaluate, []
+
+    def count(*arguments, **options):
+        evaluations.append(1)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(ic.metrics, "fit_temperature", note_logits)
+    monkeypatch.setattr(ic, "evaluate", count)
+    with beforehand(ic, "validate", spoil_from_third_epoch):
+        report = learn(precision="fp32", batch_size=50, epochs=4)
+    assert report.results["best_epoch"] == 1
+    assert len(evaluations) == 4 + 1  # validation of each epoch, and the test
+
+    model, content = ic.load_checkpoint(report.checkpoint)
+    logits = evaluate(model, *digits().valid).logits
+    assert torch.allclose(fitted[0], logits, atol=1e-4)
+    assert content["metrics"]["temperature"] == fit(fitted[0], digits().valid.labels)
+
+
+def spoil_from_third_epoch(trainer):
+    """From the third epoch on, forget the classes before the validation."""
+    if len(trainer.state.progress.history) >= 2:
+        with torch.no_grad():
+            trainer.state.model.classifier.weight.zero_()
+
+
 # ---- What each option does -----------------------------------------------------------------------
 
 
