@@ -152,6 +152,7 @@ def test_report_of_training_and_evaluation_of_its_test_images_agree(inside, tool
 
 def test_classes_that_the_model_or_the_folder_lacks_are_named(evaluate, labelled, folder):
     (labelled / "zebra").rename(labelled / "Blues")
+    (labelled / "blue").mkdir()  # without an image
     _, err = evaluate()
     results = results_in(folder / "evaluated")
     assert results["unknown_classes"] == {"Blues": 2}
@@ -163,7 +164,8 @@ def test_classes_that_the_model_or_the_folder_lacks_are_named(evaluate, labelled
 
 def test_images_that_cannot_be_read_are_named(evaluate, labelled, folder):
     (labelled / "red" / "page.png").write_text("<html>")
-    (labelled / "green" / "new.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    for name in ("green", "zebra"):
+        (labelled / name / "new.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
     (labelled / "green" / "notes.txt").write_text("words")
     (labelled / "zebra" / "page.png").write_text("<html>")
     (labelled / "loose.png").write_bytes((labelled / "red" / "0.png").read_bytes())
@@ -174,6 +176,7 @@ def test_images_that_cannot_be_read_are_named(evaluate, labelled, folder):
     assert "loose.png" in err
     results = results_in(folder / "evaluated")
     assert results["images"] == 7
+    assert results["confusion_matrix"] == [[4, 0, 0], [0, 2, 1], [0, 0, 0]]
     assert [path.rpartition("page")[2] for path in results["unreadable"]] == [".png"]
 
 
