@@ -169,7 +169,7 @@ def overlay(images: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
 
 def save_grid(images: torch.Tensor, titles: list[str], columns: int, path: Path) -> None:
     """Write images, uint8 (N, 3, S, S), as a PNG file, each below its title."""
-    plots.save_figure(plots.draw_images(images, titles, columns), path)
+    plots.save_figure(plots.draw_images(images.cpu(), titles, columns), path)
     print(f"{path}: {len(images)} images")
 
 

@@ -4,6 +4,7 @@
     python inference.py holiday/ --format csv > holiday.csv
     python inference.py cat.jpg --save predictions.png       draw the images and their classes
     python inference.py --checkpoint model.onnx cat.jpg      where torch is not installed
+    python inference.py labelled/ --evaluate                 test it on folders named like classes
 
 From Python: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
 """
@@ -30,11 +31,12 @@ try:
     import numpy as np
     from tqdm import tqdm
 
+    from classifier import evaluation
     from classifier.cli import command_line, end_process, run_tool, tool_parser
     from classifier.datasets import decode, pixel_range, unreadable
     from classifier.datasets.walk import walk_files
     from classifier.errors import UsageError, UserError
-    from classifier.files import prepare_file
+    from classifier.files import prepare_file, prepare_folder
     from classifier.image_input import check_batch, to_batch
     from classifier.prediction_output import (
         UNSURE,
@@ -73,6 +75,7 @@ if TYPE_CHECKING:  # torch and matplotlib may not be installed
 
 BATCH_SIZE = 250  # images in memory at once
 ONNX_BATCH_SIZE = 50
+OUT = Path("evaluated")  # default of --out
 MAX_PICTURES = 60  # images that --save draws
 ONNX_METADATA = ["classes", "image_size", "temperature", "dataset", "test_accuracy"]
 
@@ -605,10 +608,7 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
             found += expand(name) or [path]
             continue
         images, others = files_below(path)
-        for file in others:
-            content = unreadable.recognise(file)
-            if content is not None and content.advice:  # an image, but of no format that is read
-                problems.append(f"{file}: {content.describe()}")
+        problems += unreadable.describe_images(others)
         if not images:
             problems.append(f"{name}: no image in this folder")
         found += images
@@ -722,6 +722,29 @@ def classify_batch(
             results.pictures.append(Picture(title, pixels, classes))
 
 
+def evaluate_folder(model: Classifier, folder: Path, out: Path) -> int:
+    """Test a model on a folder of class folders; returns the exit status, as `main` does.
+
+    Prints the results and writes them into the folder `out`.
+    """
+    files = evaluation.find_files(folder, model.classes)
+    prepare_folder(out)
+    print(model.describe())
+    evaluation.note_left_out(files, model)
+    read = functools.partial(
+        read_in_batches, image_size=model.image_size, ranges=model.pixel_ranges
+    )
+    tested = evaluation.run_model(files, read, model)
+    evaluation.report(files, tested, read, model, out)
+    for note in tested.notes:
+        print_note(note)
+    problems = [f"{path}: {reason}" for path, reason in tested.unreadable.items()]
+    problems += files.problems
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def parse_options() -> argparse.Namespace:
     """The options of this process; ends it with status 2 if they are wrong."""
     parser = tool_parser(__doc__)
@@ -745,7 +768,19 @@ def parse_options() -> argparse.Namespace:
         metavar="FILE",
         help=f"draw the first {MAX_PICTURES} images and their classes, as .png, .jpg, .pdf or .svg",
     )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="test the model on the images in this folder, which are in folders named like classes",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for the results of --evaluate (default: {OUT})",
+    )
     options = parser.parse_args()
+    check_evaluation(parser, options)
     if options.save:
         save_format(options.save)
     if options.top_k < 1:
@@ -753,6 +788,21 @@ def parse_options() -> argparse.Namespace:
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
     return options
+
+
+def check_evaluation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End this process with status 2 if an option is given that --evaluate excludes or needs."""
+    if not options.evaluate:
+        if options.out is not None:
+            parser.error("--out: only with --evaluate")
+        return
+    if len(options.images) != 1:
+        parser.error("--evaluate: name one folder, with a folder for each class in it")
+    if is_url(options.images[0]):
+        parser.error(f"--evaluate {options.images[0]}: {URL_REFUSED}")
+    for name in ("top_k", "threshold", "format", "save"):
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: not with --evaluate")
 
 
 def prepare_output(format: str) -> TextIO:
@@ -769,6 +819,9 @@ def main() -> int:
     """Run as from the command line; returns the exit status, 1 if a file could not be read."""
     options = parse_options()
     model = load_model(options.checkpoint, options.device, options.model)
+    if options.evaluate:
+        folder = Path(os.path.expanduser(options.images[0]))
+        return evaluate_folder(model, folder, options.out or OUT)
     if options.save:
         prepare_file(options.save)
     messages = prepare_output(options.format)

@@ -1,48 +1,96 @@
 """How good a classifier is, and how far its confidence can be trusted.
 
-scikit-learn and SciPy have most of this, but take seconds to import, at the end of every run.
+scikit-learn and SciPy have most of this, but take seconds to import, at the end of every run. Only
+`fit_temperature` needs torch: `inference.py` tests an ONNX file where torch is not installed. What
+the other functions take may be arrays or tensors on the CPU.
 """
 
 import math
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    import torch
 
 NUM_BINS = 15  # of confidence, in the expected calibration error
+TOP = 5  # of top-5 accuracy
+MANY_CLASSES = 20  # with more of them, the top-5 accuracy is computed
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within ± Z standard deviations
 
 
-def predict(
-    logits: torch.Tensor, temperature: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Confidence, float32 (N,), in [0, 1], and predicted class, int64 (N,), from logits (N, C)."""
-    confidence, prediction = (logits / (temperature or 1)).softmax(1).max(1)
-    return confidence, prediction
+def softmax(logits: ArrayLike, temperature: float | None = None) -> np.ndarray:
+    """Probabilities of the classes, float64 (N, classes), whose rows add up to 1.
+
+    logits: float (N, classes), which are divided by the temperature if there is one.
+    """
+    powers = np.exp(_shift(logits, temperature))
+    return powers / powers.sum(1, keepdims=True)
 
 
-def expected_calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def _shift(logits: ArrayLike, temperature: float | None = None) -> np.ndarray:
+    """Logits over the temperature, float64, moved so that the largest of each row is 0."""
+    scaled = np.asarray(logits).astype(np.float64) / (temperature or 1)
+    return scaled - scaled.max(1, keepdims=True)
+
+
+def predict(logits: ArrayLike, temperature: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence, float64 (N,), in [0, 1], and predicted class, int64 (N,), from logits (N, C)."""
+    shifted = _shift(logits, temperature)
+    return 1 / np.exp(shifted).sum(1), shifted.argmax(1)
+
+
+def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean negative logarithm of the probability of the true class.
+
+    logits: float (N, classes); labels: int64 (N,).
+    """
+    shifted = _shift(logits)
+    of_label = np.take_along_axis(shifted, np.asarray(labels)[:, None], 1)[:, 0]
+    return float((np.log(np.exp(shifted).sum(1)) - of_label).mean())
+
+
+def top_accuracy(logits: ArrayLike, labels: ArrayLike, count: int = TOP) -> float:
+    """Share of the images whose true class is among the `count` likeliest, in [0, 1].
+
+    Of equal logits that of the first class counts as the largest, as in `predict`.
+
+    logits: float (N, classes); labels: int64 (N,).
+    """
+    logits = np.asarray(logits)
+    label_column = np.asarray(labels)[:, None]
+    of_label = np.take_along_axis(logits, label_column, 1)
+    is_earlier = np.arange(logits.shape[1]) < label_column
+    is_likelier = (logits > of_label) | ((logits == of_label) & is_earlier)
+    return float((is_likelier.sum(1) < count).mean())
+
+
+def expected_calibration_error(
+    logits: ArrayLike, labels: ArrayLike, temperature: float | None = None
+) -> float:
     """Mean distance between confidence and accuracy over bins of confidence (Guo et al., 2017).
 
     Each of the 15 bins counts by the number of its images.
 
-    logits: float (N, classes); labels: int64 (N,); both on the CPU. Returns a share in [0, 1].
+    logits: float (N, classes); labels: int64 (N,). Returns a share in [0, 1].
     """
-    confidence, prediction = predict(logits)
-    is_correct = (prediction == labels).float()
-    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    gaps = torch.zeros(NUM_BINS).index_add(0, bins, confidence - is_correct)
-    return gaps.abs().sum().item() / len(labels)
+    confidence, prediction = predict(logits, temperature)
+    gaps = confidence - (prediction == np.asarray(labels))
+    bins = (confidence * NUM_BINS).astype(np.int64).clip(max=NUM_BINS - 1)
+    gap_of_bin = np.bincount(bins, weights=gaps)
+    return float(np.abs(gap_of_bin).sum() / len(gaps))
 
 
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+def fit_temperature(logits: "torch.Tensor", labels: "torch.Tensor") -> float:
     """Temperature scaling (Guo et al., 2017): what to divide logits by for a calibrated softmax.
 
     logits: float (N, classes); labels: int64 (N,); of validation images, both on the CPU.
     """
+    from torch import nn
+
     # As if there were one more image, of each class in equal parts (Laplace). Otherwise confidence
     # would grow without limit where all predictions are right.
     loss = nn.CrossEntropyLoss(label_smoothing=1 / (1 + len(labels)))
@@ -82,60 +130,64 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, (middle - margin) / scale), min(1.0, (middle + margin) / scale)
 
 
-def confusion_matrix(
-    labels: torch.Tensor, predictions: torch.Tensor, num_classes: int
-) -> torch.Tensor:
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """How many images of each class (rows) are taken for which class (columns), int64.
 
-    labels, predictions: int64 (N,), on the CPU.
+    labels, predictions: int64 (N,).
     """
     pairs = labels * num_classes + predictions
-    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def classification_metrics(
-    logits: torch.Tensor, labels: torch.Tensor, classes: list[str], temperature: float | None
+    logits: ArrayLike, labels: ArrayLike, classes: list[str], temperature: float | None
 ) -> dict[str, Any]:
     """The part of report.json that can be computed from the test images; shares are in [0, 1].
 
     Args:
-        logits: float32 (N, classes), on the CPU.
-        labels: int64 (N,), on the CPU.
+        logits: float32 (N, classes).
+        labels: int64 (N,).
         temperature: of fit_temperature, or None without validation images.
 
     What cannot be known is None: recall, precision and F1 of a class without test images, and the
-    precision of a class that was never predicted. The confusion matrix has a row for each true
-    class.
+    precision of a class that was never predicted; so is the top-5 accuracy of few classes. The
+    confusion matrix has a row for each true class. macro_f1 is the mean over the classes that have
+    test images.
     """
+    logits, labels = np.asarray(logits), np.asarray(labels)
     _, predictions = predict(logits, temperature)
     matrix = confusion_matrix(labels, predictions, len(classes))
     num_tested, num_predicted = matrix.sum(1), matrix.sum(0)
-    correct = matrix.diagonal().double()
-    recall = correct / num_tested
-    precision = correct / num_predicted
-    f1 = 2 * correct / (num_tested + num_predicted)
+    correct = matrix.diagonal()
     is_tested, is_predicted = num_tested > 0, num_predicted > 0
+    with np.errstate(invalid="ignore"):  # 0 / 0, which becomes None
+        recall = correct / num_tested
+        precision = correct / num_predicted
+        f1 = 2 * correct / (num_tested + num_predicted)
 
     count = len(labels)
     hits = int(matrix.trace())
     recall_of_class = _by_class(classes, recall, is_tested)
+    has_many_classes = len(classes) > MANY_CLASSES
     return {
         "test_accuracy": hits / count,
         "test_accuracy_interval": list(wilson_interval(hits, count)),
-        "test_loss": F.cross_entropy(logits, labels).item(),
+        "top5_accuracy": top_accuracy(logits, labels) if has_many_classes else None,
+        "test_loss": cross_entropy(logits, labels),
         "class_accuracy": recall_of_class,  # the share of a class that is recognised is its recall
         "precision": _by_class(classes, precision, is_tested & is_predicted),
         "recall": recall_of_class,
         "f1": _by_class(classes, f1, is_tested),
+        "macro_f1": float(f1[is_tested].mean()),
         "confusion_matrix": matrix.tolist(),
         "temperature": temperature,
-        "calibration_error": expected_calibration_error(logits / (temperature or 1), labels),
+        "calibration_error": expected_calibration_error(logits, labels, temperature),
         "calibration_error_before": expected_calibration_error(logits, labels),
     }
 
 
 def _by_class(
-    classes: list[str], values: torch.Tensor, is_known: torch.Tensor
+    classes: list[str], values: np.ndarray, is_known: np.ndarray
 ) -> dict[str, float | None]:
     """The value of each class by its name, None where it is not known."""
     by_class: dict[str, float | None] = {}

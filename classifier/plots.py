@@ -1,22 +1,25 @@
-"""The pictures that a run and the tools draw. Each function returns a matplotlib Figure."""
+"""The pictures that a run and the tools draw. Each function returns a matplotlib Figure.
+
+Only `draw_samples` needs torch: `inference.py` tests an ONNX file where torch is not installed.
+"""
 
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
+from numpy.typing import ArrayLike
 
-from classifier.augmentations import build_augmentation
 from classifier.config import parse_augment
 from classifier.files import write_atomically
 from classifier.progress import Row
 from classifier.text import percent, printable, shorten
 
 if TYPE_CHECKING:  # matplotlib is slow to import
-    import numpy as np
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -31,15 +34,15 @@ class Sample(Protocol):
     """Some training images as the first epoch sees them: a NamedTuple of tensors."""
 
     @property
-    def order(self) -> torch.Tensor:
+    def order(self) -> "torch.Tensor":
         """Indices of the images, int64 (N,)."""
 
     @property
-    def flips(self) -> torch.Tensor:
+    def flips(self) -> "torch.Tensor":
         """Whether each is mirrored, bool (N,)."""
 
     @property
-    def shifts(self) -> torch.Tensor:
+    def shifts(self) -> "torch.Tensor":
         """By how many pixels each moves down and right, int64 (N, 2)."""
 
     def _replace(self, *args: Any, **fields: Any) -> Any: ...
@@ -57,12 +60,11 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> "Figure"
     return figure
 
 
-def save_figure(figure: "Figure", path: Path) -> "np.ndarray":
+def save_figure(figure: "Figure", path: Path) -> np.ndarray:
     """Write a figure as PNG and return its pixels, uint8 (H, W, 3).
 
     It is drawn only once; Figure.savefig would draw it again.
     """
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -77,15 +79,16 @@ def save_figure(figure: "Figure", path: Path) -> "np.ndarray":
     return pixels
 
 
-def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figure":
+def draw_images(images: ArrayLike, titles: list[str], columns: int) -> "Figure":
     """Draw images in a grid, each below its title, of two lines or more.
 
-    images: uint8 (N, 3, S, S). They are put together into one image first, because matplotlib takes
-    long to draw many.
+    images: uint8 (N, 3, S, S), an array or a tensor on the CPU. They are put together into one
+    image first, because matplotlib takes long to draw many.
     """
+    images = np.asarray(images)
     # Enlarge small images: gaps and titles are placed to the pixel, which would be too coarse.
     factor = math.ceil(MIN_PIXELS / images.shape[-1])
-    images = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    images = images.repeat(factor, 2).repeat(factor, 3)
     size = images.shape[-1]
     rows = math.ceil(len(images) / columns)
 
@@ -94,14 +97,15 @@ def draw_images(images: torch.Tensor, titles: list[str], columns: int) -> "Figur
     gap = round(0.09 * size)
     title_height = round(0.195 * lines * size)
     cell_width, cell_height = size + gap, title_height + size
-    cells = torch.full((rows * columns, 3, cell_height, cell_width), 255, dtype=torch.uint8)
-    cells[: len(images), :, title_height:, :size] = images
-    row_images = [torch.cat(list(row), 2) for row in cells.split(columns)]
-    grid = torch.cat(row_images, 1).permute(1, 2, 0)
+    cells = np.full((rows, columns, 3, cell_height, cell_width), 255, np.uint8)
+    for i, image in enumerate(images):
+        cells[i // columns, i % columns, :, title_height:, :size] = image
+    # to rows × pixels of a cell × columns × pixels of a cell × channels
+    grid = cells.transpose(0, 3, 1, 4, 2).reshape(rows * cell_height, columns * cell_width, 3)
 
     figure = new_figure(1, 1, 1.25 * columns, (1.6 + 0.22 * (lines - 2)) * rows)
     (axes,) = figure.axes
-    axes.imshow(grid.numpy())
+    axes.imshow(grid)
     for i, title in enumerate(titles):
         row, column = divmod(i, columns)
         x = column * cell_width + size / 2 - 0.5
@@ -125,8 +129,8 @@ def file_title(path: str) -> str:
 
 def draw_samples(
     sample: Sample,
-    gather: Callable[[Any], torch.Tensor],
-    labels: torch.Tensor,
+    gather: Callable[[Any], "torch.Tensor"],
+    labels: "torch.Tensor",
     classes: list[str],
     augment: str | None,
 ) -> "Figure":
@@ -139,6 +143,10 @@ def draw_samples(
 
     The random state is left as it was, so that training goes on as if nothing had been drawn.
     """
+    import torch
+
+    from classifier.augmentations import build_augmentation
+
     sample_labels = labels[sample.order]
     augment = augment or "none"
     cuda_devices = [labels.device] if labels.device.type == "cuda" else []
@@ -161,7 +169,7 @@ def draw_samples(
         for label in sample_labels.tolist():
             titles.append(classes[label] if name == "none" else name)
     all_images = torch.cat([images.clamp(0, 255).byte() for images in rows.values()])
-    return draw_images(all_images, titles, len(sample.order))
+    return draw_images(all_images.cpu(), titles, len(sample.order))
 
 
 def draw_curves(history: list[Row]) -> "Figure":
@@ -235,28 +243,31 @@ def draw_confusion_matrix(matrix: list[list[int]], classes: list[str]) -> "Figur
 
 def draw_worst_mistakes(
     images: Any,
-    labels: torch.Tensor,
-    predictions: torch.Tensor,
-    confidences: torch.Tensor,
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    confidences: ArrayLike,
     classes: list[str],
-    files: list[str] | None = None,
+    files: Sequence[str] | None = None,
 ) -> "Figure | None":
     """Draw up to 20 misclassified images, the most confident first; None if there is no mistake.
 
     Args:
-        images: uint8 (N, 3, S, S), a tensor or the MemmapImages of a large folder.
+        images: uint8 (N, 3, S, S): an array, a tensor, or what else gives such for a list of
+            indices: the MemmapImages of a large folder, the DecodedFiles of --evaluate.
         labels, predictions: int64 (N,).
         confidences: float (N,), of the predictions.
         files: paths of the images, if they are files; their names are then in the picture.
     """
-    is_wrong = predictions != labels
-    count = min(MAX_MISTAKES, int(is_wrong.sum()))
-    if count == 0:
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    confidences = np.asarray(confidences)
+    wrong = np.flatnonzero(predictions != labels)
+    if not len(wrong):
         return None
-    worst = (confidences * is_wrong).argsort(descending=True)[:count].tolist()
+    most_confident = (-confidences[wrong]).argsort(kind="stable")[:MAX_MISTAKES]
+    worst = wrong[most_confident].tolist()
     titles = []
     for i in worst:
         label, prediction = classes[labels[i]], classes[predictions[i]]
-        title = f"{label}, taken for\n{prediction} ({percent(confidences[i].item())})"
+        title = f"{label}, taken for\n{prediction} ({percent(confidences[i])})"
         titles.append(f"{file_title(files[i])}\n{title}" if files else title)
     return draw_images(images[worst], titles, 5)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from classifier import __version__, metrics, plots, runs
+from classifier import __version__, metrics, plots, result_output, runs
 from classifier.checkpoints import save_checkpoint
 from classifier.cli import command_line, program
 from classifier.config import Config, is_custom_model
@@ -28,7 +29,6 @@ from classifier.text import percent
 from classifier.train_state import TrainState
 
 COMMIT_FILE = "COMMIT"  # in the package within a .pyz: see bundle.py
-FEW_TEST_IMAGES = 30  # of a class: with fewer, its figures say little
 OVERFITTING_GAP = 0.1  # between training and validation accuracy, from which a hint is printed
 
 
@@ -116,16 +116,10 @@ def run_facts(
 
 def print_accuracy(results: dict[str, Any]) -> None:
     """Print the accuracy on the test images and its 95 % interval."""
-    matrix = results["confusion_matrix"]
-    count = sum(sum(row) for row in matrix)
-    hits = sum(matrix[i][i] for i in range(len(matrix)))
-    low, high = results["test_accuracy_interval"]
-    details = f"{100 * hits / count:.2f} %, 95 % interval {100 * low:.1f} to {percent(high)}"
+    note = ""
     if results["substituted_for"]:
-        details += f"; {results['dataset']}, because CIFAR-10 was not available"
-    # rounded down: 100 % means that all are right
-    whole_percent = 100 * hits // count
-    print(f"Accuracy of the network on the {count} test images: {whole_percent} % ({details})")
+        note = f"; {results['dataset']}, because CIFAR-10 was not available"
+    result_output.print_accuracy(results, "test images", note)
 
 
 def add_tta_accuracy(results: dict[str, Any], num_views: int, accuracy: float) -> None:
@@ -193,8 +187,8 @@ def _draw_pictures(
     run: Path,
     history: list[Row],
     data: Dataset,
-    predictions: torch.Tensor,
-    confidences: torch.Tensor,
+    predictions: np.ndarray,
+    confidences: np.ndarray,
     matrix: list[list[int]],
     classes: list[str],
 ) -> dict[str, Any]:
@@ -221,35 +215,13 @@ def print_classes(report: Report, is_trial: bool) -> None:
     is_trial: whether this was a --fast-dev-run.
     """
     results = report.results
-    recall, f1 = results["recall"], results["f1"]
-    test_images = {}  # of each class
-    for name, row in zip(recall, results["confusion_matrix"], strict=True):
-        test_images[name] = sum(row)
-    name_width = max(5, min(20, max(len(name) for name in recall)))
-    for name in recall:
-        accuracy, details = "-", "not tested"
-        if test_images[name]:
-            accuracy = percent(recall[name])
-            precision = results["precision"][name]
-            details = "never predicted" if precision is None else f"precision {percent(precision)}"
-            details += f", F1 {percent(f1[name])}"
-        if 0 < test_images[name] < FEW_TEST_IMAGES:
-            details += f", {test_images[name]} tested"
-        print(f"Accuracy for class {name:{name_width}s} is: {accuracy}  ({details})")
-
-    tested_classes = [name for name in recall if test_images[name]]
-    tested_classes.sort(key=lambda name: (recall[name], f1[name]))
-    print(f"Best class: {tested_classes[-1]}; worst class: {tested_classes[0]}")
-    details = "not calibrated: no validation images"
-    if results["temperature"] is not None:
-        details = f"{percent(results['calibration_error_before'])} before temperature scaling"
-    print(f"Expected calibration error: {percent(results['calibration_error'])} ({details})")
+    result_output.print_classes(results)
     duration = tqdm.format_interval(results["seconds"])
     print(f"Trained on {results['train_images']} images for {duration}")
     if is_trial:
         print("This was a trial run on one batch: its results mean nothing")
     else:
-        _print_hint(report.history[-1], num_classes=len(recall))
+        _print_hint(report.history[-1], num_classes=len(results["recall"]))
 
 
 def _print_hint(row: Row, num_classes: int) -> None:

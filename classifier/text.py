@@ -34,12 +34,19 @@ def did_you_mean(name: str, known: Iterable[str], others: str = "") -> str:
     others: what else is accepted, as the end of that list (", or FILE.py:FACTORY").
     """
     names = list(known)
+    closest = closest_name(name, names)
+    if closest is not None:
+        return f"did you mean {closest}?"
+    return f"choose from {', '.join(names)}{others}"
+
+
+def closest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one; None if none is like it."""
+    names = list(known)
     wanted = name.lower()
     close = [each for each in names if wanted and each.startswith(wanted)]
     close = close or difflib.get_close_matches(wanted, names, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"choose from {', '.join(names)}{others}"
+    return close[0] if close else None
 
 
 def is_url(name: str) -> bool:

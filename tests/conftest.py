@@ -253,6 +253,16 @@ def tool(name, folder):
     return Program(folder, REPOSITORY / f"{name}.py")
 
 
+def without(folder, *names):
+    """An environment for a `Program`, in which these packages cannot be imported."""
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    for name in names:
+        text = f"raise ModuleNotFoundError('no {name} here', name={name!r})"
+        (hidden / f"{name}.py").write_text(text)
+    return {"PYTHONPATH": str(hidden)}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A fresh folder with a space and non-ASCII letters in its path, which is the current one."""
@@ -355,6 +365,35 @@ def data(trained):
     (path,) = trained.glob("model_*.pth")
     _, content = ic.load_checkpoint(path)
     return ic.load_data(ic.Config(**find_source(content["config"], content["image_size"]).settings))
+
+
+@pytest.fixture
+def onnx_file(folder):
+    """An ONNX file as export.py writes it; its logits are 10 times the mean of each channel."""
+    from onnx import TensorProto, helper, save_model
+
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
+    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1], [10.0])
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["flat"]),
+        helper.make_node("Mul", ["flat", "ten"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "colours", [images], [logits], [ten])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    about = {
+        "classes": ["red", "green", "blue"],
+        "image_size": 8,
+        "temperature": 2.0,
+        "dataset": "colours",
+        "test_accuracy": None,
+    }
+    helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
+    save_model(model, str(folder / "model.onnx"))
+    for colour in ("blue", "lime"):
+        Image.new("RGB", (20, 10), colour).save(folder / f"{colour}.png")
+    return folder / "model.onnx"
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from conftest import (
     save,
     table_of,
     tool,
+    without,
     write_images,
 )
 from PIL import Image
@@ -57,35 +58,6 @@ def pictures(folder, model, data):
         place = folder / "images" / ("deeper" if i % 2 else "")
         save(data.test.images[i], place / f"{i}.png")
     return folder
-
-
-@pytest.fixture
-def onnx_file(folder):
-    """An ONNX file as export.py writes it; its logits are 10 times the mean of each channel."""
-    from onnx import TensorProto, helper, save_model
-
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
-    ten = helper.make_tensor("ten", TensorProto.FLOAT, [1], [10.0])
-    nodes = [
-        helper.make_node("GlobalAveragePool", ["images"], ["means"]),
-        helper.make_node("Flatten", ["means"], ["flat"]),
-        helper.make_node("Mul", ["flat", "ten"], ["logits"]),
-    ]
-    graph = helper.make_graph(nodes, "colours", [images], [logits], [ten])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    about = {
-        "classes": ["red", "green", "blue"],
-        "image_size": 8,
-        "temperature": 2.0,
-        "dataset": "colours",
-        "test_accuracy": None,
-    }
-    helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
-    save_model(model, str(folder / "model.onnx"))
-    for colour in ("blue", "lime"):
-        Image.new("RGB", (20, 10), colour).save(folder / f"{colour}.png")
-    return folder / "model.onnx"
 
 
 # ---- predictions ----
@@ -725,12 +697,7 @@ def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
 
 def test_onnx_file_without_torch(onnx_file, folder, model):
     """Where torch cannot be imported, an ONNX file is classified, and a .pth asks for torch."""
-    hidden = folder / "hidden"
-    hidden.mkdir()
-    for name in ("torch", "torchvision", "sklearn", "scipy"):
-        text = f"raise ModuleNotFoundError('no {name} here', name={name!r})"
-        (hidden / f"{name}.py").write_text(text)
-    environment = {"PYTHONPATH": str(hidden)}
+    environment = without(folder, "torch", "torchvision", "sklearn", "scipy")
     run = tool("inference", folder)
     out, err = run(
         *["lime.png", "blue.png", "--checkpoint", onnx_file, "--format", "csv"],

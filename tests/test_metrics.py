@@ -8,14 +8,24 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    log_loss,
+    precision_score,
+    recall_score,
+    top_k_accuracy_score,
+)
 
 from classifier.metrics import (
     classification_metrics,
+    cross_entropy,
     expected_calibration_error,
     fit_temperature,
     minimize,
     predict,
+    softmax,
+    top_accuracy,
     wilson_interval,
 )
 
@@ -50,6 +60,8 @@ def test_metrics_are_those_of_scikit_learn(outputs):
     expected_loss = log_loss(labels, logits.double().softmax(1), labels=range(4))
     assert results["test_loss"] == pytest.approx(expected_loss, rel=1e-5)
     assert results["temperature"] == 1.7
+    of_tested = f1_score(labels, predictions, labels=range(3), average="macro")
+    assert results["macro_f1"] == pytest.approx(of_tested)
 
 
 def test_what_is_not_known_is_none_and_what_is_zero_is_zero():
@@ -60,6 +72,7 @@ def test_what_is_not_known_is_none_and_what_is_zero_is_zero():
     assert results["recall"] == {"cat": 0.0, "dog": 0.0, "frog": None, "horse": 1.0}
     assert results["precision"] == {"cat": 0.0, "dog": None, "frog": None, "horse": 0.5}
     assert results["f1"] == pytest.approx({"cat": 0.0, "dog": 0.0, "frog": None, "horse": 2 / 3})
+    assert results["macro_f1"] == pytest.approx((0 + 0 + 2 / 3) / 3)
     assert json.loads(json.dumps(results))["f1"]["frog"] is None
 
 
@@ -93,17 +106,20 @@ def test_results_are_plain_numbers_in_the_order_of_the_report(outputs):
     assert list(results) == [
         "test_accuracy",
         "test_accuracy_interval",
+        "top5_accuracy",
         "test_loss",
         "class_accuracy",
         "precision",
         "recall",
         "f1",
+        "macro_f1",
         "confusion_matrix",
         "temperature",
         "calibration_error",
         "calibration_error_before",
     ]
-    assert type(results["test_accuracy"]) is type(results["precision"]["cat"]) is float
+    for value in (results["test_accuracy"], results["precision"]["cat"], results["macro_f1"]):
+        assert type(value) is float
     assert type(results["confusion_matrix"][0][0]) is int
     assert results["calibration_error"] == results["calibration_error_before"]
 
@@ -145,7 +161,8 @@ def test_temperature_makes_the_loss_smallest(outputs):
     assert temperature > 1
     assert loss(temperature) < min(loss(1.05 * temperature), loss(temperature / 1.05), loss(1.0))
     before = expected_calibration_error(logits, labels)
-    after = expected_calibration_error(logits / temperature, labels)
+    after = expected_calibration_error(logits, labels, temperature)
+    assert after == pytest.approx(slow_calibration_error(logits / temperature, labels), abs=1e-5)
     assert after < before
     results = classification_metrics(logits, labels, CLASSES, temperature)
     assert results["calibration_error"] == after
@@ -156,16 +173,41 @@ def test_temperature_stays_finite_where_all_predictions_are_right():
     labels = torch.arange(4).repeat(10)
     temperature = fit_temperature(F.one_hot(labels).float(), labels)
     confidence, prediction = predict(F.one_hot(labels).float(), temperature)
-    assert torch.equal(prediction, labels)
+    assert prediction.tolist() == labels.tolist()
     assert confidence.max() < 1 - 1 / 100  # 40 images cannot show more
 
 
 def test_prediction_does_not_depend_on_the_temperature(outputs):
     logits, _ = outputs
     confidence, prediction = predict(logits, 2.5)
-    assert torch.equal(prediction, logits.argmax(1))
-    assert torch.equal(confidence, (logits / 2.5).softmax(1).amax(1))
-    assert torch.equal(predict(logits)[0], predict(logits, 1.0)[0])
+    assert prediction.tolist() == logits.argmax(1).tolist()
+    expected = (logits / 2.5).softmax(1)
+    assert confidence == pytest.approx(expected.amax(1).numpy(), abs=1e-6)
+    assert softmax(logits, 2.5) == pytest.approx(expected.numpy(), abs=1e-6)
+    assert predict(logits)[0].tolist() == predict(logits, 1.0)[0].tolist()
+
+
+def test_huge_logits_are_no_overflow():
+    confidence, prediction = predict([[1e4, 0.0], [-1e4, 1e4]])
+    assert (confidence.tolist(), prediction.tolist()) == ([1, 1], [0, 1])
+    assert cross_entropy([[0.0, 1e4]], [0]) == 1e4
+
+
+@pytest.mark.parametrize(("num_classes", "is_given"), [(20, False), (21, True)])
+def test_top_5_accuracy_is_that_of_scikit_learn(num_classes, is_given):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(300, num_classes), torch.arange(300) % num_classes
+    names = [str(label) for label in range(num_classes)]
+    expected = top_k_accuracy_score(labels, logits, k=5)
+    assert 0.1 < expected < 0.5
+    assert top_accuracy(logits, labels) == pytest.approx(expected)
+    results = classification_metrics(logits, labels, names, None)
+    assert results["top5_accuracy"] == (pytest.approx(expected) if is_given else None)
+
+
+def test_network_that_sees_no_difference_is_no_good_at_top_5():
+    labels = torch.arange(30)
+    assert top_accuracy(torch.zeros(30, 30), labels) == pytest.approx(5 / 30)
 
 
 @pytest.mark.parametrize("lowest_at", [0.01, 0.02, 0.7, 3.0, 99.0, 100.0])

@@ -94,7 +94,7 @@ def test_results_have_the_keys_of_report_json_in_their_order():
     data = make_data("digits", fallback_reason="no network")
     results = make_results(data, make_logits(data.test.labels, 50), history=[make_row(0)])
     reports.add_tta_accuracy(results, 6, 0.9)
-    assert list(results)[11:] == [
+    assert list(results)[13:] == [
         "seconds",
         "dataset",
         "train_images",
@@ -294,8 +294,18 @@ def test_classes_are_printed_as_in_the_reference(capsys):
     )
     assert lines[2] == "Accuracy for class a_very_long_class_name_of_30 is: -  (not tested)"
     assert lines[3] == "Best class: plane; worst class: car"
-    assert re.fullmatch(r"Expected calibration error: \d+\.\d % \(\d+\.\d % before .*\)", lines[4])
-    assert lines[5:] == ["Trained on 45000 images for 01:02"]
+    assert lines[4].startswith("Macro-F1: 83.3 % ") and "2 of 3 classes" in lines[4]
+    assert re.fullmatch(r"Expected calibration error: \d+\.\d % \(\d+\.\d % before .*\)", lines[5])
+    assert lines[6:] == ["Trained on 45000 images for 01:02"]
+
+
+def test_top_5_accuracy_of_many_classes_is_printed(capsys):
+    data = make_data()
+    results = make_results(data, make_logits(data.test.labels, 50))
+    reports.print_accuracy(results)
+    assert "Top-5" not in capsys.readouterr().out
+    reports.print_accuracy(results | {"top5_accuracy": 0.98765})
+    assert capsys.readouterr().out.splitlines()[1] == "Top-5 accuracy: 98.77 %"
 
 
 def test_class_that_was_never_predicted_has_no_precision(capsys):

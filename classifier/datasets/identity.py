@@ -2,29 +2,36 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from classifier.datasets.dataset import Dataset
 from classifier.datasets.decode import hash64
+
+if TYPE_CHECKING:  # it needs torch
+    from classifier.datasets.dataset import Dataset
 
 CHUNK_IMAGES = 1000
 
 
-def name_test_images(data: Dataset) -> list[str]:
+def name_test_images(data: "Dataset") -> list[str]:
     """A name for each test image: its path in the folder, or its index where there are no files."""
     if data.test_files is None:
         return [str(index) for index in range(len(data.test.labels))]
     return [Path(path).as_posix() for path in data.test_files]
 
 
-def digest_test_images(data: Dataset) -> list[str]:
+def digest_test_images(data: "Dataset") -> list[str]:
     """A digest for each test image, of 16 hexadecimal digits, which does not depend on its size.
 
     It is that of the file or, where there are no files, of the pixels before they are resized.
     """
     if data.test_ids is None:
         return digest_pixels(data.unresized_test.images)
-    return [_to_text(digest) for digest in data.test_ids.digests.tolist()]
+    return digest_files(data.test_ids.digests.tolist())
+
+
+def digest_files(digests: Iterable[int]) -> list[str]:
+    """Digests of 64 bits of the content of files as text, of 16 hexadecimal digits each."""
+    return [_to_text(digest) for digest in digests]
 
 
 def digest_pixels(images: Any) -> list[str]:

@@ -66,6 +66,16 @@ def recognise(path: Path) -> Content | None:
     return Content(name, ADVICE.get(name, ""))
 
 
+def describe_images(files: Iterable[Path]) -> list[str]:
+    """A line for each of these files that is an image, but of no format that is read."""
+    lines = []
+    for file in files:
+        content = recognise(file)
+        if content is not None and content.advice:
+            lines.append(f"{file}: {content.describe()}")
+    return lines
+
+
 def _readable_now() -> set[str]:
     """Formats that Pillow reads here: a file of one that cannot be read is damaged."""
     names = {"HEIF": "HEIC", "AVIF": "AVIF", "JXL": "JPEG XL"}
