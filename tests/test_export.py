@@ -26,7 +26,6 @@ NETWORKS = [
     "fftnet",
     "convnet",
     "resnet18",
-    "resnet50",
     "resnet18-dropout",
     "airbench94",
     "torchvision:squeezenet1_1",

@@ -38,9 +38,9 @@ def test_minutes_are_kept(program, folder):
     for line in process.stdout:
         seconds[line.partition(" ")[0]] = time.monotonic() - began
     assert process.wait() == 0
-    assert len(epochs_of(only_run(folder))) > 3
-    assert seconds["Finished"] < 30
-    assert 22 < seconds["Done"] < 41  # a busy machine reports slowly
+    assert len(epochs_of(only_run(folder))) > 1
+    assert seconds["Finished"] < 35
+    assert 22 < seconds["Done"] < 60  # a busy machine reports slowly
 
 
 @pytest.mark.slow

@@ -586,9 +586,8 @@ LONG = ["--dataset", "digits", "--epochs", "30", "--subset", "600", "--width", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patience", [1, 3])
-def test_early_stopping_waits_for_whole_images(inside, folder, patience):
-    inside(*LONG, "--early-stopping", patience)
+def test_early_stopping_waits_for_whole_images(inside, folder):
+    inside(*LONG, "--early-stopping", "1")
     run = only_run(folder)
     assert report_of(run)["test_accuracy"] > 0.9
     assert report_of(run)["epochs"] > 21
