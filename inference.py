@@ -399,10 +399,12 @@ def load_dataset_of(
         may_download = False
     other_classes = UserError(f"{model.path} is for other classes than {dataset} has now")
     # reading a whole folder takes long, and only its classes tell before whether that is in vain
-    if source.is_folder and load.folder_classes(dataset) != model.classes:
+    if source.is_folder and sorted(load.folder_classes(dataset)) != sorted(model.classes):
         raise other_classes
     try:
-        data = load.load_data(Config(**source.settings), may_download=may_download)
+        data = load.load_data(
+            Config(**source.settings), may_download=may_download, order=model.classes
+        )
     except UsageError as error:  # a setting in the file, not the usage of this tool
         raise UserError(str(error)) from None
     if data.classes != model.classes:

@@ -333,6 +333,20 @@ def _check_changes(settings: dict[str, Any], changes: dict[str, Any]) -> None:
         )
 
 
+def saved_classes(config: Config) -> list[str] | None:
+    """The classes of the run to resume, in the order of the network's outputs.
+
+    None for a new run, one that has saved nothing yet, or a file that cannot be read, about which
+    `check_resumable` complains.
+    """
+    if not config.resume:
+        return None
+    for path in saved_states(Path(config.resume)):
+        with contextlib.suppress(UserError, OSError):
+            return read_checkpoint(path)["classes"]
+    return None
+
+
 def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.Module]) -> Dataset:
     """Raise UserError, before anything is changed, unless the run can go on with these images.
 

@@ -59,15 +59,20 @@ class Images(NamedTuple):
     test_files: list[str]
 
 
-def load_folder(config: Config, image_size: int | None = None) -> Dataset:
+def load_folder(
+    config: Config, image_size: int | None = None, order: list[str] | None = None
+) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
 
     Every image is decoded once, into a cache in `config.data_dir`. Without test/, about a fifth of
     each class is for testing. Which images are held out depends on their content, and those that
     are identical or nearly so are on one side: see `splits`.
 
-    image_size: height and width of the decoded images, in pixels, unless `config.image_size` is
-        given; by default what suits the images, at most 64.
+    Args:
+        image_size: height and width of the decoded images, in pixels, unless `config.image_size`
+            is given; by default what suits the images, at most 64.
+        order: the classes in the order of their labels, if the folder has just these; by default
+            they are sorted by name.
 
     Raises UserError for a folder that is no such data set, of which too much cannot be read, or
     whose cache cannot be written, and UsageError if --val-fraction leaves no images.
@@ -76,7 +81,7 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
     data_dir = Path(config.data_dir).expanduser()
     try:
         size = config.image_size or image_size
-        images = _read_images(folder, data_dir, size, config.skip_unreadable)
+        images = _read_images(folder, data_dir, size, config.skip_unreadable, order)
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         # The disk is full, memory is short, a file vanished or was changed meanwhile.
         raise UserError(f"--dataset {config.dataset}: {error}") from error
@@ -114,11 +119,17 @@ def _dataset_name(folder: Path) -> str:
     return name
 
 
-def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable: bool) -> Images:
+def _read_images(
+    folder: Path,
+    data_dir: Path,
+    size: int | None,
+    skip_unreadable: bool,
+    order: list[str] | None,
+) -> Images:
     """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
     split_folders = find_splits(folder)
     learning = next(iter(split_folders))  # the split to learn from: train, or all
-    files, classes, left_out = list_images(split_folders, folder)
+    files, classes, left_out = list_images(split_folders, folder, order)
     if left_out:
         _note_left_out(left_out)
     if size is None:

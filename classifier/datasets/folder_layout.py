@@ -16,6 +16,7 @@ from classifier.datasets.decode import counts_as_image, is_image
 from classifier.datasets.image_records import FILE, file_key
 from classifier.datasets.walk import fail, is_hidden, subfolders, walk_files
 from classifier.errors import UserError
+from classifier.text import natural_key
 
 SPLITS = {  # names of folders, in lower case, and the splits that they hold
     "train": "train",
@@ -106,7 +107,7 @@ def _check_not_nested(folder: Path) -> None:
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """The name and folder of each class, sorted by name; UserError for what cannot be one.
+    """The name and folder of each class, in `natural_key` order; UserError for what cannot be one.
 
     Names are in Unicode's composed form (NFC): a Mac and an archive may write "é" as two
     characters, and mean the same class.
@@ -131,7 +132,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
                 "after it: rename it"
             )
     _check_names_differ(folder, [path.name for path in paths])
-    paths.sort(key=lambda path: Path(class_name(path)))
+    paths.sort(key=lambda path: natural_key(class_name(path)))
     return {class_name(path): path for path in paths}
 
 
@@ -162,13 +163,23 @@ def _check_names_differ(folder: Path, names: list[str]) -> None:
         )
 
 
-def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list[str], list[str]]:
+def in_order(classes: list[str], order: list[str] | None) -> list[str]:
+    """The classes, in this order if it names all of them and no others."""
+    if order is not None and sorted(order) == sorted(classes):
+        return list(order)
+    return classes
+
+
+def list_images(
+    splits: dict[str, Path], folder: Path, order: list[str] | None = None
+) -> tuple[np.ndarray, list[str], list[str]]:
     """All images of a data set.
 
     Args:
         splits: the folder of each split, as `find_splits` returns them; the first one, "train" or
             "all", has all classes.
         folder: the folder of the data set.
+        order: see `in_order`.
 
     Returns:
         the images, FILE (N,), sorted by split, class and path; the names of the classes, in the
@@ -177,7 +188,7 @@ def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list
     Raises UserError for what is no such data set.
     """
     learning_folder = next(iter(splits.values()))
-    classes = list(class_folders(learning_folder))
+    classes = in_order(list(class_folders(learning_folder)), order)
     images: list[np.ndarray] = []
     left_out: list[str] = []
     for split, split_folder in splits.items():
@@ -189,7 +200,8 @@ def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list
                     + _similar_name(name, classes)
                 )
         _check_inner_folders(split_folder, list(folders.values()))
-        for name, class_folder in folders.items():
+        for name in [each for each in classes if each in folders]:
+            class_folder = folders[name]
             found, others = _images_of_class(class_folder, folder)
             if not found and split != "valid":
                 _fail_without_images(class_folder, others)

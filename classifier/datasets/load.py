@@ -25,15 +25,19 @@ def load_data(
     config: Config,
     imagenet_size: Callable[[str], int | None] | None = None,
     may_download: bool = True,
+    order: list[str] | None = None,
 ) -> Dataset:
     """Find, download if needed, verify and read the data set that `config.dataset` names.
 
     With "auto" and no recipe, the digits of scikit-learn are used if CIFAR-10 is not available;
     `Dataset.fallback_reason` then says why.
 
-    imagenet_size: returns the image size that the ImageNet weights of a model are made for. With
-        --pretrained and no --image-size, a folder of images is decoded at that size.
-    may_download: False: what is not on disk is not available.
+    Args:
+        imagenet_size: returns the image size that the ImageNet weights of a model are made for.
+            With --pretrained and no --image-size, a folder of images is decoded at that size.
+        may_download: False: what is not on disk is not available.
+        order: the classes of a model in the order of its outputs. A folder that has just these
+            classes has them in this order, whichever way names are sorted today.
 
     Raises DatasetUnavailable if a data set is not on disk and cannot be downloaded, UsageError for
     an unknown name, and UserError for damaged files.
@@ -50,7 +54,7 @@ def load_data(
     image_size = config.image_size
     if image_size is None and config.pretrained and imagenet_size is not None:
         image_size = imagenet_size(config.model)
-    return load_folder(config, image_size)
+    return load_folder(config, image_size, order=order)
 
 
 def _load_cifar10_or_digits(config: Config, may_download: bool) -> Dataset:
