@@ -14,9 +14,16 @@ from classifier.datasets import decode, named, pixel_range, unreadable
 from classifier.datasets.data_report import build_report
 from classifier.datasets.dataset import Dataset, Split, build_dataset
 from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
-from classifier.datasets.folder_layout import find_splits, list_images
+from classifier.datasets.folder_layout import (
+    SPLITS,
+    find_splits,
+    innermost,
+    list_images,
+    unlabelled_images,
+)
 from classifier.datasets.image_cache import DecodedCache, open_cache
 from classifier.datasets.splits import ImageIds, hold_out
+from classifier.datasets.walk import subfolders
 from classifier.errors import UserError
 from classifier.text import pluralize
 
@@ -128,6 +135,7 @@ def _read_images(
 ) -> Images:
     """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
     split_folders = find_splits(folder)
+    _note_layout(folder, split_folders)
     learning = next(iter(split_folders))  # the split to learn from: train, or all
     files, classes, left_out = list_images(split_folders, folder, order)
     if left_out:
@@ -202,6 +210,25 @@ def _draw_test(
     to_draw_from = train[~np.isin(groups[train], groups[valid])]
     is_test = hold_out(labels[to_draw_from], groups[to_draw_from], TEST_FRACTION, "test")
     return to_draw_from[is_test]
+
+
+def _note_layout(folder: Path, split_folders: dict[str, Path]) -> None:
+    """Print which folder was entered, and which one is left alone.
+
+    split_folders: as `find_splits` returns them.
+    """
+    inner = innermost(folder)
+    if inner != folder:
+        print(f"note: {folder} holds nothing but {inner}, whose folders are taken for the classes")
+    if "all" in split_folders or "test" in split_folders:
+        return
+    for path in subfolders(inner):
+        if SPLITS.get(path.name.lower()) == "test":
+            count = pluralize(len(unlabelled_images(path)), "image")
+            print(
+                f"note: {path} has no class folders: its {count} without labels are left alone; "
+                f"once trained, predict them with: python inference.py {path}"
+            )
 
 
 def _note_left_out(left_out: list[str]) -> None:

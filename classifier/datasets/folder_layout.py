@@ -7,6 +7,7 @@ of the classes alone. Class folders may have folders within. Anything else is re
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,14 @@ UNSAFE = re.compile(
 def find_splits(folder: Path) -> dict[str, Path]:
     """The folder of each split: "train", "valid" and "test", or "all", which is still to be split.
 
+    They are looked for in `innermost(folder)`. A test/ without labels is none: see
+    `unlabelled_images`.
+
     Raises UserError for a folder whose splits are incomplete or ambiguous.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
+    folder = innermost(folder)
     splits: dict[str, Path] = {}
     others: list[str] = []
     for path in subfolders(folder):
@@ -54,7 +59,6 @@ def find_splits(folder: Path) -> dict[str, Path]:
             splits[split] = path
     if not splits:
         _check_not_splits(folder, others)
-        _check_not_nested(folder)
         return {"all": folder}
     if others:
         first_split = next(iter(splits.values())).name
@@ -65,6 +69,8 @@ def find_splits(folder: Path) -> dict[str, Path]:
     if "train" not in splits:
         names = ", ".join(path.name for path in splits.values())
         raise UserError(f"{folder} has {names}, but no train/")
+    if "test" in splits and unlabelled_images(splits["test"]):
+        del splits["test"]
     return {split: splits[split] for split in ("train", "valid", "test") if split in splits}
 
 
@@ -90,20 +96,37 @@ def _check_not_splits(folder: Path, names: list[str]) -> None:
         )
 
 
-def _check_not_nested(folder: Path) -> None:
-    """Raise UserError if all is in one folder within: photos/photos/, as some ZIP files unpack."""
+def innermost(folder: Path) -> Path:
+    """The folder that holds the class folders: photos/photos, as some ZIP files unpack, or itself.
+
+    A folder that holds no images, but just one folder, is not meant to have one class.
+    """
     inner = folder
-    inside = subfolders(inner)
     for _ in range(MAX_NESTED):
-        if len(inside) != 1 or inside[0].name.lower() in SPLITS:
-            break
-        inner = inside[0]
         inside = subfolders(inner)
-    if inner != folder and inside:
-        raise UserError(
-            f"{folder} has 1 class folder: at least two are needed; if the classes are in {inner}, "
-            f"use --dataset {inner}"
-        )
+        if not inside or loose_images(inner):
+            return folder
+        if len(inside) > 1 or inside[0].name.lower() in SPLITS:
+            return inner
+        inner = inside[0]
+    return folder
+
+
+def unlabelled_images(test_folder: Path) -> list[str]:
+    """Names of the images in a test/ without class folders: they are to be predicted, not tested.
+
+    Competitions hand out such folders. Empty for a test/ that has folders.
+    """
+    return [] if subfolders(test_folder) else loose_images(test_folder)
+
+
+def loose_images(folder: Path, judge: Callable[[Path], bool] = counts_as_image) -> list[str]:
+    """Names of the images that lie in a folder itself, sorted. judge: whether a file is one."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not is_hidden(path.name) and judge(path):
+            names.append(path.name)
+    return names
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
@@ -112,14 +135,11 @@ def class_folders(folder: Path) -> dict[str, Path]:
     Names are in Unicode's composed form (NFC): a Mac and an archive may write "é" as two
     characters, and mean the same class.
     """
-    loose_images = []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not is_hidden(path.name) and is_image(path):
-            loose_images.append(path.name)
-    if loose_images:
+    loose = loose_images(folder, is_image)
+    if loose:
         raise UserError(
-            f"{loose_images[0]} lies in {folder} itself, {len(loose_images)} such in all: "
-            "put each image into the folder of its class"
+            f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put each image into "
+            "the folder of its class, or name a table of labels with --labels FILE.csv"
         )
     paths = subfolders(folder)
     if len(paths) < 2:
