@@ -399,7 +399,7 @@ def load_dataset_of(
         may_download = False
     other_classes = UserError(f"{model.path} is for other classes than {dataset} has now")
     # reading a whole folder takes long, and only its classes tell before whether that is in vain
-    if source.is_folder and sorted(load.folder_classes(dataset)) != sorted(model.classes):
+    if source.is_folder and not load.may_have_classes(dataset, model.classes):
         raise other_classes
     try:
         data = load.load_data(

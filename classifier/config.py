@@ -45,10 +45,10 @@ class Config:
     # Data
     dataset: str = setting(
         "auto",
-        "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10 or a folder of images; auto: "
-        "CIFAR-10, or digits if it is not available and no recipe is given",
+        "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10, a folder of images or a ZIP "
+        "file of one; auto: CIFAR-10, or digits if it is not available and no recipe is given",
     )
-    data_dir: str = setting("data", "folder for downloaded data sets and decoded images")
+    data_dir: str = setting("data", "folder for downloaded data sets, decoded and unpacked images")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(
         0.1, "share of the training images kept for validation", minimum=0, less_than=1

@@ -38,6 +38,17 @@ def existing_folder(path: str) -> Path | None:
         return None
 
 
+def existing_file(path: str) -> Path | None:
+    """The file of this name if there is one on this machine, else None; ~ is the home folder."""
+    if is_network_path(path):
+        return None
+    try:
+        file = Path(path).expanduser()
+        return file if file.is_file() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
 def full_path(folder: str) -> str:
     """The full path of a folder that the user has typed, as it is written into files.
 

@@ -90,5 +90,6 @@ def test_data_digest_of_arrays():
     other_names = replace(digits, classes=list("abcdefghij"))
     fewer = ic.load_data(ic.Config(dataset="digits", subset=100))
     other_split = ic.load_data(ic.Config(dataset="digits", val_fraction=0.2))
-    digests = {data_digest(each) for each in (digits, other_names, fewer, other_split)}
-    assert len(digests) == 4
+    more_names = replace(digits, classes=[*digits.classes, "more"])
+    different = (digits, other_names, more_names, fewer, other_split)
+    assert len({data_digest(each) for each in different}) == len(different)

@@ -11,6 +11,7 @@ import torch
 
 from classifier.config import Config
 from classifier.datasets import decode, named, pixel_range, unreadable
+from classifier.datasets.archive import is_archive
 from classifier.datasets.data_report import build_report
 from classifier.datasets.dataset import Dataset, Split, build_dataset
 from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
@@ -67,7 +68,11 @@ class Images(NamedTuple):
 
 
 def load_folder(
-    config: Config, image_size: int | None = None, order: list[str] | None = None
+    config: Config,
+    image_size: int | None = None,
+    *,
+    folder: Path | None = None,
+    order: list[str] | None = None,
 ) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
 
@@ -78,13 +83,15 @@ def load_folder(
     Args:
         image_size: height and width of the decoded images, in pixels, unless `config.image_size`
             is given; by default what suits the images, at most 64.
+        folder: where the images are, if `config.dataset` is a ZIP file that was unpacked there.
         order: the classes in the order of their labels, if the folder has just these; by default
             they are sorted by name.
 
     Raises UserError for a folder that is no such data set, of which too much cannot be read, or
     whose cache cannot be written, and UsageError if --val-fraction leaves no images.
     """
-    folder = Path(config.dataset).expanduser()
+    place = Path(config.dataset).expanduser()
+    folder = folder or place
     data_dir = Path(config.data_dir).expanduser()
     try:
         size = config.image_size or image_size
@@ -97,7 +104,7 @@ def load_folder(
         config,
         images.train,
         images.valid,
-        name=_dataset_name(folder),
+        name=_dataset_name(place),
         classes=images.classes,
         load_test=lambda: test,
         num_test_images=len(test.labels),
@@ -114,9 +121,11 @@ def load_folder(
     )
 
 
-def _dataset_name(folder: Path) -> str:
-    """The folder's name in UTF-8, made different from those of the other data sets."""
-    name = folder.resolve().name or "images"
+def _dataset_name(place: Path) -> str:
+    """The name of a folder or ZIP file in UTF-8, unlike those of the other data sets."""
+    resolved = place.resolve()
+    name = resolved.stem if is_archive(place) else resolved.name
+    name = name or "images"
     # a byte that is not UTF-8 is a lone surrogate in Python, which TensorBoard does not take
     name = re.sub(r"[\ud800-\udfff]", "_", name)
     others = ["cifar10", "digits", *named.NAMES]

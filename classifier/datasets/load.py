@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from classifier.config import Config
-from classifier.datasets import named
+from classifier.datasets import archive, named
 from classifier.datasets.cifar10 import find_cifar10, has_batches, load_cifar10
 from classifier.datasets.dataset import Dataset, same_images
 from classifier.datasets.digits import load_digits
@@ -14,8 +14,8 @@ from classifier.datasets.folder import load_folder
 from classifier.datasets.folder_layout import class_folders, find_splits
 from classifier.datasets.image_cache import CACHE_FOLDER, identity_of
 from classifier.datasets.named import load_named
-from classifier.errors import DatasetUnavailable, UsageError, UserError
-from classifier.foreign_paths import existing_folder
+from classifier.errors import DatasetUnavailable, UsageError, UserError, format_error
+from classifier.foreign_paths import existing_file, existing_folder
 from classifier.text import URL_REFUSED, did_you_mean, is_url
 
 NAMES = ["cifar10", "digits", *named.NAMES]  # and "auto"; everything else is a folder of images
@@ -54,7 +54,10 @@ def load_data(
     image_size = config.image_size
     if image_size is None and config.pretrained and imagenet_size is not None:
         image_size = imagenet_size(config.model)
-    return load_folder(config, image_size, order=order)
+    folder = Path(config.dataset).expanduser()
+    if archive.is_archive(folder):
+        folder = _unpack(config)
+    return load_folder(config, image_size, folder=folder, order=order)
 
 
 def _load_cifar10_or_digits(config: Config, may_download: bool) -> Dataset:
@@ -77,10 +80,22 @@ def _check_on_disk(dataset: str, data_dir: str) -> None:
         raise DatasetUnavailable(f"{dataset} is not in {data_dir}")
 
 
+def _unpack(config: Config) -> Path:
+    """The folder with what is in a ZIP file. Raises UserError."""
+    try:
+        return archive.unpack(Path(config.dataset).expanduser(), Path(config.data_dir).expanduser())
+    except OSError as error:
+        raise UserError(f"--dataset {config.dataset}: {format_error(error)}") from error
+
+
 def _check_folder(dataset: str) -> None:
-    """Raises UsageError if `dataset` is not a folder."""
-    if dataset and Path(dataset).expanduser().is_dir():
+    """Raises UsageError if `dataset` is neither a folder nor a ZIP file."""
+    path = Path(dataset).expanduser()
+    if dataset and (path.is_dir() or archive.is_archive(path)):
         return
+    if path.is_file():
+        what = "a file, but neither a folder of images nor a ZIP file of one"
+        raise UsageError(f"--dataset {dataset}: this is {what}")
     is_path = Path(dataset).name != dataset
     if is_path:
         raise UsageError(f"--dataset {dataset}: there is no such folder")
@@ -96,7 +111,7 @@ class Source(NamedTuple):
 
     Attributes:
         settings: for a Config. Only those that define the data set are the model file's.
-        is_folder: whether the data set is a folder of images.
+        is_folder: whether the data set is a folder of images, or a ZIP file of one.
         is_named_by_file: whether nobody but the model file, perhaps a stranger's, says where it is.
             Then nothing is downloaded there, and the images have to be those of the training.
             The images of a folder are decoded into --data-dir's default, whoever names it.
@@ -160,6 +175,9 @@ def data_dir_to_reuse(dataset: str, named: str) -> str:
 
 def _has_decoded(dataset: str, data_dir: Path) -> bool:
     """Whether the images of this folder have been decoded into data_dir before, at any size."""
+    file = existing_file(dataset)
+    if file is not None and archive.is_archive(file):
+        return archive.is_unpacked(file, data_dir)
     source = existing_folder(dataset)
     if source is None:
         return False
@@ -177,9 +195,25 @@ def dataset_available(
     source = find_source(settings, image_size, data_dir)
     dataset = source.settings["dataset"]
     if source.is_folder:
-        folder = Path(data_dir).expanduser() if data_dir else existing_folder(dataset)
-        return folder is not None and folder.is_dir()
+        place = existing_folder(dataset) or existing_file(dataset)
+        if data_dir:
+            place = Path(data_dir).expanduser()
+        return place is not None and (place.is_dir() or archive.is_archive(place))
     return _is_on_disk(dataset, Path(source.settings["data_dir"]).expanduser())
+
+
+def may_have_classes(dataset: str, classes: list[str]) -> bool:
+    """Whether a folder of images, or a ZIP file of one, seems to have these classes, in any order.
+
+    No image is looked at, and nothing is unpacked. Raises UserError as `folder_classes` does.
+    """
+    path = Path(dataset).expanduser()
+    if archive.is_archive(path):
+        try:
+            return set(classes) <= archive.folder_names(path)
+        except OSError as error:
+            raise UserError(f"{dataset} cannot be read: {error}") from error
+    return sorted(folder_classes(dataset)) == sorted(classes)
 
 
 def folder_classes(folder: str) -> list[str]:
