@@ -9,7 +9,7 @@ from classifier.errors import UsageError
 from classifier.text import URL_REFUSED, did_you_mean, is_url
 
 # The settings that are paths of files and folders, and so no URLs.
-PATHS = ("dataset", "data_dir", "init_from", "run_dir", "out", "resume")
+PATHS = ("dataset", "labels", "data_dir", "init_from", "run_dir", "out", "resume")
 
 
 def setting(
@@ -47,6 +47,11 @@ class Config:
         "auto",
         "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10, a folder of images or a ZIP "
         "file of one; auto: CIFAR-10, or digits if it is not available and no recipe is given",
+    )
+    labels: str = setting(
+        "",
+        "CSV file that labels the images in the folder: columns file and label, optionally split "
+        "(train, val or test); default: each class has a folder",
     )
     data_dir: str = setting("data", "folder for downloaded data sets, decoded and unpacked images")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")

@@ -14,7 +14,7 @@ from classifier.config import flag, is_custom_model
 from classifier.errors import UserError
 
 # Settings that name a place to read. A network path among them has to be typed again.
-PLACES_TO_READ = ("dataset", "data_dir", "init_from")
+PLACES_TO_READ = ("dataset", "labels", "data_dir", "init_from")
 
 
 def is_network_path(path: str) -> bool:

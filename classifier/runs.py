@@ -326,7 +326,8 @@ def _check_changes(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     for name in sorted(changes.keys() - RESUME_OVERRIDES):
         if changes[name] == settings[name]:
             continue
-        if name == "dataset" and full_path(changes[name]) == settings[name]:  # of a folder
+        is_path = name in ("dataset", "labels") and changes[name]
+        if is_path and full_path(changes[name]) == settings[name]:
             continue
         raise UsageError(
             f"{flag(name)} {changes[name]}: a resumed run keeps its setting, {settings[name]}"

@@ -111,6 +111,7 @@ def test_nothing_stays_half_unpacked(zipped, monkeypatch, error):
     assert [path.name for path in unpacked()] == [title]
 
 
+@pytest.mark.slow
 def test_two_processes_unpack_once(zipped):
     code = "import sys; from pathlib import Path; from classifier.datasets import archive\n"
     code += "print(archive.unpack(Path('photos.zip'), Path('data')))"

@@ -128,7 +128,6 @@ def read_entries(path: Path) -> list[Entry]:
             entries.append(Entry(info, parts))
     if not entries:
         raise UserError(f"{path} holds no files")
-    _check_twice(path, entries)
     _check_size(path, entries)
     return entries
 
@@ -155,18 +154,6 @@ def _decode_name(info: zipfile.ZipInfo) -> str:
         with contextlib.suppress(UnicodeError):
             return info.filename.encode("cp437").decode("utf-8")
     return info.filename
-
-
-def _check_twice(path: Path, entries: list[Entry]) -> None:
-    """Raise UserError for two files of one name."""
-    seen = set()
-    for entry in entries:
-        if entry.info.is_dir():
-            continue
-        if entry.parts in seen:
-            name = escape_control_characters("/".join(entry.parts))
-            raise UserError(f"{path} holds {name} twice: it is not unpacked")
-        seen.add(entry.parts)
 
 
 def _check_size(path: Path, entries: list[Entry]) -> None:

@@ -23,6 +23,7 @@ from classifier.datasets.folder_layout import (
     unlabelled_images,
 )
 from classifier.datasets.image_cache import DecodedCache, open_cache
+from classifier.datasets.labels_file import list_labelled_images
 from classifier.datasets.splits import ImageIds, hold_out
 from classifier.datasets.walk import subfolders
 from classifier.errors import UserError
@@ -76,6 +77,8 @@ def load_folder(
 ) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
 
+    With `config.labels` a table says which images there are of which class and split.
+
     Every image is decoded once, into a cache in `config.data_dir`. Without test/, about a fifth of
     each class is for testing. Which images are held out depends on their content, and those that
     are identical or nearly so are on one side: see `splits`.
@@ -95,7 +98,7 @@ def load_folder(
     data_dir = Path(config.data_dir).expanduser()
     try:
         size = config.image_size or image_size
-        images = _read_images(folder, data_dir, size, config.skip_unreadable, order)
+        images = _read_images(folder, data_dir, size, config.skip_unreadable, config.labels, order)
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         # The disk is full, memory is short, a file vanished or was changed meanwhile.
         raise UserError(f"--dataset {config.dataset}: {error}") from error
@@ -140,13 +143,20 @@ def _read_images(
     data_dir: Path,
     size: int | None,
     skip_unreadable: bool,
+    labels: str,
     order: list[str] | None,
 ) -> Images:
-    """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
-    split_folders = find_splits(folder)
-    _note_layout(folder, split_folders)
-    learning = next(iter(split_folders))  # the split to learn from: train, or all
-    files, classes, left_out = list_images(split_folders, folder, order)
+    """Find, decode, check and divide the images; the arguments are those of `load_folder`.
+
+    labels: --labels, or "" for class folders.
+    """
+    if labels:
+        files, classes, left_out = list_labelled_images(folder, Path(labels).expanduser(), order)
+    else:
+        split_folders = find_splits(folder)
+        _note_layout(folder, split_folders)
+        files, classes, left_out = list_images(split_folders, folder, order)
+    learning = str(files["split"][0])  # the split to learn from: train, or all
     if left_out:
         _note_left_out(left_out)
     if size is None:

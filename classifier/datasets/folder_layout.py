@@ -7,7 +7,7 @@ of the classes alone. Class folders may have folders within. Anything else is re
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -152,8 +152,13 @@ def class_folders(folder: Path) -> dict[str, Path]:
                 "after it: rename it"
             )
     _check_names_differ(folder, [path.name for path in paths])
-    paths.sort(key=lambda path: natural_key(class_name(path)))
-    return {class_name(path): path for path in paths}
+    by_name = {class_name(path): path for path in paths}
+    return {name: by_name[name] for name in natural_order(by_name)}
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """The names of classes in the order of their labels."""
+    return sorted(names, key=natural_key)
 
 
 def class_name(path: Path) -> str:
@@ -222,11 +227,11 @@ def list_images(
         _check_inner_folders(split_folder, list(folders.values()))
         for name in [each for each in classes if each in folders]:
             class_folder = folders[name]
-            found, others = _images_of_class(class_folder, folder)
+            found, others = images_below(class_folder, folder)
             if not found and split != "valid":
                 _fail_without_images(class_folder, others)
             left_out += [str(path) for path in others]
-            images.append(_to_array(found, split, classes.index(name)))
+            images.append(to_array(found, split, classes.index(name)))
     return np.concatenate(images), classes, left_out
 
 
@@ -276,8 +281,10 @@ def _check_inner_folders(split_folder: Path, class_folders: list[Path]) -> None:
         )
 
 
-def _images_of_class(class_folder: Path, folder: Path) -> tuple[list[tuple[str, int]], list[Path]]:
-    """Path and key of each image of a class, sorted by path, and the paths of its other files.
+def images_below(class_folder: Path, folder: Path) -> tuple[list[tuple[str, int]], list[Path]]:
+    """Path and key of each image in a folder, sorted by path, and the paths of its other files.
+
+    Paths of images are relative to `folder`, the data set.
 
     Raises OSError for a folder that cannot be read.
     """
@@ -298,7 +305,7 @@ def is_unknown(file: Path, status: os.stat_result | OSError) -> bool:
     return isinstance(status, OSError) and not file.suffix
 
 
-def _to_array(images: list[tuple[str, int]], split: str, label: int) -> np.ndarray:
+def to_array(images: list[tuple[str, int]], split: str, label: int) -> np.ndarray:
     """Images, given as paths and keys, of one split and class: FILE (N,)."""
     array = np.zeros(len(images), FILE)
     array["path"] = [path for path, _ in images]

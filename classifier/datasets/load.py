@@ -13,6 +13,7 @@ from classifier.datasets.digits import load_digits
 from classifier.datasets.folder import load_folder
 from classifier.datasets.folder_layout import class_folders, find_splits
 from classifier.datasets.image_cache import CACHE_FOLDER, identity_of
+from classifier.datasets.labels_file import class_names, read_labels
 from classifier.datasets.named import load_named
 from classifier.errors import DatasetUnavailable, UsageError, UserError, format_error
 from classifier.foreign_paths import existing_file, existing_folder
@@ -42,6 +43,10 @@ def load_data(
     Raises DatasetUnavailable if a data set is not on disk and cannot be downloaded, UsageError for
     an unknown name, and UserError for damaged files.
     """
+    if config.labels and config.dataset in ("auto", *NAMES):
+        raise UsageError(
+            f"--labels {config.labels} is for a folder of images: name it with --dataset DIR"
+        )
     if config.dataset in ("auto", "cifar10"):
         return _load_cifar10_or_digits(config, may_download)
     if not may_download and config.dataset in NAMES:
@@ -146,11 +151,29 @@ def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None 
         found["data_dir"] = Config.data_dir  # images are decoded there, and no file decides where
         if data_dir:  # its full path: "digits" would be the data set of that name
             found["dataset"] = os.path.abspath(os.path.expanduser(data_dir))
+        if settings.get("labels"):
+            found["labels"] = _find_labels(settings["labels"], dataset, data_dir)
         return Source(found, is_folder=True, is_named_by_file=not data_dir)
     place = data_dir_to_reuse(dataset, settings.get("data_dir", Config.data_dir))
     found["data_dir"] = data_dir or place
     is_named_by_file = found["data_dir"] not in (data_dir, Config.data_dir)
     return Source(found, is_folder=False, is_named_by_file=is_named_by_file)
+
+
+def _find_labels(labels: str, dataset: str, data_dir: str | None) -> str:
+    """The table of labels that a model file names, or what has its place now.
+
+    dataset: the folder of images that the file names. data_dir: where the user says that it is:
+    then the table is looked for where it was, seen from that folder.
+    """
+    if not data_dir:
+        return labels
+    try:
+        way = os.path.relpath(labels, dataset)
+    except ValueError:  # another drive of Windows
+        return labels
+    moved = os.path.normpath(os.path.join(os.path.expanduser(data_dir), way))
+    return labels if existing_file(moved) is None else os.path.abspath(moved)
 
 
 def data_dir_to_reuse(dataset: str, named: str) -> str:
@@ -195,6 +218,9 @@ def dataset_available(
     source = find_source(settings, image_size, data_dir)
     dataset = source.settings["dataset"]
     if source.is_folder:
+        labels = source.settings.get("labels")
+        if labels and existing_file(labels) is None:
+            return False
         place = existing_folder(dataset) or existing_file(dataset)
         if data_dir:
             place = Path(data_dir).expanduser()
@@ -202,12 +228,16 @@ def dataset_available(
     return _is_on_disk(dataset, Path(source.settings["data_dir"]).expanduser())
 
 
-def may_have_classes(dataset: str, classes: list[str]) -> bool:
+def may_have_classes(source: Source, classes: list[str]) -> bool:
     """Whether a folder of images, or a ZIP file of one, seems to have these classes, in any order.
 
     No image is looked at, and nothing is unpacked. Raises UserError as `folder_classes` does.
     """
+    dataset = source.settings["dataset"]
     path = Path(dataset).expanduser()
+    if "labels" in source.settings:
+        table = Path(source.settings["labels"]).expanduser()
+        return sorted(class_names(table, read_labels(table))) == sorted(classes)
     if archive.is_archive(path):
         try:
             return set(classes) <= archive.folder_names(path)
