@@ -229,6 +229,9 @@ def test_splits_that_cannot_be_used(rows):
 def test_files_that_cannot_be_used(rows, inside, content, words):
     Path("labels.csv").write_bytes(content)
     error = inside.error(*BRIEF)
+    with pytest.raises(UserError) as caught:
+        load()
+    assert "\x1b" not in str(caught.value)
     assert "labels.csv" in error
     assert all(word in error for word in words), error
 
@@ -271,10 +274,10 @@ def test_run_goes_on_and_tools_find_the_labels(rows, inside, tool_inside, folder
     out, _ = tool_inside("explain")("--checkpoint", path)
     assert "gallery" in out
 
-    for name in ("photos", "labels.csv"):
-        shutil.move(name, Path("elsewhere", name))
+    shutil.move("labels.csv", "elsewhere")
     assert not dataset_available(model.settings, 16)
     assert "labels.csv" in tool_inside("explain").error("--checkpoint", path)
+    shutil.move("photos", "elsewhere")
     moved = inference.load_dataset_of(model, "elsewhere/photos")  # with the table beside it
     assert moved.fingerprint() == data.fingerprint()
 
