@@ -492,7 +492,7 @@ def may_have_seen(content: dict[str, Any], model: Classifier, data: Dataset) -> 
     if digests is not None and data.train_ids is not None:
         return bool(seen_images.is_seen(data, data.train_ids, digests).any())
     same_dataset = content["config"].get("dataset") == model.settings.get("dataset")
-    return same_dataset or content["classes"] == model.classes
+    return same_dataset or sorted(content["classes"]) == sorted(model.classes)
 
 
 def save_label_issues(

@@ -1010,7 +1010,7 @@ def load_data(config: Config) -> Dataset:
     With "auto" and no recipe, scikit-learn's digits replace CIFAR-10 where that is not available,
     and `fallback_reason` says why. Raises UserError.
     """
-    return load.load_data(config, pretrained.imagenet_size)
+    return load.load_data(config, pretrained.imagenet_size, order=runs.saved_classes(config))
 
 
 def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[str, Any]]:

@@ -396,16 +396,21 @@ def load_dataset_of(
     source = load.find_source(model.settings, model.image_size, data_dir)
     dataset = source.settings["dataset"]
     if source.is_folder and not load.dataset_available(model.settings, model.image_size, data_dir):
-        message = f"its images are not in {dataset} here: name their folder with --data-dir DIR"
+        place = dataset
+        if "labels" in source.settings:
+            place = f"{dataset}, or their labels not in {source.settings['labels']},"
+        message = f"its images are not in {place} here: name their folder with --data-dir DIR"
         raise UserError(message)
     if source.is_named_by_file:
         may_download = False
     other_classes = UserError(f"{model.path} is for other classes than {dataset} has now")
     # reading a whole folder takes long, and only its classes tell before whether that is in vain
-    if source.is_folder and load.folder_classes(dataset) != model.classes:
+    if source.is_folder and not load.may_have_classes(source, model.classes):
         raise other_classes
     try:
-        data = load.load_data(Config(**source.settings), may_download=may_download)
+        data = load.load_data(
+            Config(**source.settings), may_download=may_download, order=model.classes
+        )
     except UsageError as error:  # a setting in the file, not the usage of this tool
         raise UserError(str(error)) from None
     if data.classes != model.classes:

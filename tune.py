@@ -524,7 +524,10 @@ def prepare(fixed: Settings, options: Options) -> Search:
     network = config.model.replace("torchvision:", "torchvision-").rpartition(":")[2]
     folder = Path("runs", "tune", options.study or f"{data.name}-{network}")
     folder.mkdir(parents=True, exist_ok=True)
-    return Search(options, {**fixed, "dataset": start.dataset}, start, data, device, folder)
+    fixed = {**fixed, "dataset": start.dataset}
+    if start.labels:
+        fixed["labels"] = start.labels
+    return Search(options, fixed, start, data, device, folder)
 
 
 def main() -> int:

@@ -31,6 +31,7 @@ from classifier.text import escape_control_characters
 # The first setting of each group of options, and the title of the group.
 GROUPS = {"dataset": "data", "model": "network", "recipe": "training", "device": "run"}
 METAVARS = {
+    "labels": "FILE.csv",
     "mirror": "URL",
     "image_size": "PIXELS",
     "init_from": "FILE.pth",

@@ -9,7 +9,7 @@ from classifier.errors import UsageError
 from classifier.text import URL_REFUSED, did_you_mean, is_url
 
 # The settings that are paths of files and folders, and so no URLs.
-PATHS = ("dataset", "data_dir", "init_from", "run_dir", "out", "resume")
+PATHS = ("dataset", "labels", "data_dir", "init_from", "run_dir", "out", "resume")
 
 
 def setting(
@@ -45,10 +45,15 @@ class Config:
     # Data
     dataset: str = setting(
         "auto",
-        "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10 or a folder of images; auto: "
-        "CIFAR-10, or digits if it is not available and no recipe is given",
+        "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10, a folder of images or a ZIP "
+        "file of one; auto: CIFAR-10, or digits if it is not available and no recipe is given",
     )
-    data_dir: str = setting("data", "folder for downloaded data sets and decoded images")
+    labels: str = setting(
+        "",
+        "CSV file that labels the images in the folder: columns file and label, optionally split "
+        "(train, val or test); default: each class has a folder",
+    )
+    data_dir: str = setting("data", "folder for downloaded data sets, decoded and unpacked images")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
     val_fraction: float = setting(
         0.1, "share of the training images kept for validation", minimum=0, less_than=1

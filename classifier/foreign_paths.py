@@ -14,7 +14,7 @@ from classifier.config import flag, is_custom_model
 from classifier.errors import UserError
 
 # Settings that name a place to read. A network path among them has to be typed again.
-PLACES_TO_READ = ("dataset", "data_dir", "init_from")
+PLACES_TO_READ = ("dataset", "labels", "data_dir", "init_from")
 
 
 def is_network_path(path: str) -> bool:
@@ -35,6 +35,17 @@ def existing_folder(path: str) -> Path | None:
         folder = Path(path).expanduser()
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # a name that no folder can have, or ~nobody
+        return None
+
+
+def existing_file(path: str) -> Path | None:
+    """The file of this name if there is one on this machine, else None; ~ is the home folder."""
+    if is_network_path(path):
+        return None
+    try:
+        file = Path(path).expanduser()
+        return file if file.is_file() else None
+    except (OSError, RuntimeError, ValueError):
         return None
 
 

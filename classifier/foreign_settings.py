@@ -28,7 +28,7 @@ def without_foreign_places(settings: Settings, typed: Settings, source: str) -> 
     model = settings.get("model", Config.model)
     if is_custom_model(model) and "model" not in typed:
         raise UserError(f"{source} uses a network of your own: add {to_type('model', model)}")
-    for name in ("dataset", "init_from"):
+    for name in ("dataset", "labels", "init_from"):
         if name not in typed:
             refuse_network_path(settings.get(name) or "", source, name)
     out = settings.get("out", "")

@@ -166,10 +166,12 @@ def write_report(
     }
     rows = zip(*columns.values(), strict=True)
     write_csv(run.path / "test_predictions.csv", [list(columns), *rows])
+    test_digest = identity.digest_all(digests, labels)
     results = {
         **results,
         "best_epoch": checkpoint["metrics"]["epoch"],
-        "test_digest": identity.digest_all(digests, labels),
+        "test_digest": test_digest,
+        "data_digest": identity.digest_data(data, test_digest),
     }
 
     accuracy, loss = results["test_accuracy"], results["test_loss"]

@@ -132,6 +132,8 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
         config = replace(config, epochs=1, minutes=0.0, repeat=1, progressive_resizing=0.0)
     _check_augment(config.augment, data)
     config = replace(config, dataset=_dataset_to_record(config.dataset, data))
+    if config.labels:
+        config = replace(config, labels=full_path(config.labels))
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     _check_progressive_resizing(config, data)

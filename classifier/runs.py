@@ -326,11 +326,26 @@ def _check_changes(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     for name in sorted(changes.keys() - RESUME_OVERRIDES):
         if changes[name] == settings[name]:
             continue
-        if name == "dataset" and full_path(changes[name]) == settings[name]:  # of a folder
+        is_path = name in ("dataset", "labels") and changes[name]
+        if is_path and full_path(changes[name]) == settings[name]:
             continue
         raise UsageError(
             f"{flag(name)} {changes[name]}: a resumed run keeps its setting, {settings[name]}"
         )
+
+
+def saved_classes(config: Config) -> list[str] | None:
+    """The classes of the run to resume, in the order of the network's outputs.
+
+    None for a new run, one that has saved nothing yet, or a file that cannot be read, about which
+    `check_resumable` complains.
+    """
+    if not config.resume:
+        return None
+    for path in saved_states(Path(config.resume)):
+        with contextlib.suppress(UserError, OSError):
+            return read_checkpoint(path)["classes"]
+    return None
 
 
 def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.Module]) -> Dataset:

@@ -28,6 +28,22 @@ def shorten(text: str, length: int) -> str:
     return f"{text[:head]}…{text[-tail:]}"
 
 
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """What names are sorted by such that numbers come by their size: 1, 2, 10; img2, img10.
+
+    Names without digits come in the order of their characters.
+    """
+    key: list[str | tuple[int, str]] = []
+    pieces = re.split(r"([0-9]+)", name)  # text at even positions, numbers at odd ones
+    for position, piece in enumerate(pieces):
+        if position % 2 == 0:
+            key.append(piece)
+        else:
+            digits = piece.lstrip("0")
+            key.append((len(digits), digits))  # a number of any length
+    return key, name  # the name decides between 1 and 01
+
+
 def did_you_mean(name: str, known: Iterable[str], others: str = "") -> str:
     """The closest known name as a question, or the list of known names.
 

@@ -289,6 +289,9 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
         ),
         ({"red": 3, "green": 3, ".": 1}, ["0.png"]),
         ({"train/red": 3, "train/green": 3, "train": 1}, ["0.png"]),
+        ({"train/red": 3, "train/green": 3, "val": 1}, ["0.png", "val"]),
+        ({"train/red": 3, "train/green": 3, "test": 1, "test/red": 1}, ["0.png", "test"]),
+        ({"photos": 3, "photos/red": 3, "photos/green": 3}, ["photos", "1 class folder"]),
         ({"red": 2, "green": 2, "blue": 2}, ["photos", "test"]),
     ],
 )
@@ -327,20 +330,41 @@ def test_classes_may_be_called_like_several_splits(folder, names):
     [
         (["photos/red", "photos/green"], "photos"),
         (["photos/photos/red", "photos/photos/green"], "photos/photos"),
-        (["photos/train/red", "photos/train/green", "photos/test/red"], "photos"),
+        ([f"photos/{split}/{name}" for split in ("train", "test") for name in "ab"], "photos"),
         (["photos/train/red", "photos/train/green"], "photos"),
         (["photos/red/2019", "photos/red/2020", "photos/green/2020"], "photos"),
         (["only/2019", "only/2020"], "only"),
     ],
 )
-def test_folder_in_a_folder_as_unpacked_from_a_zip(folder, images, inner):
-    write_images(folder / "photos", dict.fromkeys(images, 4))
+def test_folder_in_a_folder_as_unpacked_from_a_zip(folder, images, inner, capsys):
+    for seed, image in enumerate(images):
+        write_images(folder / "photos", {image: 12}, seed=seed)
     (folder / "photos" / "__MACOSX" / "photos").mkdir(parents=True)
     (folder / "photos" / "README.txt").touch()
-    inner_folder = os.path.join("photos", *inner.split("/"))
-    with pytest.raises(UserError) as caught:
-        load()
-    assert str(caught.value).endswith(f"--dataset {inner_folder}")
+    data = load()
+    assert data.name == "photos"
+    parts = [Path(path).parts for path in [*data.files, *data.test_files]]
+    inner_parts = tuple(inner.split("/"))
+    assert all(each[: len(inner_parts)] == inner_parts for each in parts)
+    depth = len(inner_parts) + ("train" in images[0])
+    assert data.classes == sorted({each[depth] for each in parts})
+    assert f"note: photos holds nothing but {Path('photos', inner)}" in capsys.readouterr().out
+    load_folder(Config(dataset=str(Path("photos", inner))))
+    assert "holds nothing but" not in capsys.readouterr().out
+
+
+def test_test_images_without_labels_are_left_alone(folder, capsys):
+    write_images(folder / "photos" / "train", {"red": 20, "green": 20})
+    images = {"test_batch": 7}
+    write_images(folder, images, seed=1)
+    (folder / "test_batch").rename(folder / "photos" / "test")
+    data = load()
+    assert f"note: {Path('photos', 'test')} has no class folders: its 7 images" in (
+        capsys.readouterr().out
+    )
+    assert sum(sizes_of_splits(data)) == 40
+    assert len(data.test.labels) > 0
+    assert all(Path(path).parts[0] == "train" for path in data.test_files)
 
 
 @posix_only

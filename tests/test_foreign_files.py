@@ -28,6 +28,7 @@ SHARE = r"\\server\share"
 # A value for every setting that is a path, a URL or a file to execute.
 PLACES = {
     "dataset": "~/stranger/photos",
+    "labels": "~/stranger/labels.csv",
     "data_dir": "~/stranger/data",
     "mirror": "http://127.0.0.1:9/stranger.tar.gz",
     "model": "~/stranger/evil.py:network",
@@ -218,7 +219,7 @@ def test_run_folder_does_not_decide_where_the_model_goes(folder, out):
     assert resume_config(write_run(folder / "own", out="mine.pth")).out == "mine.pth"
 
 
-@pytest.mark.parametrize("name", ["dataset", "init_from"])
+@pytest.mark.parametrize("name", ["dataset", "labels", "init_from"])
 def test_run_folder_that_names_another_machine_is_refused(folder, name):
     flag = "--" + name.replace("_", "-")
     run = write_run(folder / "run", **{name: SHARE})
@@ -227,7 +228,7 @@ def test_run_folder_that_names_another_machine_is_refused(folder, name):
     assert getattr(resume_config(run, **{name: SHARE}), name) == SHARE
 
 
-@pytest.mark.parametrize("name", ["dataset", "data_dir", "init_from", "out", "model"])
+@pytest.mark.parametrize("name", ["dataset", "labels", "data_dir", "init_from", "out", "model"])
 def test_resume_command_names_what_a_run_folder_does_not_decide_on(folder, name):
     value = {"out": "new/model.pth", "model": "mine.py:small"}.get(name, SHARE)
     config = Config(**{name: value})

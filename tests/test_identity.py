@@ -1,5 +1,8 @@
 """Digests that tell which image is which."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from conftest import load_photos
 
@@ -52,3 +55,41 @@ def test_digest_of_all_does_not_depend_on_the_order():
     assert identity.digest_all(["b", "a", "b"], ["dog", "cat", "dog"]) == together
     assert identity.digest_all(["a", "b"], ["cat", "dog"]) != together
     assert identity.digest_all(["a", "b", "b"], ["cat", "dog", "cat"]) != together
+
+
+def data_digest(data):
+    labels = [data.classes[label] for label in data.test.labels.tolist()]
+    return identity.digest_data(
+        data, identity.digest_all(identity.digest_test_images(data), labels)
+    )
+
+
+def test_data_digest_of_a_folder_is_of_images_labels_and_split(photos, folder):
+    digest = data_digest(load_photos())
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    assert data_digest(load_photos(image_size=16, seed=3)) == digest
+    (photos / "red" / "0.png").rename(photos / "red" / "renamed.png")
+    photos.rename(folder / "moved")
+    (folder / "moved").rename(photos)
+    assert data_digest(load_photos()) == digest
+    others = {data_digest(load_photos(val_fraction=0.3)), data_digest(load_photos(subset=50))}
+    (photos / "red").rename(photos / "pink")
+    others.add(data_digest(load_photos()))
+    (photos / "pink").rename(photos / "red")
+    (photos / "blue" / "1.png").rename(photos / "red" / "blue.png")
+    others.add(data_digest(load_photos()))
+    (photos / "red" / "blue.png").unlink()
+    others.add(data_digest(load_photos()))
+    assert len(others | {digest}) == 6
+
+
+def test_data_digest_of_arrays():
+    digits = ic.load_data(ic.Config(dataset="digits"))
+    digest = data_digest(digits)
+    assert data_digest(ic.load_data(ic.Config(dataset="digits", seed=7))) == digest
+    other_names = replace(digits, classes=list("abcdefghij"))
+    fewer = ic.load_data(ic.Config(dataset="digits", subset=100))
+    other_split = ic.load_data(ic.Config(dataset="digits", val_fraction=0.2))
+    more_names = replace(digits, classes=[*digits.classes, "more"])
+    different = (digits, other_names, more_names, fewer, other_split)
+    assert len({data_digest(each) for each in different}) == len(different)

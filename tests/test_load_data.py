@@ -37,7 +37,7 @@ def offline(folder, monkeypatch):
 def loaded_folders(monkeypatch):
     """The calls of load_folder, which does nothing."""
     calls = []
-    monkeypatch.setattr(load, "load_folder", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(load, "load_folder", lambda *arguments, **others: calls.append(arguments))
     return calls
 
 

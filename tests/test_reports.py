@@ -254,7 +254,9 @@ def test_report_says_which_epoch_and_which_images_were_tested(written):
     assert report.results["best_epoch"] == 1
     digests = identity.digest_test_images(data)
     labels = [CLASSES[label] for label in data.test.labels]
-    assert report.results["test_digest"] == identity.digest_all(digests, labels)
+    test_digest = identity.digest_all(digests, labels)
+    assert report.results["test_digest"] == test_digest
+    assert report.results["data_digest"] == identity.digest_data(data, test_digest)
 
 
 def test_best_model_learns_its_test_results(written):

@@ -11,12 +11,21 @@ import torch
 
 from classifier.config import Config
 from classifier.datasets import decode, named, pixel_range, unreadable
+from classifier.datasets.archive import is_archive
 from classifier.datasets.data_report import build_report
 from classifier.datasets.dataset import Dataset, Split, build_dataset
 from classifier.datasets.duplicates import first_occurrence, group_images, near_duplicates
-from classifier.datasets.folder_layout import find_splits, list_images
+from classifier.datasets.folder_layout import (
+    SPLITS,
+    find_splits,
+    innermost,
+    list_images,
+    unlabelled_images,
+)
 from classifier.datasets.image_cache import DecodedCache, open_cache
+from classifier.datasets.labels_file import list_labelled_images
 from classifier.datasets.splits import ImageIds, hold_out
+from classifier.datasets.walk import subfolders
 from classifier.errors import UserError
 from classifier.text import pluralize
 
@@ -59,24 +68,37 @@ class Images(NamedTuple):
     test_files: list[str]
 
 
-def load_folder(config: Config, image_size: int | None = None) -> Dataset:
+def load_folder(
+    config: Config,
+    image_size: int | None = None,
+    *,
+    folder: Path | None = None,
+    order: list[str] | None = None,
+) -> Dataset:
     """Load the folder `config.dataset`: train/, test/ and val/ of class folders, or those alone.
+
+    With `config.labels` a table says which images there are of which class and split.
 
     Every image is decoded once, into a cache in `config.data_dir`. Without test/, about a fifth of
     each class is for testing. Which images are held out depends on their content, and those that
     are identical or nearly so are on one side: see `splits`.
 
-    image_size: height and width of the decoded images, in pixels, unless `config.image_size` is
-        given; by default what suits the images, at most 64.
+    Args:
+        image_size: height and width of the decoded images, in pixels, unless `config.image_size`
+            is given; by default what suits the images, at most 64.
+        folder: where the images are, if `config.dataset` is a ZIP file that was unpacked there.
+        order: the classes in the order of their labels, if the folder has just these; by default
+            they are sorted by name.
 
     Raises UserError for a folder that is no such data set, of which too much cannot be read, or
     whose cache cannot be written, and UsageError if --val-fraction leaves no images.
     """
-    folder = Path(config.dataset).expanduser()
+    place = Path(config.dataset).expanduser()
+    folder = folder or place
     data_dir = Path(config.data_dir).expanduser()
     try:
         size = config.image_size or image_size
-        images = _read_images(folder, data_dir, size, config.skip_unreadable)
+        images = _read_images(folder, data_dir, size, config.skip_unreadable, config.labels, order)
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         # The disk is full, memory is short, a file vanished or was changed meanwhile.
         raise UserError(f"--dataset {config.dataset}: {error}") from error
@@ -85,7 +107,7 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
         config,
         images.train,
         images.valid,
-        name=_dataset_name(folder),
+        name=_dataset_name(place),
         classes=images.classes,
         load_test=lambda: test,
         num_test_images=len(test.labels),
@@ -102,9 +124,11 @@ def load_folder(config: Config, image_size: int | None = None) -> Dataset:
     )
 
 
-def _dataset_name(folder: Path) -> str:
-    """The folder's name in UTF-8, made different from those of the other data sets."""
-    name = folder.resolve().name or "images"
+def _dataset_name(place: Path) -> str:
+    """The name of a folder or ZIP file in UTF-8, unlike those of the other data sets."""
+    resolved = place.resolve()
+    name = resolved.stem if is_archive(place) else resolved.name
+    name = name or "images"
     # a byte that is not UTF-8 is a lone surrogate in Python, which TensorBoard does not take
     name = re.sub(r"[\ud800-\udfff]", "_", name)
     others = ["cifar10", "digits", *named.NAMES]
@@ -114,11 +138,25 @@ def _dataset_name(folder: Path) -> str:
     return name
 
 
-def _read_images(folder: Path, data_dir: Path, size: int | None, skip_unreadable: bool) -> Images:
-    """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
-    split_folders = find_splits(folder)
-    learning = next(iter(split_folders))  # the split to learn from: train, or all
-    files, classes, left_out = list_images(split_folders, folder)
+def _read_images(
+    folder: Path,
+    data_dir: Path,
+    size: int | None,
+    skip_unreadable: bool,
+    labels: str,
+    order: list[str] | None,
+) -> Images:
+    """Find, decode, check and divide the images; the arguments are those of `load_folder`.
+
+    labels: --labels, or "" for class folders.
+    """
+    if labels:
+        files, classes, left_out = list_labelled_images(folder, Path(labels).expanduser(), order)
+    else:
+        split_folders = find_splits(folder)
+        _note_layout(folder, split_folders)
+        files, classes, left_out = list_images(split_folders, folder, order)
+    learning = str(files["split"][0])  # the split to learn from: train, or all
     if left_out:
         _note_left_out(left_out)
     if size is None:
@@ -191,6 +229,25 @@ def _draw_test(
     to_draw_from = train[~np.isin(groups[train], groups[valid])]
     is_test = hold_out(labels[to_draw_from], groups[to_draw_from], TEST_FRACTION, "test")
     return to_draw_from[is_test]
+
+
+def _note_layout(folder: Path, split_folders: dict[str, Path]) -> None:
+    """Print which folder was entered, and which one is left alone.
+
+    split_folders: as `find_splits` returns them.
+    """
+    inner = innermost(folder)
+    if inner != folder:
+        print(f"note: {folder} holds nothing but {inner}, whose folders are taken for the classes")
+    if "all" in split_folders or "test" in split_folders:
+        return
+    for path in subfolders(inner):
+        if SPLITS.get(path.name.lower()) == "test":
+            count = pluralize(len(unlabelled_images(path)), "image")
+            print(
+                f"note: {path} has no class folders: its {count} without labels are left alone; "
+                f"once trained, predict them with: python inference.py {path}"
+            )
 
 
 def _note_left_out(left_out: list[str]) -> None:

@@ -7,6 +7,7 @@ of the classes alone. Class folders may have folders within. Anything else is re
 import os
 import re
 import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from classifier.datasets.decode import counts_as_image, is_image
 from classifier.datasets.image_records import FILE, file_key
 from classifier.datasets.walk import fail, is_hidden, subfolders, walk_files
 from classifier.errors import UserError
+from classifier.text import natural_key
 
 SPLITS = {  # names of folders, in lower case, and the splits that they hold
     "train": "train",
@@ -36,10 +38,14 @@ UNSAFE = re.compile(
 def find_splits(folder: Path) -> dict[str, Path]:
     """The folder of each split: "train", "valid" and "test", or "all", which is still to be split.
 
+    They are looked for in `innermost(folder)`. A test/ without labels is none: see
+    `unlabelled_images`.
+
     Raises UserError for a folder whose splits are incomplete or ambiguous.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
+    folder = innermost(folder)
     splits: dict[str, Path] = {}
     others: list[str] = []
     for path in subfolders(folder):
@@ -53,7 +59,6 @@ def find_splits(folder: Path) -> dict[str, Path]:
             splits[split] = path
     if not splits:
         _check_not_splits(folder, others)
-        _check_not_nested(folder)
         return {"all": folder}
     if others:
         first_split = next(iter(splits.values())).name
@@ -64,6 +69,8 @@ def find_splits(folder: Path) -> dict[str, Path]:
     if "train" not in splits:
         names = ", ".join(path.name for path in splits.values())
         raise UserError(f"{folder} has {names}, but no train/")
+    if "test" in splits and unlabelled_images(splits["test"]):
+        del splits["test"]
     return {split: splits[split] for split in ("train", "valid", "test") if split in splits}
 
 
@@ -89,36 +96,50 @@ def _check_not_splits(folder: Path, names: list[str]) -> None:
         )
 
 
-def _check_not_nested(folder: Path) -> None:
-    """Raise UserError if all is in one folder within: photos/photos/, as some ZIP files unpack."""
+def innermost(folder: Path) -> Path:
+    """The folder that holds the class folders: photos/photos, as some ZIP files unpack, or itself.
+
+    A folder that holds no images, but just one folder, is not meant to have one class.
+    """
     inner = folder
-    inside = subfolders(inner)
     for _ in range(MAX_NESTED):
-        if len(inside) != 1 or inside[0].name.lower() in SPLITS:
-            break
-        inner = inside[0]
         inside = subfolders(inner)
-    if inner != folder and inside:
-        raise UserError(
-            f"{folder} has 1 class folder: at least two are needed; if the classes are in {inner}, "
-            f"use --dataset {inner}"
-        )
+        if not inside or loose_images(inner):
+            return folder
+        if len(inside) > 1 or inside[0].name.lower() in SPLITS:
+            return inner
+        inner = inside[0]
+    return folder
+
+
+def unlabelled_images(test_folder: Path) -> list[str]:
+    """Names of the images in a test/ without class folders: they are to be predicted, not tested.
+
+    Competitions hand out such folders. Empty for a test/ that has folders.
+    """
+    return [] if subfolders(test_folder) else loose_images(test_folder)
+
+
+def loose_images(folder: Path, judge: Callable[[Path], bool] = counts_as_image) -> list[str]:
+    """Names of the images that lie in a folder itself, sorted. judge: whether a file is one."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not is_hidden(path.name) and judge(path):
+            names.append(path.name)
+    return names
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """The name and folder of each class, sorted by name; UserError for what cannot be one.
+    """The name and folder of each class, in `natural_key` order; UserError for what cannot be one.
 
     Names are in Unicode's composed form (NFC): a Mac and an archive may write "é" as two
     characters, and mean the same class.
     """
-    loose_images = []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not is_hidden(path.name) and is_image(path):
-            loose_images.append(path.name)
-    if loose_images:
+    loose = loose_images(folder, is_image)
+    if loose:
         raise UserError(
-            f"{loose_images[0]} lies in {folder} itself, {len(loose_images)} such in all: "
-            "put each image into the folder of its class"
+            f"{loose[0]} lies in {folder} itself, {len(loose)} such in all: put each image into "
+            "the folder of its class, or name a table of labels with --labels FILE.csv"
         )
     paths = subfolders(folder)
     if len(paths) < 2:
@@ -131,8 +152,13 @@ def class_folders(folder: Path) -> dict[str, Path]:
                 "after it: rename it"
             )
     _check_names_differ(folder, [path.name for path in paths])
-    paths.sort(key=lambda path: Path(class_name(path)))
-    return {class_name(path): path for path in paths}
+    by_name = {class_name(path): path for path in paths}
+    return {name: by_name[name] for name in natural_order(by_name)}
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """The names of classes in the order of their labels."""
+    return sorted(names, key=natural_key)
 
 
 def class_name(path: Path) -> str:
@@ -162,13 +188,23 @@ def _check_names_differ(folder: Path, names: list[str]) -> None:
         )
 
 
-def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list[str], list[str]]:
+def in_order(classes: list[str], order: list[str] | None) -> list[str]:
+    """The classes, in this order if it names all of them and no others."""
+    if order is not None and sorted(order) == sorted(classes):
+        return list(order)
+    return classes
+
+
+def list_images(
+    splits: dict[str, Path], folder: Path, order: list[str] | None = None
+) -> tuple[np.ndarray, list[str], list[str]]:
     """All images of a data set.
 
     Args:
         splits: the folder of each split, as `find_splits` returns them; the first one, "train" or
             "all", has all classes.
         folder: the folder of the data set.
+        order: see `in_order`.
 
     Returns:
         the images, FILE (N,), sorted by split, class and path; the names of the classes, in the
@@ -177,7 +213,7 @@ def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list
     Raises UserError for what is no such data set.
     """
     learning_folder = next(iter(splits.values()))
-    classes = list(class_folders(learning_folder))
+    classes = in_order(list(class_folders(learning_folder)), order)
     images: list[np.ndarray] = []
     left_out: list[str] = []
     for split, split_folder in splits.items():
@@ -189,12 +225,13 @@ def list_images(splits: dict[str, Path], folder: Path) -> tuple[np.ndarray, list
                     + _similar_name(name, classes)
                 )
         _check_inner_folders(split_folder, list(folders.values()))
-        for name, class_folder in folders.items():
-            found, others = _images_of_class(class_folder, folder)
+        for name in [each for each in classes if each in folders]:
+            class_folder = folders[name]
+            found, others = images_below(class_folder, folder)
             if not found and split != "valid":
                 _fail_without_images(class_folder, others)
             left_out += [str(path) for path in others]
-            images.append(_to_array(found, split, classes.index(name)))
+            images.append(to_array(found, split, classes.index(name)))
     return np.concatenate(images), classes, left_out
 
 
@@ -244,8 +281,10 @@ def _check_inner_folders(split_folder: Path, class_folders: list[Path]) -> None:
         )
 
 
-def _images_of_class(class_folder: Path, folder: Path) -> tuple[list[tuple[str, int]], list[Path]]:
-    """Path and key of each image of a class, sorted by path, and the paths of its other files.
+def images_below(class_folder: Path, folder: Path) -> tuple[list[tuple[str, int]], list[Path]]:
+    """Path and key of each image in a folder, sorted by path, and the paths of its other files.
+
+    Paths of images are relative to `folder`, the data set.
 
     Raises OSError for a folder that cannot be read.
     """
@@ -266,7 +305,7 @@ def is_unknown(file: Path, status: os.stat_result | OSError) -> bool:
     return isinstance(status, OSError) and not file.suffix
 
 
-def _to_array(images: list[tuple[str, int]], split: str, label: int) -> np.ndarray:
+def to_array(images: list[tuple[str, int]], split: str, label: int) -> np.ndarray:
     """Images, given as paths and keys, of one split and class: FILE (N,)."""
     array = np.zeros(len(images), FILE)
     array["path"] = [path for path, _ in images]

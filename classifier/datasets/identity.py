@@ -49,6 +49,27 @@ def digest_all(digests: Iterable[str], labels: Iterable[str]) -> str:
     return _to_text(hash64("\n".join(sorted(lines)).encode()))
 
 
+def digest_data(data: Dataset, test_digest: str) -> str:
+    """A digest of a data set: which images, with which labels, are in which of the three parts.
+
+    Of a folder it depends on the content of the files alone, not on their names, their order and
+    --image-size. Of other data sets it is that of the pixels that are trained on, in their order.
+
+    test_digest: `digest_all` of the test images.
+    """
+    if data.train_ids is None or data.valid_ids is None:
+        train, valid, _ = data.checksums or data.compute_checksums()
+        described = f"{train} {valid} {test_digest} {data.classes}"
+        return _to_text(hash64(described.encode()))
+    digests = [test_digest]
+    labels = ["test"]
+    parts = {"train": (data.train, data.train_ids), "valid": (data.valid, data.valid_ids)}
+    for name, (split, ids) in parts.items():
+        digests += [_to_text(digest) for digest in ids.digests.tolist()]
+        labels += [f"{name} {data.classes[label]}" for label in split.labels.tolist()]
+    return digest_all(digests, labels)
+
+
 def _to_text(digest: int) -> str:
     """A digest of 64 bits, with or without a sign, as 16 hexadecimal digits."""
     return f"{digest % 2**64:016x}"

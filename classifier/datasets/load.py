@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from classifier.config import Config
-from classifier.datasets import named
+from classifier.datasets import archive, named
 from classifier.datasets.cifar10 import find_cifar10, has_batches, load_cifar10
 from classifier.datasets.dataset import Dataset, same_images
 from classifier.datasets.digits import load_digits
 from classifier.datasets.folder import load_folder
 from classifier.datasets.folder_layout import class_folders, find_splits
 from classifier.datasets.image_cache import CACHE_FOLDER, identity_of
+from classifier.datasets.labels_file import class_names, read_labels
 from classifier.datasets.named import load_named
-from classifier.errors import DatasetUnavailable, UsageError, UserError
-from classifier.foreign_paths import existing_folder
+from classifier.errors import DatasetUnavailable, UsageError, UserError, format_error
+from classifier.foreign_paths import existing_file, existing_folder
 from classifier.text import URL_REFUSED, did_you_mean, is_url
 
 NAMES = ["cifar10", "digits", *named.NAMES]  # and "auto"; everything else is a folder of images
@@ -25,19 +26,27 @@ def load_data(
     config: Config,
     imagenet_size: Callable[[str], int | None] | None = None,
     may_download: bool = True,
+    order: list[str] | None = None,
 ) -> Dataset:
     """Find, download if needed, verify and read the data set that `config.dataset` names.
 
     With "auto" and no recipe, the digits of scikit-learn are used if CIFAR-10 is not available;
     `Dataset.fallback_reason` then says why.
 
-    imagenet_size: returns the image size that the ImageNet weights of a model are made for. With
-        --pretrained and no --image-size, a folder of images is decoded at that size.
-    may_download: False: what is not on disk is not available.
+    Args:
+        imagenet_size: returns the image size that the ImageNet weights of a model are made for.
+            With --pretrained and no --image-size, a folder of images is decoded at that size.
+        may_download: False: what is not on disk is not available.
+        order: the classes of a model in the order of its outputs. A folder that has just these
+            classes has them in this order, whichever way names are sorted today.
 
     Raises DatasetUnavailable if a data set is not on disk and cannot be downloaded, UsageError for
     an unknown name, and UserError for damaged files.
     """
+    if config.labels and config.dataset in ("auto", *NAMES):
+        raise UsageError(
+            f"--labels {config.labels} is for a folder of images: name it with --dataset DIR"
+        )
     if config.dataset in ("auto", "cifar10"):
         return _load_cifar10_or_digits(config, may_download)
     if not may_download and config.dataset in NAMES:
@@ -50,7 +59,10 @@ def load_data(
     image_size = config.image_size
     if image_size is None and config.pretrained and imagenet_size is not None:
         image_size = imagenet_size(config.model)
-    return load_folder(config, image_size)
+    folder = Path(config.dataset).expanduser()
+    if archive.is_archive(folder):
+        folder = _unpack(config)
+    return load_folder(config, image_size, folder=folder, order=order)
 
 
 def _load_cifar10_or_digits(config: Config, may_download: bool) -> Dataset:
@@ -73,10 +85,22 @@ def _check_on_disk(dataset: str, data_dir: str) -> None:
         raise DatasetUnavailable(f"{dataset} is not in {data_dir}")
 
 
+def _unpack(config: Config) -> Path:
+    """The folder with what is in a ZIP file. Raises UserError."""
+    try:
+        return archive.unpack(Path(config.dataset).expanduser(), Path(config.data_dir).expanduser())
+    except OSError as error:
+        raise UserError(f"--dataset {config.dataset}: {format_error(error)}") from error
+
+
 def _check_folder(dataset: str) -> None:
-    """Raises UsageError if `dataset` is not a folder."""
-    if dataset and Path(dataset).expanduser().is_dir():
+    """Raises UsageError if `dataset` is neither a folder nor a ZIP file."""
+    path = Path(dataset).expanduser()
+    if dataset and (path.is_dir() or archive.is_archive(path)):
         return
+    if path.is_file():
+        what = "a file, but neither a folder of images nor a ZIP file of one"
+        raise UsageError(f"--dataset {dataset}: this is {what}")
     is_path = Path(dataset).name != dataset
     if is_path:
         raise UsageError(f"--dataset {dataset}: there is no such folder")
@@ -92,7 +116,7 @@ class Source(NamedTuple):
 
     Attributes:
         settings: for a Config. Only those that define the data set are the model file's.
-        is_folder: whether the data set is a folder of images.
+        is_folder: whether the data set is a folder of images, or a ZIP file of one.
         is_named_by_file: whether nobody but the model file, perhaps a stranger's, says where it is.
             Then nothing is downloaded there, and the images have to be those of the training.
             The images of a folder are decoded into --data-dir's default, whoever names it.
@@ -127,11 +151,29 @@ def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None 
         found["data_dir"] = Config.data_dir  # images are decoded there, and no file decides where
         if data_dir:  # its full path: "digits" would be the data set of that name
             found["dataset"] = os.path.abspath(os.path.expanduser(data_dir))
+        if settings.get("labels"):
+            found["labels"] = _find_labels(settings["labels"], dataset, data_dir)
         return Source(found, is_folder=True, is_named_by_file=not data_dir)
     place = data_dir_to_reuse(dataset, settings.get("data_dir", Config.data_dir))
     found["data_dir"] = data_dir or place
     is_named_by_file = found["data_dir"] not in (data_dir, Config.data_dir)
     return Source(found, is_folder=False, is_named_by_file=is_named_by_file)
+
+
+def _find_labels(labels: str, dataset: str, data_dir: str | None) -> str:
+    """The table of labels that a model file names, or what has its place now.
+
+    dataset: the folder of images that the file names. data_dir: where the user says that it is:
+    then the table is looked for where it was, seen from that folder.
+    """
+    if not data_dir:
+        return labels
+    try:
+        way = os.path.relpath(labels, dataset)
+    except ValueError:  # another drive of Windows
+        return labels
+    moved = os.path.normpath(os.path.join(os.path.expanduser(data_dir), way))
+    return labels if existing_file(moved) is None else os.path.abspath(moved)
 
 
 def data_dir_to_reuse(dataset: str, named: str) -> str:
@@ -156,6 +198,9 @@ def data_dir_to_reuse(dataset: str, named: str) -> str:
 
 def _has_decoded(dataset: str, data_dir: Path) -> bool:
     """Whether the images of this folder have been decoded into data_dir before, at any size."""
+    file = existing_file(dataset)
+    if file is not None and archive.is_archive(file):
+        return archive.is_unpacked(file, data_dir)
     source = existing_folder(dataset)
     if source is None:
         return False
@@ -173,9 +218,32 @@ def dataset_available(
     source = find_source(settings, image_size, data_dir)
     dataset = source.settings["dataset"]
     if source.is_folder:
-        folder = Path(data_dir).expanduser() if data_dir else existing_folder(dataset)
-        return folder is not None and folder.is_dir()
+        labels = source.settings.get("labels")
+        if labels and existing_file(labels) is None:
+            return False
+        place = existing_folder(dataset) or existing_file(dataset)
+        if data_dir:
+            place = Path(data_dir).expanduser()
+        return place is not None and (place.is_dir() or archive.is_archive(place))
     return _is_on_disk(dataset, Path(source.settings["data_dir"]).expanduser())
+
+
+def may_have_classes(source: Source, classes: list[str]) -> bool:
+    """Whether a folder of images, or a ZIP file of one, seems to have these classes, in any order.
+
+    No image is looked at, and nothing is unpacked. Raises UserError as `folder_classes` does.
+    """
+    dataset = source.settings["dataset"]
+    path = Path(dataset).expanduser()
+    if "labels" in source.settings:
+        table = Path(source.settings["labels"]).expanduser()
+        return sorted(class_names(table, read_labels(table))) == sorted(classes)
+    if archive.is_archive(path):
+        try:
+            return set(classes) <= archive.folder_names(path)
+        except OSError as error:
+            raise UserError(f"{dataset} cannot be read: {error}") from error
+    return sorted(folder_classes(dataset)) == sorted(classes)
 
 
 def folder_classes(folder: str) -> list[str]:

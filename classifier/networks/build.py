@@ -232,6 +232,7 @@ def _load_pretrained(model: ImageNetClassifier, init_from: str, classes: list[st
         saved = read_weights(init_from, model)
     except UserError as error:
         raise UserError(f"--pretrained: {error}") from None
+    saved = _in_order(saved, model, classes)
     keep, note = _judge_last_layer(model, saved, classes)
     pretrained.load_pretrained(model, saved.weights, init_from, keep_last_layer=keep)
     _print_note(init_from, note)
@@ -241,6 +242,7 @@ def _load_from_file(model: nn.Module, config: Config, classes: list[str]) -> Non
     """Load the weights of --init-from: a checkpoint, or a state dict of another program."""
     path = config.init_from
     saved = read_weights(path, model)
+    saved = _in_order(saved, model, classes)
     keep, note = _judge_last_layer(model, saved, classes)
     weights = saved.weights
     if not keep:
@@ -254,6 +256,24 @@ def _load_from_file(model: nn.Module, config: Config, classes: list[str]) -> Non
             raise
         raise UserError(f"{error}; it was made with {differences}") from None
     _print_note(path, note)
+
+
+def _in_order(saved: SavedWeights, model: nn.Module, classes: list[str]) -> SavedWeights:
+    """The weights of a checkpoint, its last layer in the order of these classes.
+
+    A checkpoint for other classes stays as it is, and one whose last layer does not have an output
+    for each class.
+    """
+    checkpoint = saved.checkpoint
+    if checkpoint is None or sorted(checkpoint["classes"]) != sorted(classes):
+        return saved
+    weights = dict(saved.weights)
+    rows = [checkpoint["classes"].index(name) for name in classes]
+    for name in pretrained.last_layer_weights(model):
+        if name not in weights or weights[name].shape[:1] != (len(classes),):
+            return saved
+        weights[name] = weights[name][rows]
+    return SavedWeights(weights, {**checkpoint, "classes": classes})
 
 
 def _judge_last_layer(
