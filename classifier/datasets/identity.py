@@ -49,7 +49,7 @@ def digest_all(digests: Iterable[str], labels: Iterable[str]) -> str:
     return _to_text(hash64("\n".join(sorted(lines)).encode()))
 
 
-def digest_data(data: Dataset, test_digest: str) -> str:
+def digest_data(data: "Dataset", test_digest: str) -> str:
     """A digest of a data set: which images, with which labels, are in which of the three parts.
 
     Of a folder it depends on the content of the files alone, not on their names, their order and
