@@ -9,7 +9,6 @@ that would fill the disk is refused before anything is written.
 """
 
 import contextlib
-import lzma
 import os
 import re
 import shutil
@@ -40,15 +39,18 @@ CHUNK_BYTES = 2**20
 UTF8_NAME = 0x800  # flag of an entry whose name is in UTF-8
 ENCRYPTED = 0x1
 # what zipfile raises for a file that is damaged, or of a kind that it cannot read
-DAMAGED = (
+DAMAGED: tuple[type[Exception], ...] = (
     zipfile.BadZipFile,
     zlib.error,
-    lzma.LZMAError,
     NotImplementedError,
     RuntimeError,
     EOFError,
     ValueError,
 )
+with contextlib.suppress(ImportError):  # some builds of Python lack it
+    from lzma import LZMAError
+
+    DAMAGED += (LZMAError,)
 
 
 class Entry(NamedTuple):
