@@ -132,7 +132,7 @@ def test_report_of_training_and_evaluation_of_its_test_images_agree(inside, tool
         assert results[name] == pytest.approx(expected[name], abs=1e-5), name
     # the keys of the report, but for those on how the training went
     about_run = {"seconds", "train_images", "epochs", "best_epoch", "commit", "hardware"}
-    about_run |= {"dataset", "substituted_for", "versions"}
+    about_run |= {"dataset", "substituted_for", "versions", "data_digest"}
     assert expected.keys() - results.keys() == about_run
     assert results["test_digest"] == expected["test_digest"]
     assert results["seen_images"] == 0 and "was trained on" not in err
