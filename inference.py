@@ -34,7 +34,7 @@ try:
     from classifier import evaluation
     from classifier.cli import command_line, end_process, run_tool, tool_parser
     from classifier.datasets import decode, pixel_range, unreadable
-    from classifier.datasets.walk import walk_files
+    from classifier.datasets.folder_layout import images_and_others
     from classifier.errors import UsageError, UserError
     from classifier.files import prepare_file, prepare_folder
     from classifier.image_input import check_batch, to_batch
@@ -612,7 +612,7 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
         if not path.is_dir():
             found += expand(name) or [path]
             continue
-        images, others = files_below(path)
+        images, others = images_and_others(path, path)  # what cannot be read is skipped
         problems += unreadable.describe_images(others)
         if not images:
             problems.append(f"{name}: no image in this folder")
@@ -629,22 +629,6 @@ def expand(name: str | Path) -> list[Path]:
     if path.exists():
         return [path]
     return [Path(match) for match in sorted(glob.glob(str(path)))]
-
-
-def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images in a folder and the folders in it, hidden ones aside, and the other files there.
-
-    The images are those that training finds. A folder that cannot be read is skipped, unlike in a
-    data set: the other images still count.
-    """
-    images, others = [], []
-    for path, _ in walk_files(folder, folder):
-        file = folder / path
-        if decode.counts_as_image(file):
-            images.append(file)
-        else:
-            others.append(file)
-    return sorted(images), sorted(others)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------

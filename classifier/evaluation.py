@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from classifier import metrics, plots, result_output
 from classifier.datasets import decode, identity, unreadable
-from classifier.datasets.folder_layout import class_name
-from classifier.datasets.walk import fail, is_hidden, subfolders, walk_files
+from classifier.datasets.folder_layout import class_name, images_and_others, loose_images
+from classifier.datasets.walk import fail, subfolders
 from classifier.errors import UserError
 from classifier.files import write_csv, write_json
 from classifier.text import closest_name, escape_control_characters, pluralize, printable
@@ -66,7 +66,7 @@ class LabelledFiles(NamedTuple):
         labels: int64 (N,), of these images.
         unknown: number of images in each folder that has not the name of a class of the model.
         missing: classes of the model without an image in the folder.
-        loose: images that lie in the folder itself, and so have no label.
+        loose: names of images that lie in the folder itself, and so have no label.
         problems: a line for each image of a known class whose format is not read.
     """
 
@@ -75,7 +75,7 @@ class LabelledFiles(NamedTuple):
     labels: np.ndarray
     unknown: dict[str, int]
     missing: list[str]
-    loose: list[Path]
+    loose: list[str]
     problems: list[str]
 
 
@@ -132,7 +132,7 @@ def find_files(folder: Path, classes: list[str]) -> LabelledFiles:
     others: list[Path] = []  # files in folders of known classes that are no images
     for class_folder in subfolders(folder):
         name = class_name(class_folder)
-        found, no_images = _files_of_class(class_folder, folder)
+        found, no_images = images_and_others(class_folder, folder, on_error=fail)
         images.setdefault(name, []).extend(found)
         if name in classes:
             others += no_images
@@ -154,27 +154,9 @@ def find_files(folder: Path, classes: list[str]) -> LabelledFiles:
         labels=np.array(labels, np.int64),
         unknown={name: len(found) for name, found in images.items() if name not in classes},
         missing=[name for name in classes if not images.get(name)],
-        loose=_loose_images(folder),
+        loose=loose_images(folder),
         problems=problems,
     )
-
-
-def _files_of_class(class_folder: Path, folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images in a class folder and below it, as training finds them, and the other files."""
-    images, others = [], []
-    for path, _ in walk_files(class_folder, folder, on_error=fail):
-        file = folder / path
-        if decode.counts_as_image(file):
-            images.append(file)
-        else:
-            others.append(file)
-    return sorted(images), sorted(others)
-
-
-def _loose_images(folder: Path) -> list[Path]:
-    """The images in a folder itself."""
-    files = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
-    return [path for path in files if path.is_file() and decode.counts_as_image(path)]
 
 
 def _no_known_class(folder: Path, names: list[str], classes: list[str]) -> UserError:
@@ -213,7 +195,7 @@ def note_left_out(files: LabelledFiles, model: Model) -> None:
     if files.missing:
         _note(f"no image in {files.folder} of the class: {_list_names(files.missing)}")
     if files.loose:
-        images = f"{pluralize(len(files.loose), 'image')}, such as {files.loose[0].name}"
+        images = f"{pluralize(len(files.loose), 'image')}, such as {files.loose[0]}"
         _note(f"left out, because in {files.folder} itself, and so without a class: {images}")
 
 

@@ -5,7 +5,7 @@ downloaded there, and no other machine is asked.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,22 @@ def is_network_path(path: str) -> bool:
 
 def existing_folder(path: str) -> Path | None:
     """The folder of this name if there is one on this machine, else None; ~ is the home folder."""
-    if is_network_path(path):
-        return None
-    try:
-        folder = Path(path).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # a name that no folder can have, or ~nobody
-        return None
+    return _existing(path, Path.is_dir)
 
 
 def existing_file(path: str) -> Path | None:
     """The file of this name if there is one on this machine, else None; ~ is the home folder."""
+    return _existing(path, Path.is_file)
+
+
+def _existing(path: str, is_it: Callable[[Path], bool]) -> Path | None:
+    """The path if it is on this machine and `is_it`, else None."""
     if is_network_path(path):
         return None
     try:
-        file = Path(path).expanduser()
-        return file if file.is_file() else None
-    except (OSError, RuntimeError, ValueError):
+        place = Path(path).expanduser()
+        return place if is_it(place) else None
+    except (OSError, RuntimeError, ValueError):  # a name that nothing can have, or ~nobody
         return None
 
 

@@ -300,6 +300,28 @@ def images_below(class_folder: Path, folder: Path) -> tuple[list[tuple[str, int]
     return images, others
 
 
+def images_and_others(
+    inside: Path, folder: Path, on_error: Callable[[OSError], None] | None = None
+) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and below it, hidden ones aside, and the other files there.
+
+    The images are those that training finds.
+
+    Args:
+        inside: where to look: `folder` or one within it.
+        folder: the folder that the user has named.
+        on_error: called for a folder that cannot be read; None: it is skipped.
+    """
+    images, others = [], []
+    for path, _ in walk_files(inside, folder, on_error=on_error):
+        file = folder / path
+        if counts_as_image(file):
+            images.append(file)
+        else:
+            others.append(file)
+    return sorted(images), sorted(others)
+
+
 def is_unknown(file: Path, status: os.stat_result | OSError) -> bool:
     """Whether neither content nor name of a file tells that it is no image."""
     return isinstance(status, OSError) and not file.suffix
