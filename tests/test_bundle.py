@@ -92,11 +92,9 @@ def test_two_processes_train_from_it(bundled, folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no compiler")
 def test_it_compiles(bundled, folder):
-    options = ["--dataset", "digits", "--subset", "100", "--epochs", "1", "--width", "0.25"]
-    bundled(
-        *options, "--precision", "fp32", "--progressive-resizing", "0", "--compile", timeout=600
-    )
-    assert (folder / "model_cnn_digits.pth").exists()
+    options = ["--dataset", "digits", "--model", "fcn", "--image-size", "8", "--fast-dev-run"]
+    bundled(*options, "--precision", "fp32", "--compile", timeout=600)
+    assert only_run(folder).joinpath("model_fcn_digits.pth").exists()
 
 
 def test_a_folder_without_the_script_is_refused(tmp_path):

@@ -327,7 +327,7 @@ def test_checkpoints_that_claim_to_be_huge_cost_nothing(folder):
         torch.save(content | change, folder / f"{name}.pth")
     with (
         zipfile.ZipFile(folder / "whole.pth") as whole,
-        zipfile.ZipFile(folder / "zip.pth", "w", zipfile.ZIP_DEFLATED) as compressed,
+        zipfile.ZipFile(folder / "zip.pth", "w", zipfile.ZIP_DEFLATED, True, 1) as compressed,
     ):
         for name in whole.namelist():
             compressed.writestr(name, whole.read(name))

@@ -2,8 +2,6 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -99,15 +97,13 @@ def test_every_picture_is_shown():
     assert set(DOCS.glob("*.png")) <= shown
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
-def test_commands_of_tools_use_options_that_exist(tool):
+def test_commands_of_tools_use_options_that_exist(tool, tool_inside):
     used = set()
     for page in PAGES:
         for command in re.findall(rf"python {tool}\.py([^\n`#|>]*)", page.read_text("utf-8")):
             used |= set(re.findall(r"(?<=\s)--[a-z][\w-]*", command))
-    command = [sys.executable, REPOSITORY / f"{tool}.py", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text, _ = tool_inside(tool)("--help")
     assert used <= set(re.findall(r"--[a-z][\w-]*", text))
 
 

@@ -221,7 +221,8 @@ def test_labels_by_chance_are_validated_by_chance(inside, folder):
     write_scenes(folder / "photos" / "train", num_scenes=120)
     write_scenes(folder / "photos" / "test", num_scenes=100, shots=1, seed=1)
     settings = ["--augment", "none", "--progressive-resizing", "0", "--val-fraction", "0.25"]
-    inside("--dataset", "photos", "--image-size", "24", "--epochs", "10", *settings)
+    settings += ["--image-size", "24", "--width", "0.5", "--epochs", "10"]
+    inside("--dataset", "photos", *settings)
     run = only_run(folder)
     last = rows_of(run)[-1]
     assert float(last["train_accuracy"]) > 0.95

@@ -145,7 +145,7 @@ def shell(folder, redirection, *arguments, script=SCRIPT):
 
 @posix_only
 @pytest.mark.slow
-@pytest.mark.parametrize("redirection", ["2>&-", ">&-", "<&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&- <&-"])
 def test_program_trains_with_closed_streams(folder, redirection):
     write_images(folder / "photos", {"red": 20, "green": 20})
     status, out, err = shell(folder, redirection, "--dataset", "photos", "--epochs", "1")
@@ -167,7 +167,7 @@ def test_errors_without_standard_error_are_a_status(folder, arguments, status):
 
 @posix_only
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["inference", "compare", "explain", "export", "tune", "app"])
+@pytest.mark.parametrize("name", ["compare", "app"])  # all tools start alike
 def test_tools_without_standard_error_end_with_a_status(folder, name):
     script = REPOSITORY / f"{name}.py"
     assert shell(folder, "2>&-", "--nothing-like-it", script=script) == (2, "", "")
@@ -179,7 +179,7 @@ def test_tools_without_standard_error_end_with_a_status(folder, name):
 def test_run_whose_output_is_no_longer_read_can_be_resumed(folder):
     """As with | head; other programs end then, too."""
     program = Program(folder)
-    process = program.start(*QUICK, "--epochs", "30", "--batch-size", "20")
+    process = program.start(*QUICK, "--epochs", "12", "--batch-size", "20")
     for line in process.stdout:
         if line.startswith("Epoch 0001"):
             break
@@ -187,9 +187,9 @@ def test_run_whose_output_is_no_longer_read_can_be_resumed(folder):
     err = process.stderr.read()
     assert (process.wait(60), err) == (141, "")
     trained = len(state_of(only_run(folder))["history"])
-    assert 2 <= trained < 30
+    assert 2 <= trained < 12
     out, _ = program("--resume", "last")
-    assert "Epoch 0001" not in out and "Epoch 0029" in out
+    assert "Epoch 0001" not in out and "Epoch 0011" in out
 
 
 @posix_only
