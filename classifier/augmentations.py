@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from classifier import auto_augment
 from classifier.config import parse_augment
 from classifier.errors import UsageError, UserError
 
@@ -28,7 +29,9 @@ STRENGTHS = {
     "cutout": (0.5, 0.99),  # side of a grey square, in image widths (DeVries and Taylor, 2017)
     "mixup": (0.4, 0.5),  # up to this share of another image and its label (Zhang et al., 2017)
     "cutmix": (1.0, 100.0),  # a part of another image, its share from Beta(F, F) (Yun et al., 2019)
+    "randaugment": (9.0, 30.0),  # magnitude of two operations: see `auto_augment`
 }
+WITHOUT_STRENGTH = ("trivialaugment",)
 
 
 def build_augmentation(
@@ -36,9 +39,10 @@ def build_augmentation(
 ) -> Callable[[torch.Tensor, torch.Tensor], Batch]:
     """The steps of --augment other than flip and crop, as a function of images and labels.
 
-    It takes uint8 images (B, C, H, W) and int64 labels (B,), and returns float images in [0, 255]
-    and the labels; mixup and cutmix turn these into shares, float (B, num_classes). Without such
-    steps it returns what it is given.
+    They are taken in the order in which they are named, but mixup and cutmix come last. The
+    function takes uint8 images (B, C, H, W) and int64 labels (B,), and returns float images in
+    [0, 255] and the labels; mixup and cutmix turn these into shares, float (B, num_classes).
+    Without such steps it returns what it is given.
 
     Raises UsageError for an unknown step or a strength out of range, UserError without Kornia.
     """
@@ -56,9 +60,16 @@ def build_augmentation(
 
 
 def _parse_strength(name: str, value: str, text: str | None) -> float:
-    """The strength of a step: `value` as typed, or the default if that is empty."""
+    """The strength of a step: `value` as typed, or the default if that is empty.
+
+    Of a step without one it is 0. Raises UsageError.
+    """
+    if name in WITHOUT_STRENGTH:
+        if value:
+            raise UsageError(f"--augment {text}: {name} takes no number")
+        return 0.0
     if name not in STRENGTHS:
-        known = ", ".join(STRENGTHS)
+        known = ", ".join([*STRENGTHS, *WITHOUT_STRENGTH])
         raise UsageError(f"--augment {text}: {name!r} is none of flip, crop, {known}")
     default, largest = STRENGTHS[name]
     if not value:
@@ -80,6 +91,10 @@ def _build_kornia_step(name: str, strength: float, text: str | None) -> nn.Modul
     except ModuleNotFoundError as error:
         install = "pip install -r requirements-extras.txt"
         raise UserError(f"--augment {text} needs the package {error.name}: {install}") from None
+    if name == "randaugment":
+        return auto_augment.randaugment(strength)
+    if name == "trivialaugment":
+        return auto_augment.trivialaugment()
     if name == "rotate":
         return K.RandomAffine(strength, padding_mode="reflection", p=1.0)
     if name == "brightness":

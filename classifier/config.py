@@ -119,7 +119,9 @@ class Config:
         None, "share of the target spread evenly over all classes", minimum=0, less_than=1
     )
     augment: str = setting(
-        None, "none, or a list of flip, crop=N (shift by up to N pixels) and other steps"
+        None,
+        "none, or a list of flip, crop=N (shift by up to N pixels), randaugment, trivialaugment "
+        "and other steps",
     )
     progressive_resizing: float = setting(
         None,

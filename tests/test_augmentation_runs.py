@@ -25,7 +25,7 @@ def test_run_with_augmentations_learns(inside, folder):
 @pytest.mark.slow
 def test_each_step_has_a_row_in_the_picture_of_samples(inside, folder):
     heights = {}
-    for augment in ("crop=2", "crop=2,rotate=10,mixup"):
+    for augment in ("crop=2", "crop=2,randaugment=5,mixup"):
         options = ["--fast-dev-run", "--augment", augment, "--run-dir", augment]
         inside(*SIXTEEN_PIXELS, "--width", "0.25", *options)
         heights[augment] = Image.open(folder / augment / "samples.png").height
@@ -36,7 +36,8 @@ def test_each_step_has_a_row_in_the_picture_of_samples(inside, folder):
 
 @pytest.mark.slow
 def test_augmented_run_resumes_bit_for_bit(inside, folder):
-    options = [*QUICK, "--subset", "200", "--device", "cpu", "--augment", "crop,rotate,mixup"]
+    options = [*QUICK, "--subset", "200", "--device", "cpu"]
+    options += ["--augment", "crop,rotate,randaugment,trivialaugment,mixup"]
     options += ["--ema", "--class-balance", "oversample"]
     # what follows would depend on the number of epochs to come
     options += ["--scheduler", "none", "--progressive-resizing", "0"]

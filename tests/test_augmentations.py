@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifier.augmentations import MIXING, STRENGTHS, build_augmentation, cutmix
+from classifier.augmentations import (
+    MIXING,
+    STRENGTHS,
+    WITHOUT_STRENGTH,
+    build_augmentation,
+    cutmix,
+)
 from classifier.errors import UsageError, UserError
 
 
@@ -28,7 +34,7 @@ def test_without_other_steps_nothing_changes(text):
     assert targets is labels
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", [*STRENGTHS, *WITHOUT_STRENGTH])
 def test_each_image_gets_its_own_draw(name):
     torch.manual_seed(0)
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
@@ -237,6 +243,10 @@ def test_same_seed_gives_the_same_images():
         ("hue=nan", "hue=nan"),
         ("cutmix=inf", "cutmix=inf"),
         ("erase=75%", "erase=75%"),
+        ("randaugment=31", "30"),
+        ("randaugment=0", "randaugment=0"),
+        ("trivialaugment=3", "trivialaugment"),
+        ("crop,randaug", "trivialaugment"),
     ],
 )
 def test_wrong_step_is_refused(text, named):
@@ -252,6 +262,10 @@ def test_missing_kornia_is_named(monkeypatch):
     with pytest.raises(UserError, match="--augment rotate .*kornia.*requirements-extras.txt"):
         build_augmentation("rotate", 10)
     build_augmentation("mixup", 10)  # does without it
+    for name in ("randaugment", "trivialaugment"):
+        monkeypatch.setitem(sys.modules, "kornia", None)
+        with pytest.raises(UserError, match=f"--augment {name} .*kornia.*requirements-extras.txt"):
+            build_augmentation(name, 10)
 
 
 def test_infinity_is_no_default():
