@@ -10,9 +10,11 @@ from classifier.text import printable
 def escape_markdown(text: str) -> str:
     """A text that Markdown shows as it is, in a paragraph as in a cell of a table.
 
-    Character references are never taken for syntax (CommonMark, section 2.5).
+    Character references are never taken for syntax (CommonMark, section 2.5). An underscore within
+    a word is no syntax.
     """
-    return re.sub(r"[\\`*_{}\[\]<>#|$~&:!@^=]", lambda match: f"&#{ord(match[0])};", text)
+    syntax = r"[\\`*{}\[\]<>#|$~&:!@^=]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(syntax, lambda match: f"&#{ord(match[0])};", text)
 
 
 def quote_yaml(text: str) -> str:

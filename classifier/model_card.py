@@ -318,6 +318,11 @@ def _limits_section(content: dict[str, Any], results: dict[str, Any]) -> str:
             f"- Of these classes there were fewer than {FEW_TEST_IMAGES} test images, so that "
             f"their figures say little: {', '.join(few)}."
         )
+    if content.get("pixel_ranges"):
+        lines.append(
+            "- Images with more than 8 bits a pixel are scaled as `pixel_ranges` in the file's "
+            "metadata says. The example for ONNX Runtime below does not do that."
+        )
     if content["config"].get("fast_dev_run"):
         lines.append("- It is of a trial run on one batch, and of no use.")
     return "\n".join(["## Intended use and limits", "", *lines])
@@ -397,7 +402,7 @@ def _training_section(content: dict[str, Any], results: dict[str, Any]) -> str:
         parts.append(table(["", ""], rows))
     shown = {}
     for name, value in settings.items():
-        if name not in PATHS and value is not None:
+        if name not in PATHS and value not in (None, ""):
             shown[name] = value
     parts += ["Settings:", code_block(json.dumps(shown, indent=2), "json")]
     return "\n\n".join(parts)

@@ -124,6 +124,7 @@ def test_each_class_has_a_row_with_its_name_as_it_is():
     assert of_classes[CLASSES[1]][:2] == ["20", "50.0 %"]
     assert of_classes[CLASSES[2]] == ["0", "-", "-", "-"]
     assert html.unescape(", ".join(map(markup.escape_markdown, CLASSES))) in html.unescape(text)
+    assert "# model_cnn\n" in text  # as it is
     for syntax in ("cat|", "$x", "<b>", "`code`", "[link]", "*stars*"):
         assert syntax not in text
     # of the classes with few images
@@ -172,6 +173,8 @@ def test_what_is_not_known_is_left_out():
     del nothing["report"], nothing["dataset"], nothing["train_images"]
     metadata, text = parse(model_card(nothing, FILE))
     assert not {"model-index", "metrics", "datasets"} & metadata.keys()
+    assert "pixel_ranges" not in text
+    assert "pixel_ranges" in model_card(make_content(pixel_ranges={"integers": [0.0, 9.0]}), FILE)
     assert "## Results" not in text and "not calibrated" in text and " None" not in text
 
 

@@ -170,11 +170,12 @@ def test_damaged_file_is_refused_in_one_line(folder):
         ("mean", '["a"]'),
         ("image_size", "1e3"),
         ("config", "[]"),
-        ("metrics", " " * checkpoints.MAX_JSON),
+        ("metrics", json.dumps({"x": "x" * checkpoints.MAX_JSON})),
         ("train_digests", "0123"),
         ("train_digests", "no digits"),
         ("train_digests", "é"),
     ],
+    ids=lambda value: value[:20],
 )
 def test_metadata_that_no_model_has_are_refused(folder, name, text):
     path = write_raw(folder / "bad.safetensors", **{name: text})
