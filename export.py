@@ -3,10 +3,12 @@
     python export.py                                      the newest model, beside it as .onnx
     python export.py --checkpoint model_cnn.pth --int8    also a smaller, faster one of 8 bits
     python export.py --format pt2                         for torch.export.load
+    python export.py --format safetensors --card          to publish it, with a model card
 
 Input: `images`, float32 (N, 3, H, W) in [0, 1], RGB, any N. Output: `logits`, float32 (N, classes).
 The network normalises the images itself. The file's metadata hold what else is needed: classes,
-image size, how to resize, temperature of the confidence.
+image size, how to resize, temperature of the confidence. A safetensors file holds what the .pth
+does, and all tools read it.
 """
 
 import argparse
@@ -32,11 +34,14 @@ try:
     from torch import nn
 
     import image_classification as ic
+    from classifier import checkpoints, model_card
     from classifier.cli import command_line, end_process, program, run_tool, tool_parser
+    from classifier.config import is_custom_model
     from classifier.datasets import pixel_range
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
     from classifier.files import prepare_file, write_atomically
+    from classifier.foreign_paths import without_folders
     from classifier.text import escape_control_characters
     from inference import Classifier, dataset_available, load_dataset_of, load_model
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
@@ -128,6 +133,14 @@ def to_pt2(model: Classifier) -> bytes:
     return buffer.getvalue()
 
 
+def to_safetensors(model: Classifier) -> bytes:
+    """The model as a safetensors file, with all that its .pth tells but the user's folders."""
+    content = checkpoints.read_checkpoint(model.path)
+    weights = model.require_network().state_dict()
+    settings = without_folders(content["config"])
+    return checkpoints.to_safetensors({**content, "model": weights, "config": settings})
+
+
 # ---- Comparison with PyTorch ---------------------------------------------------------------------
 
 
@@ -145,6 +158,29 @@ def export(model: Classifier, format: str, images: np.ndarray, out: Path) -> Non
     result = compare_logits(model.logits(images), logits)
     print(f"Compared with PyTorch {result}")
     write_atomically(out, content)
+
+
+def export_safetensors(model: Classifier, images: np.ndarray, out: Path) -> None:
+    """Write the model as safetensors, once it is known to give the same logits, bit for bit.
+
+    images: uint8 (N, 3, S, S), for which they are compared. Raises UserError if they differ.
+    """
+    print(f"Exporting {model.path} to {out}")
+    content = to_safetensors(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "new.safetensors")
+        file.write_bytes(content)
+        logits = load_model(file, "cpu", named_network(model)).logits(images)
+    if logits.tobytes() != model.logits(images).tobytes():
+        raise UserError(f"the export does not compute the same as {model.path}")
+    print(f"Compared with {model.path} on {len(images)} images: the same logits, bit for bit")
+    write_atomically(out, content)
+
+
+def named_network(model: Classifier) -> str:
+    """FILE.py:FACTORY of a custom network, else "": what --model has to name."""
+    network = model.settings.get("model", "")
+    return network if is_custom_model(network) else ""
 
 
 def onnx_logits(file: Path, images: np.ndarray) -> np.ndarray:
@@ -320,10 +356,17 @@ def time_one_image(models: dict[str, Classifier], image: np.ndarray) -> dict[str
 def parse_options() -> argparse.Namespace:
     """The options of this process; ends it with status 2 if they are wrong."""
     parser = tool_parser(__doc__, device=False)
-    parser.add_argument("--format", default="onnx", choices=["onnx", "pt2"], help="(default: onnx)")
+    parser.add_argument(
+        "--format", default="onnx", choices=["onnx", "pt2", "safetensors"], help="(default: onnx)"
+    )
     parser.add_argument("--int8", action="store_true", help="also an ONNX file of 8-bit numbers")
     parser.add_argument(
-        "--out", metavar="FILE", help="(default: beside the model, with .onnx or .pt2)"
+        "--card",
+        action="store_true",
+        help=f"also {model_card.CARD_FILE}, beside the export: what the model is and how good",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="(default: beside the model, with the format's extension)"
     )
     parser.add_argument(
         "--data-dir",
@@ -345,19 +388,33 @@ def main() -> int:
     model.require_network()
     out = Path(options.out or model.path.with_suffix(f".{options.format}"))
     prepare_file(out)
+    card = out.with_name(model_card.CARD_FILE)
+    if options.card and card.exists():
+        raise UserError(f"{card} exists, perhaps with words of yours: move it, or omit --card")
     data = None
     if options.int8:
         data = load_dataset_of(model, options.data_dir)
     elif options.data_dir or dataset_available(model):
         data = data_to_compare(model, options.data_dir)
-    export(model, options.format, images_to_compare(model, data), out)
+    images = images_to_compare(model, data)
+    if options.format == "safetensors":
+        export_safetensors(model, images, out)
+    else:
+        export(model, options.format, images, out)
     if options.int8 and data is not None:
         int8_out = out.with_name(f"{out.stem}-int8.onnx")
         export_int8(out, int8_out, data)
         print(f"\nIn 8 bits: {int8_out}")
-    if options.format == "onnx":
+    if options.card:
+        text = model_card.model_card(checkpoints.read_checkpoint(model.path), out)
+        write_atomically(card, text.encode())
+        print(f"\nModel card: {card}: fill in its licence and its intended use")
+    if options.format != "pt2":
         inference = program("inference.py") or ["python", "inference.py"]
-        print(f"\nUse it: {command_line([*inference, '--checkpoint', str(out), 'IMAGE'])}")
+        words = [*inference, "--checkpoint", str(out)]
+        if options.format == "safetensors" and named_network(model):
+            words += ["--model", named_network(model)]
+        print(f"\nUse it: {command_line([*words, 'IMAGE'])}")
     return 0
 
 

@@ -212,7 +212,7 @@ def load_model(
     """Load a model file, executing nothing in it.
 
     Args:
-        path: a .pth or .onnx file, or a folder, whose newest .pth is taken.
+        path: a .pth, .safetensors or .onnx file, or a folder, whose newest .pth is taken.
         device: auto, cpu, cuda, cuda:N or mps.
         model: FILE.py:FACTORY of a custom network.
 
@@ -231,7 +231,7 @@ def load_model(
 
 
 def load_pth(path: Path, device: str, model: str) -> Classifier:
-    """Load a .pth file: see load_model."""
+    """Load a .pth or .safetensors file: see load_model."""
     try:
         import torch
 

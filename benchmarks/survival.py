@@ -310,7 +310,7 @@ def load(content: bytes, suffix: str, model: str) -> tuple[str, float, float]:
         path.write_bytes(content)
         began = time.perf_counter()
         try:
-            if suffix == ".pth":
+            if suffix in (".pth", ".safetensors"):
                 ic.load_checkpoint(path)
             else:
                 inference.predict(load_classifier(model, "cpu"), [path])

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import zipfile
 from collections.abc import Callable, Container
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,6 +37,14 @@ REQUIRED = {  # what every checkpoint holds; last.pth holds more
     "metrics": dict,
     "versions": dict,
 }
+# What a model file may hold besides. Everything else, such as the state of a run, is not exported.
+OPTIONAL = ("dataset", "train_images", "fingerprint", "split_rules", "pixel_ranges", "report")
+DIGESTS = ("train_digests", "earlier_digests")  # int64 (N,): see seen_images
+
+SAFETENSORS = ".safetensors"
+MAX_JSON = (
+    10_000_000  # characters of metadata: as Python's objects they take up to 20 times as much
+)
 
 
 def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
@@ -75,11 +85,13 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """What torch.save wrote, or None if it cannot be read safely.
+    """What torch.save or `to_safetensors` wrote, or None if it cannot be read safely.
 
     Raises OSError, which names the file, if the disk fails, and the error of a memory that is too
-    small.
+    small; UserError as `read_safetensors` does.
     """
+    if path.suffix.lower() == SAFETENSORS:
+        return _from_safetensors(*read_safetensors(path))
     is_zip = False
     with open(path, "rb") as file:
         try:
@@ -118,6 +130,85 @@ def _is_checkpoint(content: Any) -> bool:
         and all(isinstance(name, str) for name in weights)
         and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
     )
+
+
+# ---- Safetensors ---------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors in a safetensors file, on the CPU, and its metadata, which may be empty.
+
+    Such a file holds numbers and text, and so nothing that could be executed. Raises UserError if
+    it is damaged or the package is missing, and OSError, which names it, if it cannot be read.
+    """
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from None
+    content = Path(path).read_bytes()
+    try:
+        weights = load(content)
+        # the package has checked the header: its size, 8 bytes, and then JSON
+        header_size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + header_size])
+    except Exception as error:  # the package may raise anything for a damaged file
+        if is_out_of_memory(error):
+            raise
+        reason = type(error).__name__
+        raise UserError(f"{path} is damaged or not a safetensors file ({reason})") from None
+    return weights, header.get("__metadata__") or {}
+
+
+def to_safetensors(content: dict[str, Any]) -> bytes:
+    """The content of a checkpoint as that of a safetensors file, which `read_checkpoint` reads.
+
+    The weights have the names of the state dict. Everything else is in the metadata, which take
+    nothing but text: each value as JSON, and digests as hexadecimal digits. What only resuming
+    needs is left out. Raises UserError for values that no model file has.
+    """
+    from safetensors.torch import save
+
+    metadata = {"format": "pt"}  # by which other programs know that these are torch's
+    try:
+        for name in (*REQUIRED, *OPTIONAL):
+            if name in content and name != "model":
+                metadata[name] = json.dumps(content[name])
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{name} in the model file is not what a model file holds there") from None
+    for name in DIGESTS:
+        digests = content.get(name)
+        if isinstance(digests, torch.Tensor):
+            metadata[name] = digests.numpy().astype("<i8").tobytes().hex()
+    weights = {}
+    for name, tensor in content["model"].items():
+        # safetensors refuses tensors that share memory
+        weights[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return save(weights, metadata)
+
+
+def _from_safetensors(
+    weights: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> dict[str, Any] | None:
+    """The content of a checkpoint that `to_safetensors` wrote; of any other file, its weights.
+
+    None if the metadata are damaged.
+    """
+    described = [name for name in (*REQUIRED, *OPTIONAL) if name in metadata and name != "model"]
+    if not set(REQUIRED) <= {"model", *described}:
+        return dict(weights)
+    if sum(len(metadata[name]) for name in described) > MAX_JSON:
+        return None
+    content: dict[str, Any] = {"model": weights}
+    try:
+        for name in described:
+            content[name] = json.loads(metadata[name])
+        for name in DIGESTS:
+            if name in metadata:
+                digests = np.frombuffer(bytes.fromhex(metadata[name]), "<i8")
+                content[name] = torch.from_numpy(digests.astype(np.int64))
+    except (ValueError, RecursionError):
+        return None
+    return content
 
 
 # ---- State dicts ---------------------------------------------------------------------------------

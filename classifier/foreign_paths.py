@@ -5,12 +5,13 @@ downloaded there, and no other machine is asked.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from classifier.cli import command_line
-from classifier.config import flag, is_custom_model
+from classifier.config import FIELD_TYPES, PATHS, flag, is_custom_model
 from classifier.errors import UserError
 
 # Settings that name a place to read. A network path among them has to be typed again.
@@ -93,3 +94,27 @@ def settings_to_type_again(settings: Mapping[str, Any]) -> dict[str, str]:
     if settings.get("out"):
         found["out"] = settings["out"]
     return found
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run for a file to give away, which says nothing of this machine's folders.
+
+    Of paths the last part stays: photos of /home/ann/photos. A mirror is left out, and so is
+    everything that is no setting.
+
+    settings: by name; some may be missing.
+    """
+    kept = {name: value for name, value in settings.items() if name in FIELD_TYPES}
+    kept.pop("mirror", None)
+    places = [*PATHS, "recipe"]
+    if is_custom_model(kept.get("model") or ""):
+        places.append("model")
+    for name in places:
+        path = kept.get(name)
+        if not isinstance(path, str):
+            continue
+        last_part = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+        if name == "dataset" and last_part != path:
+            last_part = f"./{last_part}"  # so that a folder mnist is not taken for MNIST
+        kept[name] = last_part
+    return kept

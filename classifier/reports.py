@@ -139,7 +139,7 @@ def write_report(
     logits: torch.Tensor,
     checkpoint: dict[str, Any],
 ) -> Report:
-    """Draw the pictures, write test_predictions.csv, and add the test results to best.pth.
+    """Draw the pictures, write test_predictions.csv, and add the results to best.pth.
 
     Run.finish writes report.json, because that file marks a run as finished.
 
@@ -147,7 +147,8 @@ def write_report(
         log: open.
         results: content of report.json, but for what says which epoch and which images were tested.
         logits: float32 (N, classes), of the test images, on the CPU.
-        checkpoint: content of best.pth; its metrics get the results of the test.
+        checkpoint: content of best.pth; its metrics get the main results of the test, and all of
+            them are in it under "report".
     """
     classes = list(results["class_accuracy"])
     temperature = results["temperature"]
@@ -181,8 +182,24 @@ def write_report(
     checkpoint["metrics"]["test_accuracy"] = accuracy
     checkpoint["metrics"]["test_loss"] = loss
     checkpoint["metrics"]["temperature"] = temperature
+    checkpoint["report"] = _report_for_model_file(results, data)
     save_checkpoint(run.best, checkpoint)
     return Report(results, history, run.path, run.best)
+
+
+def _report_for_model_file(results: dict[str, Any], data: Dataset) -> dict[str, Any]:
+    """What a model file says about its test and its training: report.json, made shorter.
+
+    The confusion matrix, which is large with many classes, becomes the number of test images of
+    each class. Why CIFAR-10 was not available is left out: that names folders of this machine. The
+    number of validation images is added.
+    """
+    facts = {name: value for name, value in results.items() if name != "confusion_matrix"}
+    counts = [sum(row) for row in results["confusion_matrix"]]
+    facts["class_images"] = dict(zip(results["class_accuracy"], counts, strict=True))
+    facts["valid_images"] = len(data.valid.labels)
+    facts["substituted_for"] = "CIFAR10" if results["substituted_for"] else None
+    return facts
 
 
 def _draw_pictures(

@@ -15,6 +15,7 @@ import torch
 from conftest import QUICK, trainer_of
 
 import image_classification as ic
+from classifier.checkpoints import to_safetensors
 from classifier.errors import UserError
 from classifier.progress import COLUMNS
 
@@ -196,6 +197,8 @@ def count_mutants(model_file, num_files):
     files = list(survival.pictures(num_files, chance))
     for change in (survival.mutated, survival.altered):
         files += [(change(content, chance), ".pth") for _ in range(num_files)]
+    other_format = to_safetensors(torch.load(model_file, weights_only=True))
+    files += [(survival.mutated(other_format, chance), ".safetensors") for _ in range(num_files)]
 
     _, _, before = survival.load(content, ".pth", str(model_file))
     results = []

@@ -270,6 +270,18 @@ def test_best_model_learns_its_test_results(written):
     }
 
 
+def test_best_model_has_the_report_but_for_what_is_large_or_names_folders(written):
+    report, _, _ = written
+    saved = read_checkpoint(report.checkpoint)["report"]
+    expected = {name: value for name, value in report.results.items() if name != "confusion_matrix"}
+    counts = dict(zip(CLASSES, [40, 20, 0], strict=True))
+    assert saved == {**expected, "class_images": counts, "valid_images": 60}
+
+    data = make_data("digits", fallback_reason="/home/ann/data is empty")
+    results = make_results(data, make_logits(data.test.labels, 50), history=[make_row(0)])
+    assert reports._report_for_model_file(results, data)["substituted_for"] == "CIFAR10"
+
+
 def test_tensorboard_shows_the_report(written):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
