@@ -81,7 +81,7 @@ def classify(
         message = f"This is not a picture that can be read: {reason}"
         raise gr.Error(message, print_exception=False) from None
     confidences = probabilities(model, pixels[None])[0]
-    picture = decode(Path(path), PICTURE_SIZE, model.pixel_ranges).pixels.copy()
+    picture = decode(Path(path), PICTURE_SIZE, model.pixel_ranges, model.fit).pixels.copy()
     with contextlib.suppress(UserError):  # a network without feature maps: the picture alone
         picture = add_heat_map(model, picture, pixels, int(confidences.argmax()))
     return dict(zip(model.classes, confidences.tolist(), strict=True)), picture

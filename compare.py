@@ -31,6 +31,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder 
 
 try:
     from classifier.cli import end_process, run_tool
+    from classifier.config import Config
     from classifier.errors import UserError
     from classifier.legacy import REMOVED_OPTIONS, translate_settings
     from inference import expand
@@ -196,6 +197,7 @@ def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
     Settings of version 0.9 that have been removed stay where they had an effect.
     """
+    settings = {"fit": Config.fit, **settings}  # there was no other before
     try:
         return translate_settings(settings)
     except UserError:

@@ -4,11 +4,13 @@
     python export.py --checkpoint model_cnn.pth --int8    also a smaller, faster one of 8 bits
     python export.py --format pt2                         for torch.export.load
     python export.py --format safetensors --card          to publish it, with a model card
+    python export.py --raw                                takes a photograph of any size
 
 Input: `images`, float32 (N, 3, H, W) in [0, 1], RGB, any N. Output: `logits`, float32 (N, classes).
 The network normalises the images itself. The file's metadata hold what else is needed: classes,
-image size, how to resize, temperature of the confidence. A safetensors file holds what the .pth
-does, and all tools read it.
+image size, how to resize, temperature of the confidence. With --raw the input is `image`, uint8
+(H, W, 3), RGB, of any height and width, and the network resizes it, too: `logits` is (1, classes).
+A safetensors file holds what the .pth does, and all tools read it.
 """
 
 import argparse
@@ -31,17 +33,19 @@ try:
     import onnx
     import torch
     from onnxruntime import quantization
+    from PIL import Image
     from torch import nn
 
     import image_classification as ic
     from classifier import checkpoints, model_card
     from classifier.cli import command_line, end_process, program, run_tool, tool_parser
     from classifier.config import is_custom_model
-    from classifier.datasets import pixel_range
+    from classifier.datasets import decode, pixel_range
     from classifier.datasets.dataset import Dataset
     from classifier.errors import UserError
     from classifier.files import prepare_file, write_atomically
     from classifier.foreign_paths import without_folders
+    from classifier.raw_network import RawNetwork, odd_photographs
     from classifier.text import escape_control_characters
     from inference import Classifier, dataset_available, load_dataset_of, load_model
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
@@ -56,16 +60,24 @@ except KeyboardInterrupt:
 
 NUM_COMPARED = 1000  # images for which an export is compared with PyTorch
 TOLERANCE = 1e-3  # largest difference of logits
+NUM_PHOTOGRAPHS = 40  # for which --raw is compared, and as many of the data set's folder
+# Of --raw: where Pillow rounds a value of a pixel up and the file down, logits differ by more.
+RAW_TOLERANCE = 0.05
 NUM_CALIBRATION = 500  # images that the ranges of 8-bit activations are taken from
 CALIBRATION_BATCH_SIZE = 100
 MAX_SCORED = 10_000  # images on which 8 bits are compared with float32
 MAX_ACCURACY_LOSS = 0.01  # that 8 bits may cost
 TIMED_RUNS = 200
 DYNAMIC_SHAPES = {"images": {0: torch.export.Dim("batch")}}  # N may be any number
-RESIZE = (
-    "the middle square of the image, resized bicubically to image_size x image_size; RGB, divided "
-    "by 255"
-)
+RAW_SHAPES = {"image": {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}}
+RESIZE = {  # by --fit
+    "crop": "the middle square of the image, resized bicubically to image_size x image_size; RGB, "
+    "divided by 255",
+    "pad": "all of the image, its longer side resized bicubically to image_size, in the middle of "
+    "image_size x image_size pixels of grey (114, 114, 114); RGB, divided by 255",
+    "stretch": "all of the image, whatever its shape, resized bicubically to image_size x "
+    "image_size; RGB, divided by 255",
+}
 
 
 # ---- Exports -------------------------------------------------------------------------------------
@@ -87,7 +99,8 @@ def metadata(model: Classifier) -> dict[str, str]:
     values = {
         "classes": model.classes,
         "image_size": model.image_size,
-        "resize": RESIZE,
+        "fit": model.fit,
+        "resize": RESIZE[model.fit],
         "dataset": model.dataset,
         "test_accuracy": model.test_accuracy,
         "temperature": model.temperature,
@@ -103,23 +116,28 @@ def exportable(model: Classifier) -> tuple[nn.Module, torch.Tensor]:
     return network, torch.zeros(2, 3, model.image_size, model.image_size)
 
 
-def to_onnx(model: Classifier) -> bytes:
-    """The model as an ONNX file, with its metadata."""
+def to_onnx(model: Classifier, raw: bool = False) -> bytes:
+    """The model as an ONNX file, with its metadata. raw: see --raw."""
     network, example = exportable(model)
+    about = metadata(model)
+    if raw:
+        network = RawNetwork(network, model.image_size, model.fit)
+        example = torch.zeros(37, 41, 3, dtype=torch.uint8)
+        about["raw"] = json.dumps(True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported: Any = torch.onnx.export(
             network,
             (example,),
-            input_names=["images"],
+            input_names=["image"] if raw else ["images"],
             output_names=["logits"],
-            dynamic_shapes=DYNAMIC_SHAPES,
+            dynamic_shapes=RAW_SHAPES if raw else DYNAMIC_SHAPES,
             dynamo=True,
             external_data=False,
             verbose=False,
         )
     proto = exported.model_proto
-    onnx.helper.set_model_props(proto, metadata(model))
+    onnx.helper.set_model_props(proto, about)
     return proto.SerializeToString()
 
 
@@ -181,6 +199,57 @@ def named_network(model: Classifier) -> str:
     """FILE.py:FACTORY of a custom network, else "": what --model has to name."""
     network = model.settings.get("model", "")
     return network if is_custom_model(network) else ""
+
+
+def export_raw(model: Classifier, photographs: list[np.ndarray], out: Path) -> None:
+    """Write an ONNX file that takes photographs, once it is known to recognise the same in them.
+
+    photographs: uint8 (H, W, 3), of any sizes. Raises UserError if it does not.
+    """
+    print(f"Exporting {model.path} to {out}, for photographs of any size")
+    content = to_onnx(model, raw=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "new.onnx")
+        file.write_bytes(content)
+        logits = load_model(file).logits([image.transpose(2, 0, 1) for image in photographs])
+    squares = []
+    for image in photographs:
+        square = decode.square(Image.fromarray(image), model.image_size, fit=model.fit)
+        squares.append(square.transpose(2, 0, 1))
+    result = compare_raw_logits(model.logits(np.stack(squares)), logits)
+    print(f"Compared with inference.py {result}")
+    write_atomically(out, content)
+
+
+def compare_raw_logits(expected: np.ndarray, found: np.ndarray) -> str:
+    """How far the logits of photographs, (N, classes), are apart, in words.
+
+    Raises UserError if a class differs whose logit is more than RAW_TOLERANCE above the others, or
+    if they are not numbers.
+    """
+    difference = float(np.abs(expected - found).max())
+    best_two = np.sort(expected, axis=1)[:, -2:]
+    is_clear = best_two[:, 1] - best_two[:, 0] > RAW_TOLERANCE
+    is_changed = expected.argmax(1) != found.argmax(1)
+    num_wrong = int((is_clear & is_changed).sum())
+    result = (
+        f"on {len(found)} photographs of odd sizes: logits differ by {difference:.1e} at most, the "
+        f"class of {int(is_changed.sum())} differs"
+    )
+    if np.isnan(difference) or num_wrong:
+        raise UserError(f"the export does not recognise the same as inference.py {result}")
+    return result
+
+
+def photographs_to_compare(model: Classifier, data: Dataset | None) -> list[np.ndarray]:
+    """Photographs of odd sizes, generated and of the data set's folder, uint8 (H, W, 3) each."""
+    photographs = list(odd_photographs(NUM_PHOTOGRAPHS))
+    if data is not None and data.report is not None and data.files is not None:
+        folder = Path(data.report["folder"])
+        for name in data.files[:: max(1, len(data.files) // NUM_PHOTOGRAPHS)][:NUM_PHOTOGRAPHS]:
+            path = folder / name
+            photographs.append(decode.decode_rgb(path, model.image_size, model.pixel_ranges))
+    return photographs
 
 
 def onnx_logits(file: Path, images: np.ndarray) -> np.ndarray:
@@ -361,12 +430,17 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--int8", action="store_true", help="also an ONNX file of 8-bit numbers")
     parser.add_argument(
+        "--raw", action="store_true", help="an ONNX file that takes a photograph of any size"
+    )
+    parser.add_argument(
         "--card",
         action="store_true",
         help=f"also {model_card.CARD_FILE}, beside the export: what the model is and how good",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="(default: beside the model, with the format's extension)"
+        "--out",
+        metavar="FILE",
+        help="(default: beside the model, with the format's extension, or -raw.onnx)",
     )
     parser.add_argument(
         "--data-dir",
@@ -376,9 +450,17 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.int8 and options.format != "onnx":
         parser.error("--int8 is for --format onnx")
+    if options.raw and (options.int8 or options.format != "onnx"):
+        parser.error("--raw is for --format onnx, without --int8")
     if options.out and Path(options.out).suffix.lower() != f".{options.format}":
         parser.error(f"--out {options.out}: the name has to end in .{options.format}")
     return options
+
+
+def default_out(checkpoint: Path, format: str, raw: bool) -> Path:
+    """The file that is written if none is named: beside the model."""
+    ending = "-raw" if raw else ""
+    return checkpoint.with_name(f"{checkpoint.stem}{ending}.{format}")
 
 
 def main() -> int:
@@ -386,7 +468,7 @@ def main() -> int:
     options = parse_options()
     model = load_model(options.checkpoint, "cpu", options.model)
     model.require_network()
-    out = Path(options.out or model.path.with_suffix(f".{options.format}"))
+    out = Path(options.out or default_out(model.path, options.format, options.raw))
     prepare_file(out)
     card = out.with_name(model_card.CARD_FILE)
     if options.card and card.exists():
@@ -396,11 +478,12 @@ def main() -> int:
         data = load_dataset_of(model, options.data_dir)
     elif options.data_dir or dataset_available(model):
         data = data_to_compare(model, options.data_dir)
-    images = images_to_compare(model, data)
-    if options.format == "safetensors":
-        export_safetensors(model, images, out)
+    if options.raw:
+        export_raw(model, photographs_to_compare(model, data), out)
+    elif options.format == "safetensors":
+        export_safetensors(model, images_to_compare(model, data), out)
     else:
-        export(model, options.format, images, out)
+        export(model, options.format, images_to_compare(model, data), out)
     if options.int8 and data is not None:
         int8_out = out.with_name(f"{out.stem}-int8.onnx")
         export_int8(out, int8_out, data)

@@ -33,6 +33,7 @@ try:
 
     from classifier import evaluation
     from classifier.cli import command_line, end_process, run_tool, tool_parser
+    from classifier.config import FITS, Config
     from classifier.datasets import decode, pixel_range, unreadable
     from classifier.datasets.folder_layout import images_and_others
     from classifier.errors import UsageError, UserError
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # torch and matplotlib may not be installed
 
 BATCH_SIZE = 250  # images in memory at once
 ONNX_BATCH_SIZE = 50
+RAW_BATCH_SIZE = 8  # photographs in memory at once, where a model takes them whole
 OUT = Path("evaluated")  # default of --out
 MAX_PICTURES = 60  # images that --save draws
 ONNX_METADATA = ["classes", "image_size", "temperature", "dataset", "test_accuracy"]
@@ -103,6 +105,8 @@ class Classifier:
             is not known.
         fingerprint: of the training images, see `Dataset.fingerprint`; None if it is not known.
         split_rules: by which the training images were chosen: see `dataset.SPLIT_RULES`.
+        fit: how images become squares: see `fitting.to_square`.
+        is_raw: whether it is an ONNX file that takes photographs of any size.
 
     Raises UserError for values that no model can have.
     """
@@ -113,13 +117,15 @@ class Classifier:
     temperature: float | None
     dataset: str
     test_accuracy: float | None
-    compute_logits: Callable[[np.ndarray], np.ndarray]
+    compute_logits: Callable[[Any], np.ndarray]
     network: "nn.Module | None" = None
     settings: dict[str, Any] = field(default_factory=dict)
     pixel_ranges: pixel_range.Ranges = field(default_factory=dict)
     seen_digests: "torch.Tensor | None" = None
     fingerprint: Any = None
     split_rules: int = 1
+    fit: str = Config.fit
+    is_raw: bool = False
 
     def __post_init__(self) -> None:
         names = [self.dataset, *self.classes] if isinstance(self.classes, list) else []
@@ -130,15 +136,19 @@ class Classifier:
             and self.image_size > 0
             and (self.temperature is None or _is_number(self.temperature, above=0))
             and (self.test_accuracy is None or _is_number(self.test_accuracy, above=-1e-9))
+            and self.fit in FITS
         )
         if not is_sound:
             raise UserError(f"{self.path} is damaged or was not written by this program")
 
-    def logits(self, images: np.ndarray) -> np.ndarray:
+    def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
         """Logits of images, float32 (N, classes), computed in fp32.
 
-        images: uint8 (N, 3, S, S). Raises TypeError or ValueError for anything else.
+        images: uint8 (N, 3, S, S), or where `is_raw` a list of uint8 (3, H, W) of any size. Raises
+        TypeError or ValueError for anything else.
         """
+        if self.is_raw and isinstance(images, list):
+            return self.compute_logits(images)
         check_batch(images, self.image_size)
         return self.compute_logits(images)
 
@@ -275,6 +285,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         seen_digests=digests_in_file(content),
         fingerprint=content.get("fingerprint"),
         split_rules=split_rules if type(split_rules) is int else 1,
+        fit=settings.get("fit", Config.fit),
     )
 
 
@@ -323,17 +334,26 @@ def load_onnx(path: Path, device: str) -> Classifier:
         metadata = session.get_modelmeta().custom_metadata_map
         known = {name: json.loads(metadata[name]) for name in ONNX_METADATA}
         ranges = json.loads(metadata.get("pixel_ranges", "null"))
+        fit = json.loads(metadata.get("fit", json.dumps(Config.fit)))
+        is_raw = json.loads(metadata.get("raw", "false")) is True
     except MemoryError:
         raise
     except Exception as error:  # ONNX Runtime may raise anything for a damaged file
         kind = type(error).__name__
         raise UserError(f"{path} is damaged or was not written by export.py ({kind})") from None
 
-    def compute_logits(images: np.ndarray) -> np.ndarray:
-        outputs = []
+    def inputs(images: Any) -> Iterator[dict[str, np.ndarray]]:
+        if is_raw:  # one by one
+            for image in images:
+                yield {"image": np.ascontiguousarray(image.transpose(1, 2, 0))}
+            return
         for start in range(0, len(images), ONNX_BATCH_SIZE):
-            batch = images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255
-            (output,) = session.run(["logits"], {"images": batch})
+            yield {"images": images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255}
+
+    def compute_logits(images: Any) -> np.ndarray:
+        outputs = []
+        for batch in inputs(images):
+            (output,) = session.run(["logits"], batch)
             outputs.append(output)
         logits = np.concatenate(outputs)
         num_classes = len(known["classes"])
@@ -345,7 +365,14 @@ def load_onnx(path: Path, device: str) -> Classifier:
         return logits
 
     pixel_ranges = read_pixel_ranges(ranges, path)
-    return Classifier(path=path, compute_logits=compute_logits, pixel_ranges=pixel_ranges, **known)
+    return Classifier(
+        path=path,
+        compute_logits=compute_logits,
+        pixel_ranges=pixel_ranges,
+        fit=fit,
+        is_raw=is_raw,
+        **known,
+    )
 
 
 def onnx_providers(device: str, available: list[str]) -> list[Any]:
@@ -390,7 +417,6 @@ def load_dataset_of(
 
     data_dir: where the data set is now; of a folder of images, that folder itself.
     """
-    from classifier.config import Config
     from classifier.datasets import load
 
     source = load.find_source(model.settings, model.image_size, data_dir)
@@ -493,8 +519,8 @@ def predict(model: Classifier, images: Any, top_k: int = 3) -> list[TopClasses]:
 
     Args:
         images: a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W),
-            or a list of these. Also a batch in uint8: (N, 3, H, W), or an array (N, H, W, 3). Of
-            each image the middle square is resized as in training.
+            or a list of these. Also a batch in uint8: (N, 3, H, W), or an array (N, H, W, 3). Each
+            image becomes a square as in training.
         top_k: at least 1.
 
     Returns a list for each image, also where there is only one. Raises UserError for a file that is
@@ -505,23 +531,29 @@ def predict(model: Classifier, images: Any, top_k: int = 3) -> list[TopClasses]:
     if top_k < 1:
         raise ValueError(f"top_k has to be at least 1, not {top_k}")
     batch = to_batch(
-        images, model.image_size, lambda path: read_image(model, path), model.pixel_ranges
+        images,
+        model.image_size,
+        lambda path: read_image(model, path),
+        model.pixel_ranges,
+        model.fit,
     )
     return top_classes(model, batch, top_k) if len(batch) else []
 
 
-def probabilities(model: Classifier, images: np.ndarray) -> np.ndarray:
+def probabilities(model: Classifier, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
     """Calibrated probabilities: float64 (N, classes), whose rows add up to 1.
 
-    images: uint8 (N, 3, S, S).
+    images: see `Classifier.logits`.
     """
     logits = model.logits(images).astype(np.float64) / (model.temperature or 1)
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
 
 
-def top_classes(model: Classifier, images: np.ndarray, top_k: int) -> list[TopClasses]:
-    """As predict, for images in memory, uint8 (N, 3, S, S)."""
+def top_classes(
+    model: Classifier, images: np.ndarray | list[np.ndarray], top_k: int
+) -> list[TopClasses]:
+    """As predict, for images in memory: see `Classifier.logits`."""
     result = []
     for confidences in probabilities(model, images):
         best_first = (-confidences).argsort(kind="stable")[:top_k]
@@ -540,23 +572,33 @@ class ImageFile(NamedTuple):
         pixels: uint8 (3, S, S), or None if the file cannot be read.
         problem: why it cannot be read; empty if it can.
         note: what its values have that those of the training images had not; may be empty.
+        whole: for a model that takes photographs of any size, uint8 (3, H, W); otherwise None.
     """
 
     path: Path | str
     pixels: np.ndarray | None
     problem: str = ""
     note: str = ""
+    whole: np.ndarray | None = None
 
 
 def read_file(
-    path: Path | str, image_size: int, ranges: pixel_range.Ranges | None = None
+    path: Path | str,
+    image_size: int,
+    ranges: pixel_range.Ranges | None = None,
+    fit: str = Config.fit,
+    keep_whole: bool = False,
 ) -> ImageFile:
     """Decode a file to a square of image_size × image_size pixels.
 
-    ranges: of the values of images with more than 8 bits a pixel.
+    ranges: of the values of images with more than 8 bits a pixel. fit: how it becomes a square.
+    keep_whole: whether the image is wanted as it was before that, too.
     """
+    whole = None
     try:
-        decoded = decode.decode(Path(path), image_size, ranges)
+        decoded = decode.decode(Path(path), image_size, ranges, fit)
+        if keep_whole:
+            whole = decode.decode_rgb(Path(path), image_size, ranges).transpose(2, 0, 1)
     except FileNotFoundError:
         return ImageFile(path, None, "there is no such file")
     except IsADirectoryError:
@@ -567,7 +609,7 @@ def read_file(
     if decoded.extrema is not None and decoded.used_range is not None:
         is_known = decoded.extrema.kind in (ranges or {})
         note = pixel_range.describe_misfit(decoded.extrema, decoded.used_range, is_known)
-    return ImageFile(path, decoded.pixels.transpose(2, 0, 1), note=note)
+    return ImageFile(path, decoded.pixels.transpose(2, 0, 1), note=note, whole=whole)
 
 
 def read_image(model: Classifier, path: Path | str) -> np.ndarray:
@@ -576,7 +618,7 @@ def read_image(model: Classifier, path: Path | str) -> np.ndarray:
         raise UserError(f"{path}: {URL_REFUSED}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
-        file = read_file(path, model.image_size, model.pixel_ranges)
+        file = read_file(path, model.image_size, model.pixel_ranges, model.fit)
     if file.pixels is None:
         raise UserError(f"{path}: {file.problem}")
     if file.note:
@@ -584,16 +626,21 @@ def read_image(model: Classifier, path: Path | str) -> np.ndarray:
     return file.pixels.copy()  # Pillow's array is read-only, which torch warns about
 
 
-def read_in_batches(
-    paths: Sequence[Path], image_size: int, ranges: pixel_range.Ranges | None = None
-) -> Iterator[list[ImageFile]]:
-    """Decode files in several threads, BATCH_SIZE at a time; the arguments are read_file's."""
+def read_in_batches(paths: Sequence[Path], model: Classifier) -> Iterator[list[ImageFile]]:
+    """Decode files for a model, in several threads, a batch at a time."""
     num_threads = min(8, os.cpu_count() or 1)  # few, as each image may be large
-    read = functools.partial(read_file, image_size=image_size, ranges=ranges)
+    batch_size = RAW_BATCH_SIZE if model.is_raw else BATCH_SIZE
+    read = functools.partial(
+        read_file,
+        image_size=model.image_size,
+        ranges=model.pixel_ranges,
+        fit=model.fit,
+        keep_whole=model.is_raw,
+    )
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about files that it reads nevertheless
-        for start in range(0, len(paths), BATCH_SIZE):
-            yield list(pool.map(read, paths[start : start + BATCH_SIZE]))
+        for start in range(0, len(paths), batch_size):
+            yield list(pool.map(read, paths[start : start + batch_size]))
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -675,7 +722,7 @@ def classify_files(
     model: Classifier, paths: Sequence[Path], top_k: int, threshold: float, results: Results
 ) -> None:
     """Classify files and add what becomes of them to the results."""
-    batches = read_in_batches(paths, model.image_size, model.pixel_ranges)
+    batches = read_in_batches(paths, model)
     with tqdm(
         desc="Classifying", total=len(paths), unit="img", leave=False, disable=None
     ) as progress_bar:
@@ -688,18 +735,19 @@ def classify_batch(
     model: Classifier, batch: list[ImageFile], top_k: int, threshold: float, results: Results
 ) -> None:
     """Classify the files of a batch together: see classify_files."""
-    names, images = [], []
+    names, images, readable = [], [], []
     for file in batch:
         if file.pixels is None:
             results.problems.append(f"{file.path}: {file.problem}")
         else:
             names.append(str(file.path))
             images.append(file.pixels)
+            readable.append(file)
             if file.note:
                 results.notes.append(f"{file.path}: {file.note}")
     if not images:
         return
-    predicted = top_classes(model, np.stack(images), top_k)
+    predicted = top_classes(model, evaluation.network_input(readable), top_k)
     for name, pixels, classes in zip(names, images, predicted, strict=True):
         prediction, confidence = classes[0]
         title = Path(name).name
@@ -720,9 +768,7 @@ def evaluate_folder(model: Classifier, folder: Path, out: Path) -> int:
     prepare_folder(out)
     print(model.describe())
     evaluation.note_left_out(files, model)
-    read = functools.partial(
-        read_in_batches, image_size=model.image_size, ranges=model.pixel_ranges
-    )
+    read = functools.partial(read_in_batches, model=model)
     tested = evaluation.run_model(files, read, model)
     evaluation.report(files, tested, read, model, out)
     for note in tested.notes:

@@ -198,6 +198,13 @@ def _options_described_as(words: str) -> list[str]:
     return found
 
 
+class _RefuseFit(argparse.Action):
+    """Ends the process with status 2: a model keeps the --fit of its training."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
+        parser.error("--fit: a model has that of its training, and tools obey it: leave it out")
+
+
 def tool_parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that all tools have which use a trained model."""
     parser = argparse.ArgumentParser(
@@ -216,6 +223,7 @@ def tool_parser(description: str | None, device: bool = True) -> argparse.Argume
         help="the network, if it is a custom one",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--fit", action=_RefuseFit, help=argparse.SUPPRESS)
     if device:
         parser.add_argument(
             "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from classifier.errors import UsageError
 from classifier.text import URL_REFUSED, did_you_mean, is_url
 
+FITS = ("crop", "pad", "stretch")  # a model file that names none is of the first
 # The settings that are paths of files and folders, and so no URLs.
 PATHS = ("dataset", "labels", "data_dir", "init_from", "run_dir", "out", "resume")
 
@@ -69,6 +70,12 @@ class Config:
         None,
         "width and height of the images in pixels (default: their own, in folders at most 64)",
         minimum=8,
+    )
+    fit: str = setting(
+        "crop",
+        "how the images of a folder become squares: their middle, or all of them with a grey "
+        "border, or squeezed",
+        choices=FITS,
     )
 
     # Network

@@ -35,7 +35,7 @@ class Model(Protocol):
     temperature: float | None
     seen_digests: "torch.Tensor | None"
 
-    def logits(self, images: np.ndarray) -> np.ndarray: ...
+    def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray: ...
 
 
 class ImageFile(Protocol):
@@ -52,6 +52,9 @@ class ImageFile(Protocol):
 
     @property
     def note(self) -> str: ...
+
+    @property
+    def whole(self) -> np.ndarray | None: ...
 
 
 Read = Callable[[Sequence[Path]], Iterator[Sequence[ImageFile]]]  # paths to batches of images
@@ -218,19 +221,19 @@ def run_model(files: LabelledFiles, read: Read, model: Model) -> Tested:
         desc="Testing", total=len(files.paths), unit="img", leave=False, disable=None
     ) as progress_bar:
         for batch in read(files.paths):
-            pixels = []
+            readable = []
             for file in batch:
                 path = Path(file.path)
                 if file.pixels is None:
                     reasons[str(path)] = file.problem
                     continue
-                pixels.append(file.pixels)
+                readable.append(file)
                 paths.append(path)
                 digests.append(decode.hash64(path.read_bytes()))
                 if file.note:
                     notes.append(f"{path}: {file.note}")
-            if pixels:
-                logits.append(model.logits(np.stack(pixels)))
+            if readable:
+                logits.append(model.logits(network_input(readable)))
             progress_bar.update(len(batch))
     if not paths:
         summary = unreadable.summarize(reasons.values())
@@ -243,6 +246,14 @@ def run_model(files: LabelledFiles, read: Read, model: Model) -> Tested:
         unreadable=reasons,
         notes=notes,
     )
+
+
+def network_input(files: Sequence[ImageFile]) -> np.ndarray | list[np.ndarray]:
+    """What a model takes of decoded files: the squares, uint8 (N, 3, S, S), or whole images."""
+    whole = [file.whole for file in files if file.whole is not None]
+    if whole:
+        return whole
+    return np.stack([file.pixels for file in files if file.pixels is not None])
 
 
 def find_seen(tested: Tested, model: Model) -> np.ndarray | None:

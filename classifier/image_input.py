@@ -26,15 +26,20 @@ ReadFile = Callable[[Path | str], np.ndarray]  # a path to uint8 (3, S, S)
 
 
 def to_batch(
-    images: Any, size: int, read_file: ReadFile, ranges: Ranges | None = None
+    images: Any,
+    size: int,
+    read_file: ReadFile,
+    ranges: Ranges | None = None,
+    fit: str = "crop",
 ) -> np.ndarray:
-    """Images as a network takes them: of each the middle square, resized as in training.
+    """Images as a network takes them: each as a square, resized as in training.
 
     Args:
         images: ACCEPTED says what they may be.
         size: width and height, S, that the network takes.
         read_file: reads the file of this path: uint8 (3, S, S).
         ranges: of the values of PIL images with more than 8 bits a pixel, see `pixel_range`.
+        fit: how images become squares: see `fitting.to_square`.
 
     Returns uint8 (N, 3, S, S). Raises TypeError and ValueError for anything else, and what
     `read_file` raises.
@@ -46,7 +51,7 @@ def to_batch(
         if channels_last.shape[1:] == (size, size, 3):
             return np.ascontiguousarray(channels_last.transpose(0, 3, 1, 2))
         images = list(channels_last)
-    squares = [_to_square(image, size, read_file, ranges) for image in _to_list(images)]
+    squares = [_to_square(image, size, read_file, ranges, fit) for image in _to_list(images)]
     if not squares:
         return np.empty((0, 3, size, size), np.uint8)
     return np.stack(squares)
@@ -71,7 +76,9 @@ def _to_list(images: Any) -> list[Any]:
     raise TypeError(f"{_kind(images)} is no image: give {ACCEPTED}")
 
 
-def _to_square(image: Any, size: int, read_file: ReadFile, ranges: Ranges | None) -> np.ndarray:
+def _to_square(
+    image: Any, size: int, read_file: ReadFile, ranges: Ranges | None, fit: str
+) -> np.ndarray:
     """A single image: uint8 (3, size, size)."""
     if isinstance(image, (str, os.PathLike)):
         return read_file(Path(image))
@@ -79,7 +86,7 @@ def _to_square(image: Any, size: int, read_file: ReadFile, ranges: Ranges | None
         image = _to_pil(image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about images that it converts nevertheless
-        return decode.square(image, size, ranges).transpose(2, 0, 1)
+        return decode.square(image, size, ranges, fit).transpose(2, 0, 1)
 
 
 def _to_pil(image: Any) -> Image.Image:

@@ -21,6 +21,7 @@ After this page you know every option, what it does and what it is if you leave 
 # What the page says beyond the help, by setting.
 DETAILS = {
     "mirror": "For a classroom without internet, for example.",
+    "fit": "The model file keeps it, and the tools obey it. `pad` fills with (114, 114, 114).",
     "width": "For `cnn`, and for custom networks that take it.",
     "dropout": "Default for `cnn` 0, for `beginner-cnn` and `coursework-cnn` 0.5, for "
     "`notebook-cnn` and `fcn` 0.25, for `resnet18-dropout` 0.1.",

@@ -32,6 +32,7 @@ WITHOUT_TORCH = [
     "classifier.legacy",
     "classifier.datasets",
     "classifier.datasets.decode",
+    "classifier.datasets.fitting",
     "classifier.datasets.identity",
     "classifier.datasets.image_metadata",
     "classifier.datasets.image_records",

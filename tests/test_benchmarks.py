@@ -10,10 +10,12 @@ import sys
 
 import ablations
 import beside
+import fit
 import growth
 import harness
 import imbalance
 import large
+import numpy as np
 import pytest
 import records
 import same_as
@@ -437,6 +439,38 @@ def test_imbalance(harness_runs, tool_inside):
     assert lines[2] == "| none | 25 | 75 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 ± 0 | 2 |"
     assert len(lines) == 2 + 4 and len(harness_runs) == 8
     assert all("share=0.5" in snippet for _, _, snippet, _ in harness_runs)
+
+
+def test_fit(harness_runs, tool_inside, folder, monkeypatch):
+    monkeypatch.setattr(fit.ic, "load_data", lambda config: digits())
+    out, _ = tool_inside("fit")("--runs", "2", "--images", "30")
+    lines = out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| `crop`", "| `pad`", "| `stretch`"]
+    assert len(harness_runs) == 6
+    assert all("--image-size 48" in variant for variant, *_ in harness_runs)
+    assert len(json.loads((folder / "fit_anywhere.json").read_text())) == 6
+
+
+def digits():
+    return ic.load_data(ic.Config(dataset="digits", subset=30)).first(30)
+
+
+def test_photographs_have_their_object_where_it_is_said(folder):
+    data = digits()
+    for where in ("anywhere", "middle"):
+        fit.make_photographs(folder / where, data.train, data.classes, where, seed=0)
+        assert len(list((folder / where).glob("*/*.png"))) == 30
+    thing = torch.full((32, 32, 3), 255, dtype=torch.uint8).numpy()
+    random = np.random.default_rng(0)
+    places = {where: set() for where in ("anywhere", "middle")}
+    for where, found in places.items():
+        for _ in range(20):
+            picture = np.asarray(fit.photograph(thing, (3, 2), where, random))
+            assert picture.shape == (48, 72, 3)
+            is_white = (picture == 255).all(2).sum(0) >= 32
+            found.add(int(is_white.argmax()))
+    assert places["middle"] == {20} and len(places["anywhere"]) > 5
+    assert min(places["anywhere"]) < 8 and max(places["anywhere"]) > 32
 
 
 def test_scaling(harness_runs, tool_inside, folder):

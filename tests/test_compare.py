@@ -177,6 +177,18 @@ def test_settings_that_were_renamed_are_no_difference(folder):
     assert [row[1] for row in rows] == ["0.7", "0.7", "0.0"]
 
 
+def test_run_without_a_fit_has_the_one_that_was_always_used(folder):
+    report = make_report(0.9, 100)
+    write_run(folder / "old", report)
+    write_run(folder / "new", report, fit="crop")
+    runs, _ = compare.read_runs([folder / "old", folder / "new"])
+    assert "fit" not in compare.table(runs)[0]
+    write_run(folder / "new", report, fit="pad")
+    runs, _ = compare.read_runs([folder / "old", folder / "new"])
+    head, *rows = compare.table(runs)
+    assert [row[head.index("fit")] for row in rows] == ["crop", "pad"]
+
+
 def test_settings_that_were_removed_are_shown_where_they_had_an_effect(folder):
     hits = [True] * 9 + [False]
     networks = {"two": 2, "three": 3}

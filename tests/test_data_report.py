@@ -28,6 +28,8 @@ def test_folder_without_faults(photos):
     assert list(report) == [
         "folder",
         "image_size",
+        "fit",
+        "cut_off",
         "images_per_class",
         "words",
         "sizes",
@@ -42,7 +44,7 @@ def test_folder_without_faults(photos):
     assert report["sizes"] == [["48x36", 110]]
     for name in ("unreadable", "classes_with_few_images", "twins", "left_out"):
         assert not report[name]
-    assert len(report["words"]) == 3
+    assert len(report["words"]) == 4
     assert "all: 110 images (blue 30, green 40, red 40)" in words
 
 

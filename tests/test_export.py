@@ -70,7 +70,7 @@ def test_metadata_of_onnx(exported, model):
     loaded = inference.load_model(exported / "model.onnx")
     for name in ("classes", "image_size", "temperature", "dataset", "test_accuracy"):
         assert getattr(loaded, name) == getattr(model, name), name
-    assert export.metadata(model).keys() == {*inference.ONNX_METADATA, "resize"}
+    assert export.metadata(model).keys() == {*inference.ONNX_METADATA, "fit", "resize"}
     assert "bicubic" in json.loads(export.metadata(model)["resize"])
 
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from classifier.datasets import duplicates
 from classifier.datasets.duplicates import Duplicates
+from classifier.datasets.fitting import squareness
+from classifier.datasets.image_cache import DecodedCache
 from classifier.text import pluralize
 
 FEW_IMAGES = 10  # a class with fewer training images is named
@@ -17,17 +19,18 @@ NOT_KEPT_TOGETHER = [
     "    near-identical ones may be in training as well as in validation or test, which then look",
     "    better than they are",
 ]
+MUCH_CUT_OFF = 0.25  # share of an image's area: all that a photograph of 4:3 loses
+LITTLE_CUT_OFF = 0.005  # on average: less is not worth a line
 LARGE_RATIO = 5  # of the largest to the smallest class: the report then advises to balance them
 
 
 def build_report(
     folder: Path,
     classes: list[str],
-    size: int,
+    cache: DecodedCache,
     images: np.ndarray,
     used: np.ndarray,
     twins: Duplicates,
-    unreadable: dict[str, str],
     left_out: list[str],
 ) -> dict[str, Any]:
     """Describe the images of a folder and point out what is wrong with them.
@@ -35,11 +38,10 @@ def build_report(
     Args:
         folder: the folder of the data set.
         classes: names of the classes.
-        size: height and width of the decoded images, in pixels.
+        cache: the decoded images, which also knows the files that could not be decoded.
         images: FILE (N,), all that could be decoded.
         used: int64 (M,), the indices of those that are used.
         twins: the images that are identical or nearly so.
-        unreadable: path and reason of the images that could not be decoded.
         left_out: the files that are no images.
 
     Returns the content of data_report.json. Its "words" are the lines to print.
@@ -52,11 +54,14 @@ def build_report(
     training = _count_per_class(used_images[used_images["split"] == splits[0]], classes)
     small_classes = {name: count for name, count in training.items() if count < FEW_IMAGES}
     pairs = twins.pairs
+    unreadable = cache.unreadable
+    cut_off = _measure_cut_off(images) if cache.fit == "crop" else None
     paired_files = _name_pairs(folder, images, pairs)
     words = [
         f"Data report of {folder}: {len(images)} images in {len(classes)} classes",
         *_describe_counts(counts),
-        *_describe_sizes(images, size),
+        *_describe_sizes(images, cache.size),
+        *_describe_cut_off(cut_off, len(images)),
         *_describe_small_classes(small_classes, has_test="test" in counts),
         *_describe_imbalance(training),
         *_describe_unreadable(folder, unreadable),
@@ -66,7 +71,9 @@ def build_report(
     ]
     return {
         "folder": str(folder),
-        "image_size": size,
+        "image_size": cache.size,
+        "fit": cache.fit,
+        "cut_off": cut_off,
         "images_per_class": counts,
         "words": words,
         "sizes": _most_common_sizes(images),
@@ -102,6 +109,15 @@ def _most_common_sizes(images: np.ndarray) -> list[list[Any]]:
     return rows
 
 
+def _measure_cut_off(images: np.ndarray) -> dict[str, Any]:
+    """How much of their area --fit crop cuts off the images.
+
+    "mean" is in [0, 1], "images" the number of those that lose more than MUCH_CUT_OFF.
+    """
+    lost = 1 - squareness(images["record"]["width"], images["record"]["height"])
+    return {"mean": float(lost.mean()), "images": int((lost > MUCH_CUT_OFF).sum())}
+
+
 # ---- the lines ----
 
 
@@ -131,6 +147,22 @@ def _describe_sizes(images: np.ndarray, size: int) -> list[str]:
         verb = "is" if num_small == 1 else "are"
         smaller = f"less than half as large as {size} pixels"
         words.append(f"  {pluralize(num_small, 'image')} {verb} {smaller}")
+    return words
+
+
+def _describe_cut_off(cut_off: dict[str, Any] | None, num_images: int) -> list[str]:
+    """cut_off: see _measure_cut_off; None where nothing is cut off."""
+    if cut_off is None or cut_off["mean"] < LITTLE_CUT_OFF:
+        return []
+    words = [
+        f"  the middle square leaves out {100 * cut_off['mean']:.0f} % of an image on average, and "
+        f"more than {100 * MUCH_CUT_OFF:.0f} % of {cut_off['images']} of the {num_images} images"
+    ]
+    if cut_off["mean"] > MUCH_CUT_OFF:
+        words.append(
+            "    if what matters may stand at the side, try --fit pad or --fit stretch, which use "
+            "the whole image"
+        )
     return words
 
 

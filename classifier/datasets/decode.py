@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from classifier.datasets import pixel_range
+from classifier.datasets.fitting import to_square
 from classifier.datasets.image_metadata import without_metadata
 from classifier.datasets.pixel_range import Extrema, PixelRange, Ranges
 
@@ -52,29 +53,43 @@ class Decoded(NamedTuple):
     used_range: PixelRange | None = None
 
 
-def decode(path: Path, size: int, ranges: Ranges | None = None) -> Decoded:
+def decode(path: Path, size: int, ranges: Ranges | None = None, fit: str = "crop") -> Decoded:
     """Decode an image file to `size` × `size` pixels.
 
-    The image is turned as its EXIF data say and put on white where it is transparent; then its
-    middle square is resized. Whatever Pillow raises for a file that it cannot read is passed on.
+    The image is turned as its EXIF data say and put on white where it is transparent; then it is
+    resized. Whatever Pillow raises for a file that it cannot read is passed on.
 
     ranges: of the values of images with more than 8 bits a pixel, in the data set that this one
         belongs to. Where there is none of its kind, its own values decide.
+    fit: crop, pad or stretch: see `fitting.to_square`. Neither the difference hash nor the extrema
+        depend on it.
     """
     image, size_in_file = _despite_metadata(lambda source: _read(source, size), path)
     rgb, extrema, used_range = _to_rgb(image, ranges)
-    pixels = _middle_square(rgb, size)
+    pixels = to_square(rgb, size, fit)
     pixel_digest = hash64(pixels.tobytes())
     return Decoded(pixels, size_in_file, pixel_digest, difference_hash(rgb), extrema, used_range)
 
 
-def square(image: Image.Image, size: int, ranges: Ranges | None = None) -> np.ndarray:
+def decode_rgb(path: Path, size: int, ranges: Ranges | None = None) -> np.ndarray:
+    """The upright image in a file before it becomes a square: uint8 (H, W, 3).
+
+    The arguments are those of `decode`. A JPEG is decoded at a fraction of its size, as there.
+    """
+    image, _ = _despite_metadata(lambda source: _read(source, size), path)
+    rgb, _, _ = _to_rgb(image, ranges)
+    return np.asarray(rgb)
+
+
+def square(
+    image: Image.Image, size: int, ranges: Ranges | None = None, fit: str = "crop"
+) -> np.ndarray:
     """An image in memory as `decode` makes it from a file: uint8 (size, size, 3).
 
     Of a JPEG the last digits may differ: a file is decoded at a fraction of its size.
     """
     rgb, _, _ = _to_rgb(_upright(image), ranges)
-    return _middle_square(rgb, size)
+    return to_square(rgb, size, fit)
 
 
 def _read(source: Path | io.BytesIO, size: int) -> tuple[Image.Image, tuple[int, int]]:
@@ -139,12 +154,6 @@ def _to_rgb(
     if "A" in image.getbands() or "transparency" in image.info:
         image = _on_white(image)
     return image.convert("RGB"), extrema, used_range
-
-
-def _middle_square(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of an RGB image, resized: uint8 (size, size, 3)."""
-    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(fitted)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

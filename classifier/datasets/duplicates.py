@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classifier.datasets.decode import hash64
+from classifier.datasets.fitting import squareness
 from classifier.datasets.image_cache import DecodedCache
 from classifier.files import write_atomically
 
@@ -96,7 +97,7 @@ def near_identical(
     path = cache.path / "near.npz"
     found = _read_pairs(path, fingerprint)
     if found is None:
-        found = _search(images, indices, cache.pixels)
+        found = _search(images, indices, cache.pixels, cache.fit)
         _write_pairs(path, fingerprint, *found)
     return found
 
@@ -117,17 +118,25 @@ def _write_pairs(path: Path, fingerprint: int, pairs: np.ndarray, is_complete: b
         write_atomically(path, content.getvalue())
 
 
-def _search(images: np.ndarray, indices: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+def _search(
+    images: np.ndarray, indices: np.ndarray, pixels: np.ndarray, fit: str = "crop"
+) -> tuple[np.ndarray, bool]:
     """Compare each image with each: those with structure by hash, plain ones by thumbnail.
 
-    What is alike by these is compared by pixels. pixels: of the cache's images, uint8
-    (M, S, S, 3). Returns int64 (P, 2), and False if there were too many similar images to compare
-    all.
+    What is alike by these is compared by pixels. Hashes are of whole images, thumbnails and pixels
+    of what the network sees of them.
+
+    pixels: of the cache's images, uint8 (M, S, S, 3). fit: how they became squares. Returns int64
+    (P, 2), and False if there were too many similar images to compare all.
     """
     bits = np.unpackbits(images["record"]["dhash"][indices], axis=1)  # (N, 256), 0 or 1
     ones = bits.sum(axis=1)
     ones = np.minimum(ones, HASH_BITS - ones)
-    search = _Search(indices, images["row"][indices], pixels)
+    filled = np.ones(len(indices))
+    if fit == "pad":
+        records = images["record"][indices]
+        filled = squareness(records["width"], records["height"])
+    search = _Search(indices, images["row"][indices], pixels, filled)
     is_complete = _search_by_hash(search, np.flatnonzero(ones > MIN_ONES), bits)
     is_complete = is_complete and _search_by_thumbnail(search, np.flatnonzero(ones <= MAX_PLAIN))
     pairs = np.array(search.pairs, dtype=np.int64).reshape(-1, 2)
@@ -141,16 +150,21 @@ class _Search:
     Attributes:
         indices: int64 (N,), of the images that are compared; other arrays here are in this order.
         rows: int64 (N,), places of the images among the pixels.
-        pixels: uint8 (M, S, S, 3).
+        pixels: of the cache's images, uint8 (M, S, S, 3).
+        filled: float64 (N,), the share of an image's pixels that are not border. Borders are all
+            alike, and must not make images alike.
         pairs: of near-identical images, by their `indices`.
         groups: int64 (N,), the same number for images that pairs link.
         num_values: how many values of pixels and thumbnails were compared.
     """
 
-    def __init__(self, indices: np.ndarray, rows: np.ndarray, pixels: np.ndarray):
+    def __init__(
+        self, indices: np.ndarray, rows: np.ndarray, pixels: np.ndarray, filled: np.ndarray
+    ):
         self.indices = indices
         self.rows = rows
         self.pixels = pixels
+        self.filled = filled
         self.pairs: list[tuple[int, int]] = []
         self.groups = np.arange(len(indices))
         self.num_values = 0
@@ -178,7 +192,8 @@ class _Search:
         self.num_values += len(others) * self.pixels[0].size
         if not self.has_time:
             return False
-        similar = others[_similar(self.pixels, self.rows[first], self.rows[others])]
+        limit = MAX_DIFFERENCE * self.filled[first]
+        similar = others[_similar(self.pixels, self.rows[first], self.rows[others], limit)]
         if len(similar):
             index = int(self.indices[first])
             self.pairs += [(index, int(other)) for other in self.indices[similar]]
@@ -256,8 +271,8 @@ def _thumbnails(pixels: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.nd
     return thumbnails, means
 
 
-def _similar(pixels: np.ndarray, row: int, others: np.ndarray) -> np.ndarray:
-    """Whether the values of an image's pixels differ by less than 3 % on average from others'.
+def _similar(pixels: np.ndarray, row: int, others: np.ndarray, limit: float) -> np.ndarray:
+    """Whether the values of an image's pixels differ by less than `limit` on average from others'.
 
     row, others: places of the image and of the others among the pixels. Returns bool, one for each
     of the others.
@@ -267,5 +282,5 @@ def _similar(pixels: np.ndarray, row: int, others: np.ndarray) -> np.ndarray:
     for start in range(0, len(others), PIXELS_AT_ONCE):
         differences = pixels[others[start : start + PIXELS_AT_ONCE]] - image
         mean_differences = np.abs(differences).mean(axis=(1, 2, 3))
-        found.append(mean_differences < MAX_DIFFERENCE)
+        found.append(mean_differences < limit)
     return np.concatenate(found) if found else np.zeros(0, dtype=bool)

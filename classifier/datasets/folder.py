@@ -35,6 +35,11 @@ TEST_FRACTION = 0.2  # of each class, where there is no test/
 # damaged files are more than MAX_UNREADABLE.
 MAX_UNREADABLE = 0.01  # share of the files
 FEW_UNREADABLE = 5  # files, unless they are more than a tenth; one file never is too many
+HOW_IT_FITS = {  # what is printed of --fit
+    "crop": "its middle square, resized",
+    "pad": "all of it, resized, with a grey border",
+    "stretch": "all of it, squeezed",
+}
 MAX_BYTES_IN_MEMORY = 2**30  # of decoded images; more stay on disk and are read batch by batch
 
 
@@ -98,7 +103,7 @@ def load_folder(
     data_dir = Path(config.data_dir).expanduser()
     try:
         size = config.image_size or image_size
-        images = _read_images(folder, data_dir, size, config.skip_unreadable, config.labels, order)
+        images = _read_images(config, folder, data_dir, size, order)
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         # The disk is full, memory is short, a file vanished or was changed meanwhile.
         raise UserError(f"--dataset {config.dataset}: {error}") from error
@@ -139,19 +144,16 @@ def _dataset_name(place: Path) -> str:
 
 
 def _read_images(
+    config: Config,
     folder: Path,
     data_dir: Path,
     size: int | None,
-    skip_unreadable: bool,
-    labels: str,
     order: list[str] | None,
 ) -> Images:
-    """Find, decode, check and divide the images; the arguments are those of `load_folder`.
-
-    labels: --labels, or "" for class folders.
-    """
-    if labels:
-        files, classes, left_out = list_labelled_images(folder, Path(labels).expanduser(), order)
+    """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
+    if config.labels:
+        table = Path(config.labels).expanduser()
+        files, classes, left_out = list_labelled_images(folder, table, order)
     else:
         split_folders = find_splits(folder)
         _note_layout(folder, split_folders)
@@ -161,12 +163,12 @@ def _read_images(
         _note_left_out(left_out)
     if size is None:
         size = suitable_size(folder, files["path"])
-    _note_size(size)
-    cache = open_cache(folder, data_dir, size, files)
+    _note_size(size, config.fit)
+    cache = open_cache(folder, data_dir, size, files, config.fit)
     images = files[files["row"] >= 0]
     listed_in = _list_unreadable(folder, cache)
     _check_each_class(folder, files, classes, learning, cache.unreadable, listed_in)
-    if not skip_unreadable:
+    if not config.skip_unreadable:
         _check_few_unreadable(folder, len(files), cache.unreadable, listed_in)
 
     twins = near_duplicates(images, cache)
@@ -174,7 +176,7 @@ def _read_images(
     used = np.arange(len(images))
     if learning == "all":
         used = _without_copies(images, len(classes))
-    report = build_report(folder, classes, size, images, used, twins, cache.unreadable, left_out)
+    report = build_report(folder, classes, cache, images, used, twins, left_out)
     if listed_in:
         report["words"].append(f"  all files that cannot be read, and why: {listed_in}")
     report |= _report_ranges(folder, images, cache.ranges, report["words"])
@@ -283,13 +285,13 @@ def suitable_size(folder: Path, paths: np.ndarray) -> int:
     return SIZES[-1]
 
 
-def _note_size(size: int) -> None:
-    """Print the size of the decoded images, and what it costs."""
+def _note_size(size: int, fit: str) -> None:
+    """Print the size of the decoded images, what it costs, and how they become squares."""
     cost = ""
     if size > 32:
         cost = f", {(size / 32) ** 2:.1f} times the work of CIFAR-10's 32"
-    how = "its middle square, resized; --image-size N for another size"
-    print(f"Each image becomes {size} by {size} pixels{cost}: {how}")
+    other_size = "--image-size N for another size"
+    print(f"Each image becomes {size} by {size} pixels{cost}: {HOW_IT_FITS[fit]}; {other_size}")
 
 
 def _list_unreadable(folder: Path, cache: DecodedCache) -> Path | None:

@@ -1,6 +1,7 @@
 """A folder's images, decoded, on disk: each file is decoded once, whatever happens.
 
-A cache is a folder `.decoded/<name>-<size>-<hash>` that holds
+A cache is a folder `.decoded/<name>-<size>-<hash>`, or `<name>-<size>-<fit>-<hash>` with another
+--fit than crop, that holds
 
     images           one decoded image a row, uint8 (size, size, 3), in the order of decoding
     index            a RECORD for each of them
@@ -84,12 +85,13 @@ class Piece(NamedTuple):
 
 
 class DecodedCache:
-    """Decoded images of one folder, at one size.
+    """Decoded images of one folder, at one size and with one --fit.
 
     Attributes:
         path: folder of the cache.
         source: folder of the image files.
         size: height and width of the decoded images, in pixels.
+        fit: how they became squares: see `fitting.to_square`.
         image_bytes: bytes of a decoded image.
         num_images: how many images the cache holds, of these files and of others.
         pixels: the images, uint8 (num_images, size, size, 3), as a memory map if there are any.
@@ -97,10 +99,11 @@ class DecodedCache:
         unreadable: path and reason of the files that could not be decoded.
     """
 
-    def __init__(self, path: Path, source: Path, size: int):
+    def __init__(self, path: Path, source: Path, size: int, fit: str):
         self.path = path
         self.source = source
         self.size = size
+        self.fit = fit
         self.image_bytes = 3 * size**2
         self.num_images = 0
         self.pixels = np.empty((0, size, size, 3), np.uint8)
@@ -312,7 +315,7 @@ class DecodedCache:
             key = int(file["key"])
             try:
                 content_digest = decode.hash64(path.read_bytes())
-                image = decode.decode(path, self.size, self.ranges)
+                image = decode.decode(path, self.size, self.ranges, self.fit)
             except Exception as error:  # a damaged file makes Pillow raise almost anything
                 reasons = failed if _may_pass(error) else broken
                 reasons[str(key)] = unreadable.reason(path, error)
@@ -354,20 +357,24 @@ def _append(file: BinaryIO, contents: list[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> DecodedCache:
+def open_cache(
+    source: Path, data_dir: Path, size: int, files: np.ndarray, fit: str = "crop"
+) -> DecodedCache:
     """The cache of a folder's images, after everything that it lacks was decoded.
 
-    source: the folder; files: FILE (N,), see `DecodedCache.fill`. The cache is in the first of
-    `cache_folders` that can be written. Raises OSError if none can or the disk is full, and
-    UserError if the cache is damaged.
+    source: the folder; files: FILE (N,), see `DecodedCache.fill`; fit: see `DecodedCache`. The
+    cache is in the first of `cache_folders` that can be written. Raises OSError if none can or the
+    disk is full, and UserError if the cache is damaged.
     """
-    title = f"{source.resolve().name}-{size}-{identity_of(source)}"
+    # Caches of the time before --fit have the name of those with crop.
+    kind = f"{size}" if fit == "crop" else f"{size}-{fit}"
+    title = f"{source.resolve().name}-{kind}-{identity_of(source)}"
     failure: OSError | None = None
     for folder in cache_folders(data_dir):
         if failure is not None:
             unwritable = failure.filename or failure
             print(f"note: {unwritable} cannot be written: the decoded images are in {folder}")
-        cache = DecodedCache(folder / CACHE_FOLDER / title, source, size)
+        cache = DecodedCache(folder / CACHE_FOLDER / title, source, size, fit)
         try:
             cache.fill(files)
             return cache
@@ -380,7 +387,7 @@ def open_cache(source: Path, data_dir: Path, size: int, files: np.ndarray) -> De
 
 
 def identity_of(source: Path) -> str:
-    """What the names of a folder's caches end in, whatever their size: 16 hexadecimal digits."""
+    """What the names of all caches of a folder end in: 16 hexadecimal digits."""
     return f"{decode.hash64(os.fsencode(f'{source.resolve()} {DECODED_AS}')):016x}"
 
 

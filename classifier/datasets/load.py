@@ -47,6 +47,11 @@ def load_data(
         raise UsageError(
             f"--labels {config.labels} is for a folder of images: name it with --dataset DIR"
         )
+    if config.fit != Config.fit and config.dataset in ("auto", *NAMES):
+        raise UsageError(
+            f"--fit {config.fit} is for a folder of images: name it with --dataset DIR; those of "
+            f"{config.dataset} are squares already"
+        )
     if config.dataset in ("auto", "cifar10"):
         return _load_cifar10_or_digits(config, may_download)
     if not may_download and config.dataset in NAMES:
@@ -149,6 +154,7 @@ def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None 
             found[name] = settings[name]
     if dataset not in NAMES:
         found["data_dir"] = Config.data_dir  # images are decoded there, and no file decides where
+        found["fit"] = settings.get("fit", Config.fit)
         if data_dir:  # its full path: "digits" would be the data set of that name
             found["dataset"] = os.path.abspath(os.path.expanduser(data_dir))
         if settings.get("labels"):
