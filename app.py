@@ -32,7 +32,8 @@ try:
     from classifier.cli import end_process, run_tool, tool_parser
     from classifier.datasets.decode import decode
     from classifier.errors import UserError
-    from classifier.text import pluralize, printable
+    from classifier.rejection import UNKNOWN
+    from classifier.text import percent, pluralize, printable
     from explain import grad_cam, overlay
     from inference import (
         Classifier,
@@ -40,8 +41,8 @@ try:
         find_images,
         load_dataset_of,
         load_model,
-        probabilities,
         read_image,
+        top_classes,
     )
 except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
@@ -69,8 +70,8 @@ def classify(
     path: None if there is no picture; then there is no result either.
 
     Returns the confidence of each class, and the picture with a heat map of what speaks for the
-    likeliest class, uint8 (S, S, 3). Raises gr.Error, which the page shows, for a file that is not
-    an image.
+    likeliest class, uint8 (S, S, 3). Of an unknown picture, the name of that class says so. Raises
+    gr.Error, which the page shows, for a file that is not an image.
     """
     if path is None:
         return None, None
@@ -80,11 +81,17 @@ def classify(
         reason = str(error).replace(f"{path}: ", "").replace(f" {path!r}", "")[:200]
         message = f"This is not a picture that can be read: {reason}"
         raise gr.Error(message, print_exception=False) from None
-    confidences = probabilities(model, pixels[None])[0]
+    (classes,) = top_classes(model, pixels[None], len(model.classes))
     picture = decode(Path(path), PICTURE_SIZE, model.pixel_ranges, model.fit).pixels.copy()
     with contextlib.suppress(UserError):  # a network without feature maps: the picture alone
-        picture = add_heat_map(model, picture, pixels, int(confidences.argmax()))
-    return dict(zip(model.classes, confidences.tolist(), strict=True)), picture
+        picture = add_heat_map(model, picture, pixels, model.classes.index(classes[0][0]))
+    confidences = dict(classes)
+    if classes.is_unknown and classes.unlikeness is not None:
+        closest, confidence = classes[0]
+        share = percent(classes.unlikeness)
+        heading = f"{UNKNOWN} (less usual than {share} of ordinary images); closest: {closest}"
+        confidences = {heading: confidence, **dict(classes[1:])}
+    return confidences, picture
 
 
 def add_heat_map(
@@ -248,13 +255,22 @@ def parse_options() -> argparse.Namespace:
         help="where the data set with these test images is (default: data/, else where it was in "
         "training)",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--reject",
+        type=float,
+        metavar="F",
+        help="share of ordinary pictures that may be called unknown, as of inference.py",
+    )
+    options = parser.parse_args()
+    if options.reject is not None and not 0 <= options.reject < 1:
+        parser.error(f"--reject {options.reject:g}: must be from 0 to below 1, such as 0.05")
+    return options
 
 
 def main() -> int:
     """Run as from the command line; serves until it is stopped."""
     options = parse_options()
-    model = load_model(options.checkpoint, options.device, options.model)
+    model = load_model(options.checkpoint, options.device, options.model, options.reject)
     model.require_network()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice as many
     safehttpx.async_validate_url = refuse_to_fetch

@@ -11,6 +11,9 @@ The network normalises the images itself. The file's metadata hold what else is 
 image size, how to resize, temperature of the confidence. With --raw the input is `image`, uint8
 (H, W, 3), RGB, of any height and width, and the network resizes it, too: `logits` is (1, classes).
 A safetensors file holds what the .pth does, and all tools read it.
+
+An ONNX file in float32 has a second output, `ood_score`, float32 (N,): how unlike the training
+images each image is. Where it is above `ood_threshold` in the metadata, the answer is unknown.
 """
 
 import argparse
@@ -37,7 +40,7 @@ try:
     from torch import nn
 
     import image_classification as ic
-    from classifier import checkpoints, model_card
+    from classifier import checkpoints, model_card, ood_score, rejection
     from classifier.cli import command_line, end_process, program, run_tool, tool_parser
     from classifier.config import is_custom_model
     from classifier.datasets import decode, pixel_range
@@ -94,8 +97,27 @@ class NormalisedNetwork(nn.Module):
         return self.network(ic.normalise(images * 255, self.network))
 
 
-def metadata(model: Classifier) -> dict[str, str]:
-    """What an exported file tells about itself, each value as JSON."""
+class ScoredNetwork(NormalisedNetwork):
+    """The same, which also gives how unlike the training images each image is, float32 (N,)."""
+
+    def __init__(self, network: nn.Module, score: ood_score.OodScore):
+        super().__init__(network)
+        self.score = score
+
+    def forward(  # type: ignore[override]
+        self, images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with ood_score.recorded(self.network, self.score) as scores:
+            logits = super().forward(images)
+        (values,) = scores.values
+        return logits, values
+
+
+def metadata(model: Classifier, scored: bool = False) -> dict[str, str]:
+    """What an exported file tells about itself, each value as JSON.
+
+    scored: whether the file computes how unlike the training images an image is.
+    """
     values = {
         "classes": model.classes,
         "image_size": model.image_size,
@@ -105,6 +127,9 @@ def metadata(model: Classifier) -> dict[str, str]:
         "test_accuracy": model.test_accuracy,
         "temperature": model.temperature,
     }
+    if scored and model.quantiles is not None:
+        values["ood_quantiles"] = model.quantiles
+        values["ood_threshold"] = rejection.threshold(model.quantiles, rejection.DEFAULT_REJECT)
     if model.pixel_ranges:  # images with more than 8 bits a pixel: what becomes 0 and 1
         values["pixel_ranges"] = pixel_range.to_json(model.pixel_ranges)
     return {name: json.dumps(value) for name, value in values.items()}
@@ -119,7 +144,11 @@ def exportable(model: Classifier) -> tuple[nn.Module, torch.Tensor]:
 def to_onnx(model: Classifier, raw: bool = False) -> bytes:
     """The model as an ONNX file, with its metadata. raw: see --raw."""
     network, example = exportable(model)
-    about = metadata(model)
+    names = ["logits"]
+    if model.ood_score is not None:
+        network = ScoredNetwork(model.require_network(), model.ood_score).eval()
+        names.append("ood_score")
+    about = metadata(model, scored=model.ood_score is not None)
     if raw:
         network = RawNetwork(network, model.image_size, model.fit)
         example = torch.zeros(37, 41, 3, dtype=torch.uint8)
@@ -130,7 +159,7 @@ def to_onnx(model: Classifier, raw: bool = False) -> bytes:
             network,
             (example,),
             input_names=["image"] if raw else ["images"],
-            output_names=["logits"],
+            output_names=names,
             dynamic_shapes=RAW_SHAPES if raw else DYNAMIC_SHAPES,
             dynamo=True,
             external_data=False,
@@ -173,8 +202,12 @@ def export(model: Classifier, format: str, images: np.ndarray, out: Path) -> Non
         file = Path(folder, f"new.{format}")
         file.write_bytes(content)
         logits = onnx_logits(file, images) if format == "onnx" else pt2_logits(file, images)
-    result = compare_logits(model.logits(images), logits)
+        result = compare_logits(model.logits(images), logits)
+        if format == "onnx" and model.ood_score is not None:
+            result += f", {compare_answers(model, load_model(file), images)}"
     print(f"Compared with PyTorch {result}")
+    if format == "pt2" and model.ood_score is not None:
+        print("note: this file does not tell which images are unknown; an ONNX file does")
     write_atomically(out, content)
 
 
@@ -281,6 +314,15 @@ def compare_logits(expected: np.ndarray, found: np.ndarray) -> str:
     return result
 
 
+def compare_answers(model: Classifier, exported: Classifier, images: np.ndarray) -> str:
+    """For how many images only one of two models says unknown, in words."""
+    _, expected = model.score(images)
+    _, found = exported.score(images)
+    assert expected is not None and found is not None  # both have scores
+    is_unknown = [rejection.is_unknown(each, model.reject) for each in (expected, found)]
+    return f"that it is unknown for {int((is_unknown[0] != is_unknown[1]).sum())}"
+
+
 def data_to_compare(model: Classifier, data_dir: str | None) -> Dataset | None:
     """The model's data set, or None if it cannot be read; nothing is downloaded.
 
@@ -334,15 +376,20 @@ def quantise(path: Path, images: np.ndarray) -> bytes:
     path: the file in float32. images: uint8 (N, 3, S, S), from which the ranges of activations are
     taken.
     """
-    about = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    whole = onnx.load(str(path))
+    about = {entry.key: entry.value for entry in whole.metadata_props}
     about["test_accuracy"] = "null"  # not known
+    # distances between features in 8 bits are not those in float32
+    without_score(whole)
+    for name in ("ood_quantiles", "ood_threshold"):
+        about.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
         prepared, small = Path(folder, "prepared.onnx"), Path(folder, "small.onnx")
         logging.disable(logging.WARNING)  # about batch norm, which is not quantised
         try:
             # ONNX Runtime takes no path that is not UTF-8
             float32_file = Path(folder, "float32.onnx")
-            float32_file.write_bytes(path.read_bytes())
+            float32_file.write_bytes(whole.SerializeToString())
             quantization.quant_pre_process(
                 str(float32_file), str(prepared), skip_symbolic_shape=True
             )
@@ -360,6 +407,25 @@ def quantise(path: Path, images: np.ndarray) -> bytes:
         proto = onnx.load(str(small))
     onnx.helper.set_model_props(proto, about)
     return proto.SerializeToString()
+
+
+def without_score(proto: onnx.ModelProto) -> None:
+    """Take the second output, and all that only it needs, out of an ONNX file."""
+    graph = proto.graph
+    logits = [output for output in graph.output if output.name == "logits"]
+    del graph.output[:]
+    graph.output.extend(logits)
+    needed = {"logits"}
+    nodes = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    nodes.reverse()
+    weights = [each for each in graph.initializer if each.name in needed]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(weights)
 
 
 def export_int8(float32_file: Path, out: Path, data: Dataset) -> None:
@@ -488,6 +554,8 @@ def main() -> int:
         int8_out = out.with_name(f"{out.stem}-int8.onnx")
         export_int8(out, int8_out, data)
         print(f"\nIn 8 bits: {int8_out}")
+        if model.ood_score is not None:
+            print("note: the file in 8 bits does not tell which images are unknown")
     if options.card:
         text = model_card.model_card(checkpoints.read_checkpoint(model.path), out)
         write_atomically(card, text.encode())

@@ -62,8 +62,10 @@ try:
         lazy_compiler,
         metrics,
         micro_batches,
+        ood_score,
         optimizers,
         plots,
+        rejection,
         reports,
         resolve,
         runs,
@@ -881,10 +883,14 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tenso
     best. valid_logits: of the best weights, on the validation images; None: compute them.
     """
     config, data, state = trainer.config, trainer.data, trainer.state
+    progress = state.progress
     log.open()
     devices.trim_free_memory()
     best = run.load_best(state.model)
-    tested = evaluate(state.model, data.test.images, data.test.labels)
+    # how unlike the training images an image is, so that it may be called unknown
+    score = ood_score.fit(state.model, evaluate, data, num_seen=progress.step * config.batch_size)
+    with ood_score.recorded(state.model, score) as scores:
+        tested = evaluate(state.model, data.test.images, data.test.labels)
 
     # temperature scaling, on validation images, makes the confidence fit the accuracy
     temperature = None
@@ -897,13 +903,18 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tenso
     results = metrics.classification_metrics(
         tested.logits, data.test.labels, data.classes, temperature
     )
+    results |= rejection.rejection_metrics(
+        tested.logits, data.test.labels, scores.unlikeness(), rejection.DEFAULT_REJECT
+    )
     results |= reports.run_facts(data, state, VERSIONS, __file__)
     reports.print_accuracy(results)
     if config.tta > 1:
         with_tta = evaluate(state.model, data.test.images, data.test.labels, tta=config.tta)
         reports.add_tta_accuracy(results, config.tta, with_tta.accuracy)
-    history = state.progress.history
-    return reports.write_report(run, log, config, results, history, data, tested.logits, best)
+    model_file = ood_score.with_score(best, score)
+    return reports.write_report(
+        run, log, config, results, progress.history, data, tested.logits, model_file
+    )
 
 
 @streams.present()

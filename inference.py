@@ -6,6 +6,8 @@
     python inference.py --checkpoint model.onnx cat.jpg      where torch is not installed
     python inference.py labelled/ --evaluate                 test it on folders named like classes
 
+The answer is unknown for an image that is too unlike the training images: see --reject.
+
 From Python: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
 """
 
@@ -20,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -31,7 +33,7 @@ try:
     import numpy as np
     from tqdm import tqdm
 
-    from classifier import evaluation
+    from classifier import evaluation, rejection
     from classifier.cli import command_line, end_process, run_tool, tool_parser
     from classifier.config import FITS, Config
     from classifier.datasets import decode, pixel_range, unreadable
@@ -39,6 +41,7 @@ try:
     from classifier.errors import UsageError, UserError
     from classifier.files import prepare_file, prepare_folder
     from classifier.image_input import check_batch, to_batch
+    from classifier.metrics import softmax
     from classifier.prediction_output import (
         UNSURE,
         Picture,
@@ -73,6 +76,7 @@ if TYPE_CHECKING:  # torch and matplotlib may not be installed
     from torch import nn
 
     from classifier.datasets.dataset import Dataset
+    from classifier.ood_score import OodScore
 
 BATCH_SIZE = 250  # images in memory at once
 ONNX_BATCH_SIZE = 50
@@ -99,7 +103,12 @@ class Classifier:
         test_accuracy: in [0, 1]; None if it was not tested.
         compute_logits: what `logits` calls.
         network: on its device and in eval mode; None for an ONNX file.
+        ood_score: of its file, see `classifier/ood_score.py`; None for an ONNX file.
         settings: the Config of its training; empty for an ONNX file.
+        compute_scores: what `score` calls: logits and float (N,), how unlike the training images
+            each image is; None for a model without that.
+        quantiles: of these scores on validation images, see `rejection`; None without scores.
+        reject: the share of ordinary images whose answer may be unknown; 0: there is always one.
         pixel_ranges: of the values of images with more than 8 bits a pixel, as in training.
         seen_digests: int64, of the images that it was trained on, see `seen_images`; None if that
             is not known.
@@ -119,7 +128,11 @@ class Classifier:
     test_accuracy: float | None
     compute_logits: Callable[[Any], np.ndarray]
     network: "nn.Module | None" = None
+    ood_score: "OodScore | None" = None
     settings: dict[str, Any] = field(default_factory=dict)
+    compute_scores: Callable[[Any], tuple[np.ndarray, np.ndarray]] | None = None
+    quantiles: list[float] | None = None
+    reject: float = rejection.DEFAULT_REJECT
     pixel_ranges: pixel_range.Ranges = field(default_factory=dict)
     seen_digests: "torch.Tensor | None" = None
     fingerprint: Any = None
@@ -147,10 +160,25 @@ class Classifier:
         images: uint8 (N, 3, S, S), or where `is_raw` a list of uint8 (3, H, W) of any size. Raises
         TypeError or ValueError for anything else.
         """
-        if self.is_raw and isinstance(images, list):
-            return self.compute_logits(images)
-        check_batch(images, self.image_size)
+        self._check_images(images)
         return self.compute_logits(images)
+
+    def _check_images(self, images: np.ndarray | list[np.ndarray]) -> None:
+        """Raise TypeError or ValueError for images that `logits` does not take."""
+        if not (self.is_raw and isinstance(images, list)):
+            check_batch(images, self.image_size)
+
+    def score(self, images: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits, as `logits` gives them, and how unlike the training images each image is.
+
+        The latter is the share of validation images that are less unlike them, float64 (N,), or
+        None where the model file does not tell. images: see `logits`.
+        """
+        self._check_images(images)
+        if self.compute_scores is None or self.quantiles is None:
+            return self.compute_logits(images), None
+        logits, scores = self.compute_scores(images)
+        return logits, rejection.unlikeness(scores, self.quantiles)
 
     def describe(self) -> str:
         """What to know about its predictions, in two or three sentences."""
@@ -158,7 +186,14 @@ class Classifier:
         if self.test_accuracy is not None:
             text += f" and recognises {percent(self.test_accuracy)} of its test images"
         classes = ", ".join(self.classes)
-        text += f". It knows {classes}; whatever else an image shows, it gets one of these."
+        text += f". It knows {classes}; "
+        if self.quantiles is None or self.reject == 0:
+            text += "whatever else an image shows, it gets one of these."
+        else:
+            text += (
+                "an image that is very unlike its training images is called unknown, as are "
+                f"{percent(self.reject)} of ordinary ones."
+            )
         if self.temperature is None:
             text += " Its confidences are not calibrated."
         return text
@@ -217,7 +252,10 @@ def print_note(text: str) -> None:
 
 
 def load_model(
-    path: Path | str, device: "torch.device | str" = "auto", model: str = ""
+    path: Path | str,
+    device: "torch.device | str" = "auto",
+    model: str = "",
+    reject: float | None = None,
 ) -> Classifier:
     """Load a model file, executing nothing in it.
 
@@ -225,19 +263,33 @@ def load_model(
         path: a .pth, .safetensors or .onnx file, or a folder, whose newest .pth is taken.
         device: auto, cpu, cuda, cuda:N or mps.
         model: FILE.py:FACTORY of a custom network.
+        reject: the share of ordinary images whose answer may be unknown, in [0, 1); 0: there is
+            always an answer. None: 0.05 where the model file tells how unlike its training images
+            an image is.
 
-    Raises UserError, and OSError for a file that cannot be opened.
+    Raises UserError, and OSError for a file that cannot be opened; ValueError for another `reject`.
     """
     if is_url(str(path)):
         raise UserError(f"{path}: {URL_REFUSED}")
+    if reject is not None and not 0 <= reject < 1:
+        raise ValueError(f"reject has to be from 0 to below 1, not {reject}")
     path = Path(path)
     if path.is_dir():
         path = newest_checkpoint(path)
-    if path.suffix.lower() == ".onnx":
-        return load_onnx(path, str(device))
     if path.suffix.lower() == ".pt2":
         raise UserError(f"{path} is for torch.export.load: name the .pth that it was made from")
-    return load_pth(path, str(device), model)
+    if path.suffix.lower() == ".onnx":
+        loaded = load_onnx(path, str(device))
+    else:
+        loaded = load_pth(path, str(device), model)
+    if reject is None:
+        return loaded
+    if reject > 0 and loaded.quantiles is None:
+        raise UserError(
+            f"--reject {reject:g}: {path} does not tell how unlike its training images an image "
+            "is, as older and 8-bit files do not: train it anew, or leave out --reject"
+        )
+    return replace(loaded, reject=reject)
 
 
 def load_pth(path: Path, device: str, model: str) -> Classifier:
@@ -246,6 +298,7 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         import torch
 
         import image_classification as ic
+        from classifier import ood_score
         from classifier.config import FIELD_TYPES
         from classifier.devices import choose_device
         from classifier.seen_images import digests_in_file
@@ -262,9 +315,19 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
     network.to(choose_device(device))
     warn_about_changed_script(content["versions"], ic.VERSIONS)
 
+    try:
+        score = ood_score.in_file(content, network)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {shorten(str(error), 80)}") from None
+
     def compute_logits(images: np.ndarray) -> np.ndarray:
         no_labels = torch.zeros(len(images), dtype=torch.int64)
         return ic.evaluate(network, torch.tensor(images), no_labels).logits.numpy()
+
+    def compute_scores(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with ood_score.recorded(network, score) as scores:
+            logits = compute_logits(images)
+        return logits, torch.cat(scores.values).cpu().numpy()
 
     settings = {name: value for name, value in content["config"].items() if name in FIELD_TYPES}
     if model:
@@ -281,6 +344,9 @@ def load_pth(path: Path, device: str, model: str) -> Classifier:
         compute_logits=compute_logits,
         network=network,
         settings=settings,
+        compute_scores=None if score is None else compute_scores,
+        quantiles=None if score is None else score.quantiles,
+        ood_score=score,
         pixel_ranges=read_pixel_ranges(content.get("pixel_ranges"), path),
         seen_digests=digests_in_file(content),
         fingerprint=content.get("fingerprint"),
@@ -336,6 +402,12 @@ def load_onnx(path: Path, device: str) -> Classifier:
         ranges = json.loads(metadata.get("pixel_ranges", "null"))
         fit = json.loads(metadata.get("fit", json.dumps(Config.fit)))
         is_raw = json.loads(metadata.get("raw", "false")) is True
+        quantiles = json.loads(metadata.get("ood_quantiles", "null"))
+        if quantiles is not None:
+            quantiles = rejection.read_quantiles(quantiles)
+            if "ood_score" not in [output.name for output in session.get_outputs()]:
+                raise ValueError("quantiles of a score that the file does not compute")
+        num_classes = len(known["classes"])
     except MemoryError:
         raise
     except Exception as error:  # ONNX Runtime may raise anything for a damaged file
@@ -350,25 +422,34 @@ def load_onnx(path: Path, device: str) -> Classifier:
         for start in range(0, len(images), ONNX_BATCH_SIZE):
             yield {"images": images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255}
 
+    def compute(images: Any, names: list[str]) -> list[np.ndarray]:
+        outputs = [session.run(names, batch) for batch in inputs(images)]
+        return [np.concatenate(output) for output in zip(*outputs, strict=True)]
+
     def compute_logits(images: Any) -> np.ndarray:
-        outputs = []
-        for batch in inputs(images):
-            (output,) = session.run(["logits"], batch)
-            outputs.append(output)
-        logits = np.concatenate(outputs)
-        num_classes = len(known["classes"])
-        if logits.shape != (len(images), num_classes):
-            raise UserError(
-                f"{path} is damaged: its network has an output of shape {logits.shape}, where "
-                f"{len(images)} images of {num_classes} classes have ({len(images)}, {num_classes})"
-            )
+        (logits,) = compute(images, ["logits"])
+        check_shape(logits, (len(images), num_classes))
         return logits
 
-    pixel_ranges = read_pixel_ranges(ranges, path)
+    def compute_scores(images: Any) -> tuple[np.ndarray, np.ndarray]:
+        logits, scores = compute(images, ["logits", "ood_score"])
+        check_shape(logits, (len(images), num_classes))
+        check_shape(scores, (len(images),))
+        return logits, scores
+
+    def check_shape(output: np.ndarray, expected: tuple[int, ...]) -> None:
+        if output.shape != expected:
+            raise UserError(
+                f"{path} is damaged: its network has an output of shape {output.shape}, where "
+                f"{expected[0]} images of {num_classes} classes have {expected}"
+            )
+
     return Classifier(
         path=path,
         compute_logits=compute_logits,
-        pixel_ranges=pixel_ranges,
+        compute_scores=None if quantiles is None else compute_scores,
+        quantiles=quantiles,
+        pixel_ranges=read_pixel_ranges(ranges, path),
         fit=fit,
         is_raw=is_raw,
         **known,
@@ -517,6 +598,10 @@ def has_images_of_training(model: Classifier, data: "Dataset") -> bool | None:
 def predict(model: Classifier, images: Any, top_k: int = 3) -> list[TopClasses]:
     """The top_k likeliest classes of each image with their confidence in [0, 1], the best first.
 
+    Each list has two attributes: `unlikeness`, the share of validation images that are less unlike
+    the training images, in [0, 1], or None where the model file does not tell; and `is_unknown`,
+    whether it is so high that the answer is unknown (see `load_model`).
+
     Args:
         images: a path, a PIL image, a uint8 array (H, W, 3) or (H, W), a uint8 tensor (3, H, W),
             or a list of these. Also a batch in uint8: (N, 3, H, W), or an array (N, H, W, 3). Each
@@ -545,19 +630,22 @@ def probabilities(model: Classifier, images: np.ndarray | list[np.ndarray]) -> n
 
     images: see `Classifier.logits`.
     """
-    logits = model.logits(images).astype(np.float64) / (model.temperature or 1)
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+    return softmax(model.logits(images), model.temperature)
 
 
 def top_classes(
     model: Classifier, images: np.ndarray | list[np.ndarray], top_k: int
 ) -> list[TopClasses]:
     """As predict, for images in memory: see `Classifier.logits`."""
+    logits, unlikeness = model.score(images)
     result = []
-    for confidences in probabilities(model, images):
+    for i, confidences in enumerate(softmax(logits, model.temperature)):
         best_first = (-confidences).argsort(kind="stable")[:top_k]
-        result.append([(model.classes[i], float(confidences[i])) for i in best_first])
+        top = TopClasses((model.classes[label], float(confidences[label])) for label in best_first)
+        if unlikeness is not None:
+            top.unlikeness = float(unlikeness[i])
+            top.is_unknown = bool(rejection.is_unknown(unlikeness[i], model.reject))
+        result.append(top)
     return result
 
 
@@ -750,11 +838,14 @@ def classify_batch(
     predicted = top_classes(model, evaluation.network_input(readable), top_k)
     for name, pixels, classes in zip(names, images, predicted, strict=True):
         prediction, confidence = classes[0]
-        title = Path(name).name
-        if confidence < threshold:
-            prediction = UNSURE
-            title += f": {UNSURE}"
-        results.predictions.append(Prediction(name, prediction, classes))
+        answer, title = prediction, Path(name).name
+        if classes.is_unknown:
+            answer = rejection.UNKNOWN
+        elif confidence < threshold:
+            answer = UNSURE
+        if answer != prediction:
+            title += f": {answer}"
+        results.predictions.append(Prediction(name, answer, classes))
         if len(results.pictures) < MAX_PICTURES:
             results.pictures.append(Picture(title, pixels, classes))
 
@@ -795,6 +886,14 @@ def parse_options() -> argparse.Namespace:
         help="confidence below which the answer is unsure, in [0, 1] (default: 0)",
     )
     parser.add_argument(
+        "--reject",
+        type=float,
+        metavar="F",
+        help="share of ordinary images that may be called unknown, in [0, 1), so that images that "
+        "show none of the classes are; 0: none is (default: 0.05, if the model file tells how "
+        "unlike its training images an image is)",
+    )
+    parser.add_argument(
         "--format", default="table", choices=["table", "csv", "json"], help="(default: table)"
     )
     parser.add_argument(
@@ -822,6 +921,8 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"--top-k {options.top_k}: must be at least 1")
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
+    if options.reject is not None and not 0 <= options.reject < 1:
+        parser.error(f"--reject {options.reject:g}: must be from 0 to below 1, such as 0.05")
     return options
 
 
@@ -853,7 +954,7 @@ def prepare_output(format: str) -> TextIO:
 def main() -> int:
     """Run as from the command line; returns the exit status, 1 if a file could not be read."""
     options = parse_options()
-    model = load_model(options.checkpoint, options.device, options.model)
+    model = load_model(options.checkpoint, options.device, options.model, options.reject)
     if options.evaluate:
         folder = Path(os.path.expanduser(options.images[0]))
         return evaluate_folder(model, folder, options.out or OUT)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from classifier import metrics, plots, result_output
+from classifier import metrics, plots, rejection, result_output
 from classifier.datasets import decode, identity, unreadable
 from classifier.datasets.folder_layout import class_name, images_and_others, loose_images
 from classifier.datasets.walk import fail, subfolders
@@ -33,9 +33,12 @@ class Model(Protocol):
     path: Path
     classes: list[str]
     temperature: float | None
+    reject: float
     seen_digests: "torch.Tensor | None"
 
-    def logits(self, images: np.ndarray | list[np.ndarray]) -> np.ndarray: ...
+    def score(
+        self, images: np.ndarray | list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray | None]: ...
 
 
 class ImageFile(Protocol):
@@ -89,6 +92,8 @@ class Tested(NamedTuple):
         paths: of the images.
         labels: int64 (N,).
         logits: float32 (N, classes).
+        unlikeness: float64 (N,), how unlike the training images each image is, see `rejection`;
+            None where the model file does not tell.
         digests: of the content of the files, int64 (N,), as in `seen_images`.
         unreadable: path and reason of each image that could not be read.
         notes: a line for each image whose values are not in the range of the training images.
@@ -97,6 +102,7 @@ class Tested(NamedTuple):
     paths: list[Path]
     labels: np.ndarray
     logits: np.ndarray
+    unlikeness: np.ndarray | None
     digests: np.ndarray
     unreadable: dict[str, str]
     notes: list[str]
@@ -215,6 +221,7 @@ def run_model(files: LabelledFiles, read: Read, model: Model) -> Tested:
     paths: list[Path] = []
     digests: list[int] = []
     logits: list[np.ndarray] = []
+    unlikeness: list[np.ndarray] = []
     reasons: dict[str, str] = {}
     notes: list[str] = []
     with tqdm(
@@ -233,7 +240,10 @@ def run_model(files: LabelledFiles, read: Read, model: Model) -> Tested:
                 if file.note:
                     notes.append(f"{path}: {file.note}")
             if readable:
-                logits.append(model.logits(network_input(readable)))
+                of_batch, unlikeness_of_batch = model.score(network_input(readable))
+                logits.append(of_batch)
+                if unlikeness_of_batch is not None:
+                    unlikeness.append(unlikeness_of_batch)
             progress_bar.update(len(batch))
     if not paths:
         summary = unreadable.summarize(reasons.values())
@@ -242,6 +252,7 @@ def run_model(files: LabelledFiles, read: Read, model: Model) -> Tested:
         paths=paths,
         labels=np.array([label_of[path] for path in paths], np.int64),
         logits=np.concatenate(logits),
+        unlikeness=np.concatenate(unlikeness) if unlikeness else None,
         digests=np.array(digests, np.uint64).astype(np.int64),
         unreadable=reasons,
         notes=notes,
@@ -270,6 +281,9 @@ def report(files: LabelledFiles, tested: Tested, read: Read, model: Model, out: 
     """Print the results, and write them into the folder `out`, which exists."""
     results = metrics.classification_metrics(
         tested.logits, tested.labels, model.classes, model.temperature
+    )
+    results |= rejection.rejection_metrics(
+        tested.logits, tested.labels, tested.unlikeness, model.reject
     )
     result_output.print_accuracy(results, f"images in {files.folder}")
     result_output.print_classes(results)
@@ -333,6 +347,8 @@ def _write_predictions(
         "digest": digests,
         "seen": seen_words,
     }
+    if tested.unlikeness is not None:
+        columns["unlikeness"] = tested.unlikeness.tolist()
     write_csv(path, [list(columns), *zip(*columns.values(), strict=True)])
 
 

@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from classifier.errors import UsageError
 from classifier.files import write_atomically
+from classifier.rejection import UNKNOWN
 from classifier.text import percent, printable
 
 if TYPE_CHECKING:  # matplotlib is slow to import
@@ -23,7 +24,18 @@ if TYPE_CHECKING:  # matplotlib is slow to import
 UNSURE = "unsure"  # the answer where the confidence is below --threshold
 SAVE_FORMATS = ["png", "jpg", "jpeg", "webp", "tif", "tiff", "pdf", "svg"]  # of --save
 
-TopClasses = list[tuple[str, float]]  # classes with their confidence in [0, 1], the likeliest first
+
+class TopClasses(list[tuple[str, float]]):
+    """Classes with their confidence in [0, 1], the likeliest first.
+
+    Attributes:
+        unlikeness: the share of validation images that are less unlike the training images than
+            this one, in [0, 1]; None where the model file does not tell.
+        is_unknown: whether that is so high that the image is called unknown.
+    """
+
+    unlikeness: float | None = None
+    is_unknown: bool = False
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -62,9 +74,11 @@ def draw_predictions(pictures: Sequence[Picture]) -> "Figure":
 
 
 def _draw_bars(axes: "Axes", classes: TopClasses) -> None:
-    """Draw a bar for the confidence of each class; that of the likeliest class in blue."""
+    """Draw a bar for the confidence of each class; that of the answer in blue."""
     confidences = [confidence for _, confidence in classes]
-    colors = ["#8fc1ea"] + ["#d5d5d5"] * (len(classes) - 1)
+    colors = ["#d5d5d5"] * len(classes)
+    if not classes.is_unknown:
+        colors[0] = "#8fc1ea"
     axes.barh(range(len(classes)), confidences, color=colors)
     for row, (name, confidence) in enumerate(classes):
         text = f"{name} {percent(confidence)}"
@@ -99,7 +113,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         file: its path.
-        answer: the likeliest class, or UNSURE.
+        answer: the likeliest class, UNSURE, or UNKNOWN.
         classes: the likeliest classes.
     """
 
@@ -122,7 +136,10 @@ def print_json(predictions: Sequence[Prediction]) -> None:
     entries = []
     for file, answer, classes in predictions:
         listed = [{"class": name, "confidence": confidence} for name, confidence in classes]
-        entries.append({"file": file, "answer": answer, "classes": listed})
+        entry: dict[str, Any] = {"file": file, "answer": answer, "classes": listed}
+        if classes.unlikeness is not None:
+            entry["unlikeness"] = classes.unlikeness
+        entries.append(entry)
     print(json.dumps(entries, indent=1))
 
 
@@ -131,12 +148,18 @@ def print_csv(predictions: Sequence[Prediction]) -> None:
     header = ["file", "answer"]
     for number in range(1, num_classes + 1):
         header += [f"class_{number}", f"confidence_{number}"]
+    is_scored = any(classes.unlikeness is not None for _, _, classes in predictions)
+    if is_scored:
+        header.append("unlikeness")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(header)
     for file, answer, classes in predictions:
         row = [file, answer]
         for name, confidence in classes:
             row += [name, f"{confidence:.6f}"]
+        if is_scored and classes.unlikeness is not None:
+            row += [""] * (len(header) - 1 - len(row))
+            row.append(f"{classes.unlikeness:.6f}")
         writer.writerow(row)
 
 
@@ -144,5 +167,9 @@ def print_table(predictions: Sequence[Prediction]) -> None:
     width = max((len(prediction.file) for prediction in predictions), default=0)
     for file, answer, classes in predictions:
         listed = ", ".join(f"{name} {percent(confidence)}" for name, confidence in classes)
-        unsure = f"{UNSURE}: " if answer == UNSURE else ""
-        print(f"{file:{width}}  {unsure}{listed}")
+        if answer == UNSURE:
+            listed = f"{UNSURE}: {listed}"
+        if classes.is_unknown and classes.unlikeness is not None:
+            share = percent(classes.unlikeness)
+            listed = f"{UNKNOWN} (less usual than {share} of ordinary images): {listed}"
+        print(f"{file:{width}}  {listed}")

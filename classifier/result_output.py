@@ -31,9 +31,9 @@ def print_accuracy(results: dict[str, Any], images: str, note: str = "") -> None
 
 
 def print_classes(results: dict[str, Any]) -> None:
-    """Print accuracy, precision and F1 of each class, their mean F1, and the calibration.
+    """Print accuracy, precision and F1 of each class, their mean F1, calibration, and unknowns.
 
-    results: see `metrics.classification_metrics`.
+    results: see `metrics.classification_metrics` and `rejection.rejection_metrics`.
     """
     recall, f1 = results["recall"], results["f1"]
     test_images = {}  # of each class
@@ -62,3 +62,10 @@ def print_classes(results: dict[str, Any]) -> None:
     if results["temperature"] is not None:
         details = f"{percent(results['calibration_error_before'])} before temperature scaling"
     print(f"Expected calibration error: {percent(results['calibration_error'])} ({details})")
+
+    unknown_share = results.get("unknown_share")
+    accepted_accuracy = results.get("accepted_accuracy")
+    if unknown_share is not None:
+        others = "-" if accepted_accuracy is None else percent(accepted_accuracy)
+        called = f"Called unknown: {percent(unknown_share)} of these images"
+        print(f"{called}; accuracy on the others: {others}")

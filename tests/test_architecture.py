@@ -27,6 +27,7 @@ WITHOUT_TORCH = [
     "classifier.plots",
     "classifier.prediction_output",
     "classifier.progress",
+    "classifier.rejection",
     "classifier.result_output",
     "classifier.text",
     "classifier.legacy",

@@ -54,10 +54,10 @@ def test_onnx_computes_the_same(exported, model, data):
     out = (exported / "out.txt").read_text()
     assert "on 1000 images: logits differ by" in out and "class of 0 images differs" in out
     session = onnxruntime.InferenceSession(str(exported / "model.onnx"))
-    (entry,), (result,) = session.get_inputs(), session.get_outputs()
+    (entry,) = session.get_inputs()
     assert (entry.name, entry.type) == ("images", "tensor(float)")
     assert entry.shape[1:] == [3, 32, 32] and isinstance(entry.shape[0], str)
-    assert result.name == "logits"
+    assert [result.name for result in session.get_outputs()] == ["logits", "ood_score"]
     images = data.valid.images[:137].numpy()
     for count in (1, 137):
         inputs = images[:count].astype(np.float32) / 255
@@ -71,7 +71,29 @@ def test_metadata_of_onnx(exported, model):
     for name in ("classes", "image_size", "temperature", "dataset", "test_accuracy"):
         assert getattr(loaded, name) == getattr(model, name), name
     assert export.metadata(model).keys() == {*inference.ONNX_METADATA, "fit", "resize"}
+    assert export.metadata(model, scored=True).keys() - export.metadata(model).keys() == {
+        "ood_quantiles",
+        "ood_threshold",
+    }
     assert "bicubic" in json.loads(export.metadata(model)["resize"])
+
+
+@pytest.mark.slow
+def test_onnx_calls_the_same_images_unknown(exported, model, data):
+    loaded = inference.load_model(exported / "model.onnx")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
+    images = torch.cat([data.test.images[:200], noise]).numpy()
+    _, expected = model.score(images)
+    _, found = loaded.score(images)
+    assert np.abs(found - expected).max() < 0.01
+    assert (found[-20:] > 0.95).all() and (found[:200] > 0.95).mean() < 0.3
+    about = export.metadata(model, scored=True)
+    _, scores = loaded.compute_scores(images)
+    is_beyond = scores > json.loads(about["ood_threshold"])
+    assert is_beyond.tolist() == [each.is_unknown for each in inference.predict(loaded, images)]
+    out = (exported / "out.txt").read_text()
+    assert "that it is unknown for 0" in out and "does not tell which images are unknown" in out
 
 
 @pytest.mark.slow
@@ -85,8 +107,11 @@ def test_exported_file_without_torch(exported, model, data, folder):
     names = [f"{i}.png" for i in range(6)]
     arguments = [*names, "--checkpoint", exported / "model.onnx", "--format", "csv"]
     out, _ = tool("inference", folder)(*arguments, env={"PYTHONPATH": str(hidden)})
-    expected = [classes[0][0] for classes in inference.predict(model, names)]
-    assert [row["class_1"] for row in table_of(out)] == expected
+    predicted = inference.predict(model, names)
+    rows = table_of(out)
+    assert [row["class_1"] for row in rows] == [classes[0][0] for classes in predicted]
+    is_unknown = [row["answer"] == "unknown" for row in rows]
+    assert is_unknown == [classes.is_unknown for classes in predicted]
 
 
 # ---- 8 bits ----
@@ -107,6 +132,7 @@ def test_int8_is_smaller_and_as_good(exported):
     int8 = inference.load_model(exported / "model-int8.onnx")
     assert int8.test_accuracy is None  # it was not tested
     assert int8.temperature is not None
+    assert int8.quantiles is None  # distances in 8 bits are others
 
 
 @pytest.mark.slow
