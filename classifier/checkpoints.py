@@ -23,6 +23,7 @@ from classifier.text import has_control_characters
 Build = Callable[..., nn.Module]
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")  # under which others keep one
+SAFETENSORS = ".safetensors"  # how the names of its files end
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DDP, and of torch.compile
 
 REQUIRED = {  # what every checkpoint holds; last.pth holds more
@@ -75,13 +76,15 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """What torch.save wrote, or None if it cannot be read safely.
+    """What torch.save or safetensors wrote, or None if it cannot be read safely.
 
     Raises OSError, which names the file, if the disk fails, and the error of a memory that is too
     small.
     """
     is_zip = False
     with open(path, "rb") as file:
+        if path.suffix.lower() == SAFETENSORS:
+            return _load_safetensors(path)
         try:
             is_zip = zipfile.is_zipfile(file)
             if is_zip:
@@ -101,6 +104,23 @@ def _load(path: Path) -> Any:
             if is_zip and is_out_of_memory(error):
                 raise
             return None
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor] | None:
+    """The weights in a file of safetensors, or None if it is damaged.
+
+    Raises UserError if that package is not installed.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        install = "pip install -r requirements-extras.txt"
+        raise UserError(f"{path} needs the package {error.name}: {install}") from None
+    try:
+        return load_file(path)
+    except SafetensorError:
+        return None
 
 
 def _is_checkpoint(content: Any) -> bool:

@@ -49,6 +49,8 @@ SLOW = {
     "captum",
     "pandas",
     "torchvision",
+    "timm",
+    "safetensors",
 }
 
 

@@ -30,6 +30,7 @@ NETWORKS = [
     "airbench94",
     "torchvision:squeezenet1_1",
     "torchvision:mobilenet_v3_small",
+    "timm:test_efficientnet",
 ]
 
 
@@ -284,7 +285,7 @@ def test_export_downloads_nothing(model, folder, tool_inside, monkeypatch):
 def test_every_network_is_exported(name, folder):
     any_size = ["resnet18", "resnet50", "resnet18-dropout", "airbench94"]
     size = 16 if name in any_size else 32
-    if name.startswith("torchvision:"):
+    if name.startswith(("torchvision:", "timm:")):
         size = 64
     config = ic.Config(dataset="digits", subset=100, model=name, image_size=size)
     data = ic.load_data(config)
