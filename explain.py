@@ -435,7 +435,8 @@ def settings_of_folds(model: Classifier, data: Dataset) -> Config:
         settings["init_from"] = ""
         start = "ImageNet's weights"
         if not settings.get("pretrained"):
-            settings["freeze"] = False  # a frozen layer with random weights would learn nothing
+            # a frozen layer with random weights would learn nothing
+            settings |= {"freeze": False, "head_first": 0.0, "first_layer_lr": 1.0}
             start = "random weights, and all layers are trained"
         note = escape_control_characters(f"{problem}: the networks start from {start}")
         print(f"note: {note}")  # it has a path from a file, which may be a stranger's

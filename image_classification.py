@@ -58,6 +58,7 @@ try:
         cuda_graphs,
         devices,
         distributed,
+        finetuning,
         foreign_paths,
         lazy_compiler,
         metrics,
@@ -86,7 +87,7 @@ try:
     from classifier.distributed import Group
     from classifier.errors import Stopped
     from classifier.heartbeat import Heartbeat
-    from classifier.networks import build, pretrained
+    from classifier.networks import build, libraries
     from classifier.progress import Progress, Row
     from classifier.reports import Report
     from classifier.resolve import configure
@@ -470,14 +471,15 @@ def build_optimizers(
 
     dtype: of the forward pass. Muon uses bf16 too, but not fp16, whose range is too small.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
     if config.optimizer != "muon":
+        groups = finetuning.layer_groups(model, config)  # one, or several with their own rates
         return [
             optimizers.build_optimizer(
-                config.optimizer, weights, config.lr, config.momentum, config.weight_decay
+                config.optimizer, groups, config.lr, config.momentum, config.weight_decay
             )
         ]
 
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in weights if weight.ndim in (2, 4)]
     muon_weights = matrices[:-1]
     muon_ids = {id(weight) for weight in muon_weights}
@@ -600,7 +602,8 @@ class Trainer:
         state.split_batches(self.group.max(fit.count))
         if resume_from is not None:
             state.load(resume_from, self.group, keep_total_steps=config.minutes > 0)
-        self.forward = self.group.wrap(model, fit.has_unused_params)
+        has_unused_params = fit.has_unused_params or config.head_first > 0
+        self.forward = self.group.wrap(model, has_unused_params)
         self.group.seed_ranks(config.seed, state.progress.step)
         self.compiled_forward = torch.compile(self.forward) if config.compile else None
         self.cuda_graph = None
@@ -630,9 +633,13 @@ class Trainer:
         batch: its slice of an epoch's plan. factor: the learning rate as a fraction of its peak;
         None: as the schedule says. Returns what forward_backward does.
         """
-        state, progress = self.state, self.state.progress
+        config, state, progress = self.config, self.state, self.state.progress
+        if config.head_first:
+            head_only = progress.fraction < config.head_first
+            finetuning.train_last_layer_only(state.model, state.optimizers, head_only)
         if factor is None:
-            factor = lr_factor(self.config.scheduler, progress.fraction, progress.losses())
+            fraction = finetuning.phase_fraction(progress.fraction, config.head_first)
+            factor = lr_factor(config.scheduler, fraction, progress.losses())
         scale = self.image_scale()
         set_learning_rates(state.optimizers, factor)
         compute = self.compute_step if self.cuda_graph is None else self.cuda_graph
@@ -1021,7 +1028,7 @@ def load_data(config: Config) -> Dataset:
     With "auto" and no recipe, scikit-learn's digits replace CIFAR-10 where that is not available,
     and `fallback_reason` says why. Raises UserError.
     """
-    return load.load_data(config, pretrained.imagenet_size, order=runs.saved_classes(config))
+    return load.load_data(config, libraries.published_size, order=runs.saved_classes(config))
 
 
 def load_checkpoint(path: Path | str, model: str = "") -> tuple[nn.Module, dict[str, Any]]:

@@ -54,6 +54,7 @@ try:
     from classifier.networks.build import network_factory
     from classifier.plots import save_figure
     from classifier.recipes import NOT_IN_RECIPES, Settings
+    from classifier.reports import model_name
     from classifier.resolve import check_before_data, configure, resolve_defaults
     from classifier.runs import StopRequest
     from classifier.search_space import BATCH_SIZES, SEARCHED, SearchSpace
@@ -390,7 +391,7 @@ def find_lr(search: Search) -> float:
     """
     usual_lr = search.start.lr or 0.1
     low, high = search.options.learning_rates or (usual_lr / 1000, usual_lr * 10)
-    config = replace(search.start, lr=usual_lr, progressive_resizing=0.0)
+    config = replace(search.start, lr=usual_lr, progressive_resizing=0.0, head_first=0.0)
     with training_process(search.device, config.deterministic):
         trainer = ic.Trainer(config, search.data, search.device)
         trainer.state.model.train(not config.freeze)  # frozen layers keep their statistics
@@ -521,7 +522,7 @@ def prepare(fixed: Settings, options: Options) -> Search:
         start = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
         if not options.worker:
             ic.build_model(start, data)  # fails here if it is wrong, not in each worker
-    network = config.model.replace("torchvision:", "torchvision-").rpartition(":")[2]
+    network = model_name(config.model)
     folder = Path("runs", "tune", options.study or f"{data.name}-{network}")
     folder.mkdir(parents=True, exist_ok=True)
     fixed = {**fixed, "dataset": start.dataset}

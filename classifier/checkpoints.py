@@ -25,6 +25,7 @@ from classifier.text import has_control_characters
 Build = Callable[..., nn.Module]
 
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")  # under which others keep one
+SAFETENSORS = ".safetensors"  # how the names of its files end
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DDP, and of torch.compile
 
 REQUIRED = {  # what every checkpoint holds; last.pth holds more
@@ -41,10 +42,9 @@ REQUIRED = {  # what every checkpoint holds; last.pth holds more
 OPTIONAL = ("dataset", "train_images", "fingerprint", "split_rules", "pixel_ranges", "report")
 DIGESTS = ("train_digests", "earlier_digests")  # int64 (N,): see seen_images
 
-SAFETENSORS = ".safetensors"
-MAX_JSON = (
-    10_000_000  # characters of metadata: as Python's objects they take up to 20 times as much
-)
+SCORE = "ood_score"  # how unlike the training images an image is: see ood_score.with_score
+# Characters of metadata: as Python's objects they take up to 20 times as much.
+MAX_JSON = 10_000_000
 
 
 def save_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
@@ -183,6 +183,11 @@ def to_safetensors(content: dict[str, Any]) -> bytes:
     for name, tensor in content["model"].items():
         # safetensors refuses tensors that share memory
         weights[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if SCORE in content:
+        score = dict(content[SCORE])
+        for name, tensor in score.pop("tensors").items():
+            weights[f"{SCORE}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
+        metadata[SCORE] = json.dumps(score)
     return save(weights, metadata)
 
 
@@ -196,7 +201,7 @@ def _from_safetensors(
     described = [name for name in (*REQUIRED, *OPTIONAL) if name in metadata and name != "model"]
     if not set(REQUIRED) <= {"model", *described}:
         return dict(weights)
-    if sum(len(metadata[name]) for name in described) > MAX_JSON:
+    if sum(len(metadata[name]) for name in (*described, SCORE) if name in metadata) > MAX_JSON:
         return None
     content: dict[str, Any] = {"model": weights}
     try:
@@ -206,7 +211,12 @@ def _from_safetensors(
             if name in metadata:
                 digests = np.frombuffer(bytes.fromhex(metadata[name]), "<i8")
                 content[name] = torch.from_numpy(digests.astype(np.int64))
-    except (ValueError, RecursionError):
+        if SCORE in metadata:
+            prefix = f"{SCORE}."
+            names = [name for name in weights if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): weights.pop(name) for name in names}
+            content[SCORE] = {**json.loads(metadata[SCORE]), "tensors": tensors}
+    except (TypeError, ValueError, RecursionError):
         return None
     return content
 

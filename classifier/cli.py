@@ -34,7 +34,7 @@ METAVARS = {
     "labels": "FILE.csv",
     "mirror": "URL",
     "image_size": "PIXELS",
-    "init_from": "FILE.pth",
+    "init_from": "FILE",
     "minutes": "MINUTES",
     "augment": "LIST",
     "out": "FILE.pth",

@@ -79,7 +79,9 @@ class Config:
     )
 
     # Network
-    model: str = setting("cnn", "cnn, a name such as resnet18, torchvision:NAME or FILE.py:FACTORY")
+    model: str = setting(
+        "cnn", "cnn, a name such as resnet18, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
+    )
     width: float | None = setting(
         None, "width of the network: factor on its numbers of channels", minimum=0.05
     )
@@ -87,14 +89,28 @@ class Config:
         None, "dropout rate, for networks with dropout", minimum=0, less_than=1
     )
     pretrained: bool = setting(
-        False, "start torchvision:NAME from its ImageNet weights, with their image size"
+        False,
+        "start torchvision:NAME or timm:NAME from its published weights, mostly ImageNet's, with "
+        "their image size",
     )
     init_from: str = setting(
         "",
-        "model file, or state dict of another program, whose weights to start from; for other "
-        "classes with a new last layer",
+        "model file, or state dict of another program (.pth or .safetensors), whose weights to "
+        "start from; for other classes with a new last layer",
     )
     freeze: bool = setting(False, "train only the last layer")
+    head_first: float = setting(
+        0.0,
+        "share of the run that trains only the last layer, before the others are trained, too",
+        minimum=0,
+        less_than=1,
+    )
+    first_layer_lr: float = setting(
+        1.0,
+        "learning rate of the first layer as a share of the last one's; those of the layers "
+        "between them rise in equal factors",
+        minimum=0,
+    )
 
     # Training
     recipe: str = setting(
@@ -191,6 +207,8 @@ class Config:
             value = getattr(self, name)
             if is_url(value):
                 raise UsageError(f"{flag(name)} {value}: {URL_REFUSED}")
+        if self.first_layer_lr > 1:
+            raise UsageError(f"--first-layer-lr {self.first_layer_lr:g}: must be at most 1")
         if self.early_stopping and not self.val_fraction:
             raise UsageError("--early-stopping needs validation images: --val-fraction above 0")
 
@@ -229,9 +247,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_library_model(model: str) -> bool:
+    """True for a network of torchvision or timm."""
+    return model.startswith(("torchvision:", "timm:"))
+
+
 def is_custom_model(model: str) -> bool:
     """True for a user's network, FILE.py:FACTORY."""
-    return ":" in model and not model.startswith("torchvision:")
+    return ":" in model and not is_library_model(model)
 
 
 class Augment(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 def build_optimizer(
     name: str,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] | Sequence[dict[str, Any]],
     lr: float,
     momentum: float,
     weight_decay: float,
@@ -18,6 +19,8 @@ def build_optimizer(
     """One of torch's optimisers: sgd (with Nesterov's momentum), adam, adamw or rmsprop.
 
     Adam and AdamW do not take `momentum`: they keep torch's own betas.
+
+    weights: these, or parameter groups, whose own learning rates take precedence over `lr`.
     """
     if name == "sgd":
         nesterov = momentum > 0  # torch refuses it without momentum

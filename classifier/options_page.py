@@ -24,9 +24,9 @@ DETAILS = {
     "fit": "The model file keeps it, and the tools obey it. `pad` fills with (114, 114, 114).",
     "width": "For `cnn`, and for custom networks that take it.",
     "dropout": "Default for `cnn` 0, for `beginner-cnn` and `coursework-cnn` 0.5, for "
-    "`notebook-cnn` and `fcn` 0.25, for `resnet18-dropout` 0.1.",
+    "`notebook-cnn` and `fcn` 0.25, for `resnet18-dropout` 0.1; for `timm:NAME` its `drop_rate`.",
     "pretrained": "Images get their normalisation, too.",
-    "init_from": "With `--pretrained`, it may be one of torchvision's files.",
+    "init_from": "With `--pretrained`, it may be a file that torchvision or timm publishes.",
     "freeze": "After `--pretrained` or `--init-from`.",
     "minutes": "Downloads are included.",
     "batch_size": "At most all training images.",
@@ -73,8 +73,8 @@ def _defaults_section(default_recipe: Settings) -> list[str]:
     of_optimizers.update(recipes.OPTIMIZER_DEFAULTS)
     of_networks = {
         **recipes.NETWORK_DEFAULTS,
-        "torchvision:NAME": recipes.TORCHVISION_DEFAULTS,
-        "torchvision:NAME --pretrained": recipes.PRETRAINED_DEFAULTS,
+        "torchvision:NAME or timm:NAME": recipes.LIBRARY_DEFAULTS,
+        "torchvision:NAME or timm:NAME, --pretrained": recipes.PRETRAINED_DEFAULTS,
         "FILE.py:FACTORY": recipes.CUSTOM_MODEL_DEFAULTS,
     }
     return [

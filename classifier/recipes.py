@@ -51,12 +51,13 @@ NETWORK_DEFAULTS: dict[str, Settings] = {
     "airbench94": {**MUON, "epochs": 8},
 }
 
-# For torchvision:NAME, with the epochs of the data set, and its batch size if that is smaller.
+# For torchvision:NAME and timm:NAME, with the epochs of the data set, and its batch size if that is
+# smaller.
 # Networks without batch norm fail at 0.002: squeezenet1_1 reached 9.7 % on the digits with it and
 # 79.7 % with 0.001 (validation images).
-TORCHVISION_DEFAULTS: Settings = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 64}
+LIBRARY_DEFAULTS: Settings = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 64}
 # ImageNet weights would not survive Muon, nor a rate as high as that of a new network.
-PRETRAINED_DEFAULTS: Settings = {**TORCHVISION_DEFAULTS, "lr": 5e-4}
+PRETRAINED_DEFAULTS: Settings = {**LIBRARY_DEFAULTS, "lr": 5e-4}
 CUSTOM_MODEL_DEFAULTS: Settings = MUON
 
 

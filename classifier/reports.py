@@ -17,7 +17,7 @@ from tqdm import tqdm
 from classifier import __version__, metrics, plots, result_output, runs
 from classifier.checkpoints import save_checkpoint
 from classifier.cli import command_line, program
-from classifier.config import Config, is_custom_model
+from classifier.config import Config, is_custom_model, is_library_model
 from classifier.datasets import identity
 from classifier.datasets.dataset import Dataset
 from classifier.devices import hardware_name
@@ -260,8 +260,10 @@ def _print_hint(row: Row, num_classes: int) -> None:
 
 
 def model_name(model: str) -> str:
-    """The setting --model as part of a file name: torchvision-resnet18, or FACTORY of a file."""
-    return model.replace("torchvision:", "torchvision-").rpartition(":")[2]
+    """The setting --model as part of a file name: timm-resnet18, or FACTORY of a file."""
+    if is_library_model(model):
+        return model.replace(":", "-")
+    return model.rpartition(":")[2]
 
 
 def _other_copy(model: Path, folder: Path, run_copy: Path) -> Path | None:

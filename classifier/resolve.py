@@ -11,18 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from classifier import augmentations, files, recipes, runs, sampling
-from classifier.config import Config, is_custom_model, parse_augment
+from classifier import augmentations, files, finetuning, recipes, runs, sampling
+from classifier.config import Config, is_custom_model, is_library_model, parse_augment
 from classifier.datasets import load, named
 from classifier.datasets.dataset import Dataset, same_images
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
 from classifier.foreign_paths import full_path
 from classifier.foreign_settings import without_foreign_places
+from classifier.networks import libraries
 from classifier.networks.custom import split_custom_model
-from classifier.networks.pretrained import check_torchvision_name
 from classifier.recipes import Settings
-from classifier.text import did_you_mean
+from classifier.text import OTHER_MODELS, did_you_mean
 
 # Progressive resizing is off by default for smaller images, as half of their size is too little for
 # the network, for smaller batches, as batch norm needs several values for each channel, and for
@@ -60,15 +60,15 @@ def network_defaults(model: str, pretrained: bool = False) -> Settings:
         return {}
     if model in recipes.NETWORK_DEFAULTS:
         defaults = recipes.NETWORK_DEFAULTS[model]
-    elif model.startswith("torchvision:"):
-        check_torchvision_name(model.removeprefix("torchvision:"))
-        defaults = recipes.PRETRAINED_DEFAULTS if pretrained else recipes.TORCHVISION_DEFAULTS
+    elif is_library_model(model):
+        libraries.check_name(model)
+        defaults = recipes.PRETRAINED_DEFAULTS if pretrained else recipes.LIBRARY_DEFAULTS
     elif is_custom_model(model):
         split_custom_model(model)
         defaults = recipes.CUSTOM_MODEL_DEFAULTS
     else:
         known = ["cnn", *recipes.NETWORK_DEFAULTS]
-        suggestion = did_you_mean(model, known, ", torchvision:NAME or FILE.py:FACTORY")
+        suggestion = did_you_mean(model, known, OTHER_MODELS)
         raise UsageError(f"unknown model {model}: {suggestion}")
     # Not every network accepts images of other sizes.
     return {"progressive_resizing": 0.0, **defaults}
@@ -125,17 +125,22 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     Prints notes on settings that are changed or not advisable. Raises UsageError for settings that
     do not fit this data set.
     """
+    if config.pretrained:
+        config = replace(config, model=libraries.full_name(config.model))
     defaults = _default_settings(config, data, default_recipe)
     config = _limit_batch_size(config, defaults, data)
     config = _limit_tta(config, data)
     if config.fast_dev_run:
         config = replace(config, epochs=1, minutes=0.0, repeat=1, progressive_resizing=0.0)
+    if config.fast_dev_run or config.freeze:  # a single step, or a single layer
+        config = replace(config, head_first=0.0, first_layer_lr=1.0)
     _check_augment(config.augment, data)
     config = replace(config, dataset=_dataset_to_record(config.dataset, data))
     if config.labels:
         config = replace(config, labels=full_path(config.labels))
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
+    finetuning.check(config)
     _check_progressive_resizing(config, data)
     return config
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from optuna import Trial
 
+from classifier import finetuning
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
 from classifier.recipes import Settings
@@ -43,7 +44,7 @@ class SearchSpace:
         drawn: Settings = {}
         if "optimizer" not in fixed:
             names = list(OPTIMIZERS)
-            if self.start.pretrained:
+            if self.start.pretrained or finetuning.has_groups(self.start):
                 names.remove("muon")  # ImageNet weights would not survive it
             drawn["optimizer"] = trial.suggest_categorical("optimizer", names)
         if "lr" not in fixed:

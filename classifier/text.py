@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 FROM_FLOATS = "floats in [0, 1] become that by (255 * images).round(), as uint8"
 URL_REFUSED = "this is a URL: name a file or folder on this machine, downloaded if need be"
+OTHER_MODELS = ", torchvision:NAME, timm:NAME or FILE.py:FACTORY"  # than those with a short name
 CONTROL_CHARACTER = r"[\x00-\x1f\x7f-\x9f]"
 
 

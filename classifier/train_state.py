@@ -15,7 +15,7 @@ from classifier.datasets import dataset, pixel_range
 from classifier.datasets.dataset import Dataset
 from classifier.distributed import Group
 from classifier.errors import Diverged
-from classifier.networks.pretrained import ImageNetClassifier
+from classifier.networks.pretrained import PretrainedNetwork
 from classifier.progress import STEP_COST, Progress, Row
 from classifier.seen_images import EARLIER_DIGESTS, digests_for_file
 
@@ -235,8 +235,8 @@ def describe(
     versions: see reports.versions.
     """
     mean, std = data.mean, data.std
-    if isinstance(model, ImageNetClassifier):
-        mean, std = model.normalisation
+    if isinstance(model, PretrainedNetwork):
+        mean, std = model.published.mean, model.published.std
     content: dict[str, Any] = {
         "config": asdict(config),
         "classes": data.classes,

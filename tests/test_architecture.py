@@ -51,6 +51,8 @@ SLOW = {
     "captum",
     "pandas",
     "torchvision",
+    "timm",
+    "safetensors",
 }
 
 

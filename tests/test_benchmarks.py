@@ -10,6 +10,7 @@ import sys
 
 import ablations
 import beside
+import finetune
 import fit
 import growth
 import harness
@@ -80,6 +81,8 @@ def base_weights():
 def test_text_of_every_variant_is_a_program():
     snippets = [*SNIPPETS.values(), scaling.SILENT]
     snippets.append(imbalance.LOAD_IMBALANCED.format(share=0.05))
+    classes = {"first": 5, "end": 10, "count": 50, "on_test_images": False}
+    snippets.append(finetune.LOAD_CLASSES.format(**classes))
     snippets.append(large.MAX_BYTES.format(max_bytes=0))
     snippets.append(survival.SAVE_EVERY.format(seconds=0.0))
     for snippet in snippets:
@@ -413,7 +416,7 @@ def harness_runs(monkeypatch, folder):
     def run(variant, seed, data_dir, snippet="", environment=None, processes=1):
         runs.append((variant, seed, snippet, processes))
         words = variant.split()
-        options = dict(zip(words[1::2], words[2::2], strict=True))
+        options = dict(zip(words[1::2], words[2::2], strict=False))
         images = int(options.get("--subset", 50_000)) or 50_000
         seconds = 5 + images / 1000 * int(options["--epochs"])
         recall = {"plane": 0.25, "car": 0.75}
@@ -471,6 +474,33 @@ def test_photographs_have_their_object_where_it_is_said(folder):
             found.add(int(is_white.argmax()))
     assert places["middle"] == {20} and len(places["anywhere"]) > 5
     assert min(places["anywhere"]) < 8 and max(places["anywhere"]) > 32
+
+
+def test_finetune(harness_runs, tool_inside, folder):
+    out, _ = tool_inside("finetune")("--runs", "2", "--learning-rates", "1e-3")
+    lines = out.splitlines()
+    assert lines[2].startswith("| last layer only | `--freeze` | 50.0 ± 0.0 |")
+    assert len(lines) == 2 + len(finetune.VARIANTS)
+    first, *others = harness_runs
+    assert "--init-from" not in first[0] and "--out" in first[0]
+    assert len(others) == 2 * len(finetune.VARIANTS)
+    assert all("--init-from" in variant and "--lr 1e-3" in variant for variant, *_ in others)
+    assert len(json.loads((folder / "finetune.json").read_text())) == len(others)
+
+
+@pytest.mark.parametrize("on_test_images", [False, True])
+def test_classes_to_fine_tune_for(apply_snippet, on_test_images):
+    data = ic.load_data(ic.Config(dataset="digits", val_fraction=0.0))
+    settings = {"first": 5, "end": 10, "count": 20, "on_test_images": on_test_images}
+    apply_snippet(finetune.LOAD_CLASSES.format(**settings))
+    first, again, other = (ic.load_data(ic.Config(dataset="digits", seed=n)) for n in (0, 0, 1))
+    assert first.classes == data.classes[5:]
+    assert torch.bincount(first.train.labels).tolist() == [18] * 5
+    assert torch.bincount(first.valid.labels).tolist() == [2] * 5
+    assert torch.equal(first.train.images, again.train.images)
+    assert not torch.equal(first.train.images, other.train.images)
+    test_images = data.test.images[data.test.labels >= 5]
+    assert torch.equal(first.test.images, test_images) == on_test_images
 
 
 def test_scaling(harness_runs, tool_inside, folder):

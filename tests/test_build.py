@@ -159,7 +159,7 @@ def test_options_reach_the_network():
         ("fcn", {"width": 2.0}, "--width"),
         ("convnet", {"dropout": 0.1}, "--dropout"),
         ("torchvision:resnet18", {"width": 2.0}, "--width"),
-        ("resnet18", {"pretrained": True}, "--pretrained .*torchvision:NAME"),
+        ("resnet18", {"pretrained": True}, "--pretrained .*torchvision:NAME and timm:NAME"),
         ("cnn", {"pretrained": True}, "--pretrained .*torchvision:NAME"),
     ],
 )
@@ -517,7 +517,7 @@ def test_cached_imagenet_weights(imagenet, folder, monkeypatch):
     cache = folder / "hub" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     published = torch.load(imagenet, weights_only=True)
-    (folder / imagenet).rename(cache / Path(model.weights.url).name)
+    (folder / imagenet).rename(cache / Path(model.published.url).name)
     assert load(model, **PRETRAINED) is True
     state = model.state_dict()
     assert torch.equal(state["body.features.0.weight"], published["features.0.weight"])

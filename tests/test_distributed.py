@@ -250,7 +250,7 @@ def test_restart_resumes_the_run(launched, store, run, monkeypatch):
     assert distributed.begin(GIVEN) == expected
 
 
-@pytest.mark.parametrize("model", ["mine.py:small", "torchvision:resnet18"])
+@pytest.mark.parametrize("model", ["mine.py:small", "torchvision:resnet18", "timm:resnet18"])
 def test_restart_names_the_file_of_a_network(launched, store, run, model):
     launched()
     (run / "config.json").write_text(json.dumps({"model": model}))

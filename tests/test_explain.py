@@ -530,12 +530,13 @@ def test_class_with_too_few_images_is_refused():
         "airbench94",
         "torchvision:squeezenet1_1",
         "torchvision:mobilenet_v3_small",
+        "timm:test_efficientnet",
     ],
 )
 def test_every_network_is_explained(name, folder):
     any_size = ["resnet18", "resnet50", "resnet18-dropout", "airbench94"]
     size = 16 if name in any_size else 32
-    if name.startswith("torchvision:"):
+    if name.startswith(("torchvision:", "timm:")):
         size = 64
     trainer = untrained(model=name, image_size=size, batch_size=20)
     save_model(trainer, folder / "model.pth")

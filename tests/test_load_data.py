@@ -169,11 +169,11 @@ def test_folder_in_the_home_folder(folder, loaded_folders, monkeypatch):
 def test_image_size_of_a_folder(folder, loaded_folders, settings, image_size):
     (folder / "photos").mkdir()
     config = Config(dataset="photos", model="torchvision:resnet18", **settings)
-    load_data(config, imagenet_size={"torchvision:resnet18": 224}.get)
+    load_data(config, published_size={"torchvision:resnet18": 224}.get)
     assert loaded_folders == [(config, image_size)]
 
 
-def test_image_size_without_imagenet_sizes(folder, loaded_folders):
+def test_image_size_without_sizes_of_networks(folder, loaded_folders):
     (folder / "photos").mkdir()
     config = Config(dataset="photos", model="torchvision:resnet18", pretrained=True)
     load_data(config)

@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from classifier.errors import UsageError, UserError
+from classifier.networks.libraries import published_size, size_hint
 from classifier.networks.pretrained import (
-    ImageNetClassifier,
-    check_torchvision_name,
-    download_imagenet_weights,
+    download_weights,
     freeze_all_but_last_layer,
-    imagenet_size,
-    imagenet_weights,
-    last_layer,
     last_layer_weights,
+    last_layers,
     load_pretrained,
-    size_hint,
-    torchvision_factory,
-    torchvision_network,
+)
+from classifier.networks.torchvision_models import (
+    check_name,
+    factory,
+    imagenet_weights,
+    new_network,
+    pretrained_network,
 )
 
 SMALLEST = "squeezenet1_1"
@@ -50,26 +51,26 @@ def differing(first, second):
 
 
 def test_unknown_name_is_refused_with_the_closest_ones():
-    check_torchvision_name("resnet18")
+    check_name("resnet18")
     with pytest.raises(UsageError, match="torchvision:resnet19: .*resnet18"):
-        check_torchvision_name("resnet19")
+        check_name("resnet19")
     with pytest.raises(UsageError, match="resnet19"):
         imagenet_weights("resnet19")
     with pytest.raises(UsageError, match="resnet19"):
-        torchvision_factory("resnet19")()
+        factory("resnet19")()
 
 
 def test_only_classifiers_count():
     with pytest.raises(UsageError, match="maskrcnn_resnet50_fpn"):
-        check_torchvision_name("maskrcnn_resnet50_fpn")
+        check_name("maskrcnn_resnet50_fpn")
 
 
 def test_size_of_the_images_that_the_weights_are_made_for():
-    assert imagenet_size("torchvision:squeezenet1_1") == 224
-    assert imagenet_size("torchvision:inception_v3") == 299
-    assert imagenet_size("resnet18") is None
-    assert imagenet_size("cnn") is None
-    assert imagenet_size("mine.py:network") is None
+    assert published_size("torchvision:squeezenet1_1") == 224
+    assert published_size("torchvision:inception_v3") == 299
+    assert published_size("resnet18") is None
+    assert published_size("cnn") is None
+    assert published_size("mine.py:network") is None
 
 
 def test_hint_for_images_that_are_too_small():
@@ -82,22 +83,22 @@ def test_hint_for_images_that_are_too_small():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_b0", "vit_b_16"])
-def test_torchvision_networks(name):
-    network = torchvision_factory(name)(classes=7, image_size=32)
+def test_new_networks(name):
+    network = factory(name)(classes=7, image_size=32)
     with torch.no_grad():
         assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_googlenet_has_a_single_output_in_training():
-    network = torchvision_factory("googlenet")(classes=7)
+    network = factory("googlenet")(classes=7)
     assert network.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
     assert not network.transform_input
-    assert ImageNetClassifier("googlenet", 7).body.transform_input
+    assert pretrained_network("googlenet", 7).body.transform_input
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "mnasnet0_5"])
 def test_short_runs_are_enough_for_batch_norm(name):
-    layers = torchvision_network(name, 7, 32).modules()  # 0.01 and 0.0003 in torchvision
+    layers = new_network(name, 7, 32).modules()  # 0.01 and 0.0003 in torchvision
     momenta = {layer.momentum for layer in layers if isinstance(layer, nn.BatchNorm2d)}
     assert momenta == {0.1}
 
@@ -105,28 +106,28 @@ def test_short_runs_are_enough_for_batch_norm(name):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_other_than_3_channels_are_refused(channels):
     with pytest.raises(UserError, match="--model torchvision:resnet18 .* 3 channels"):
-        torchvision_factory("resnet18")(channels=channels)
+        factory("resnet18")(channels=channels)
 
 
-def test_imagenet_classifier_resizes_its_images():
-    network = torchvision_factory(SMALLEST)(classes=5, image_size=32, pretrained=True).eval()
+def test_pretrained_network_resizes_its_images():
+    network = factory(SMALLEST)(classes=5, image_size=32, pretrained=True).eval()
     sizes = []
     network.body.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-2:]))
     with torch.no_grad():
         for size in (32, 224, 300):
             assert network(torch.zeros(2, 3, size, size)).shape == (2, 5)
     assert sizes == [(224, 224)] * 3
-    assert network.size == 224
-    mean, std = network.normalisation
-    assert mean == [0.485, 0.456, 0.406] and std == [0.229, 0.224, 0.225]
+    published = network.published
+    assert published.size == 224
+    assert published.mean == [0.485, 0.456, 0.406] and published.std == [0.229, 0.224, 0.225]
 
 
 # ---- ImageNet weights ----
 
 
 def test_downloaded_weights_have_the_names_of_the_network(imagenet):
-    network = ImageNetClassifier(SMALLEST, 10)
-    weights = download_imagenet_weights(network)
+    network = pretrained_network(SMALLEST, 10)
+    weights = download_weights(network)
     assert weights.keys() == network.state_dict().keys()
     saved = torch.load(imagenet, weights_only=True)
     assert torch.equal(weights["body.features.0.weight"], saved["features.0.weight"])
@@ -137,7 +138,7 @@ def test_download_that_fails_names_the_file_and_a_way_out(folder, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setattr("urllib.request._opener", None)  # it remembers the proxies of its first use
     with pytest.raises(UserError) as caught:
-        download_imagenet_weights(ImageNetClassifier(SMALLEST, 10))
+        download_weights(pretrained_network(SMALLEST, 10))
     message = str(caught.value)
     assert "--pretrained" in message and "--init-from" in message and "squeezenet1_1-" in message
     assert "urlopen error" not in message  # but the reason that it wraps
@@ -155,32 +156,32 @@ def test_reason_of_a_failed_download(monkeypatch, error, named):
     def fail(*args, **kwargs):
         raise error
 
-    network = ImageNetClassifier(SMALLEST, 10)
-    monkeypatch.setattr(type(network.weights), "get_state_dict", fail)
+    network = pretrained_network(SMALLEST, 10)
+    monkeypatch.setattr("torchvision.models.SqueezeNet1_1_Weights.get_state_dict", fail)
     with pytest.raises(UserError, match=named):
-        download_imagenet_weights(network)
+        download_weights(network)
 
 
 def test_damaged_download_is_named(imagenet):
     imagenet.write_bytes(b"no weights")
     with pytest.raises(UserError, match="--pretrained: .*squeezenet1_1-.*damaged"):
-        download_imagenet_weights(ImageNetClassifier(SMALLEST, 10))
+        download_weights(pretrained_network(SMALLEST, 10))
 
 
 @pytest.mark.parametrize("keep_last_layer", [True, False])
 def test_last_layer_is_loaded_where_it_is_for_the_same_classes(keep_last_layer):
     torch.manual_seed(0)
-    source = ImageNetClassifier(SMALLEST, 10).state_dict()
+    source = pretrained_network(SMALLEST, 10).state_dict()
     source["body.classifier.1.bias"] = torch.ones(10)  # drawn as 0 in every network
-    network = ImageNetClassifier(SMALLEST, 10)
+    network = pretrained_network(SMALLEST, 10)
     load_pretrained(network, source, "own.pth", keep_last_layer)
     expected = set() if keep_last_layer else LAST_LAYER
     assert differing(source, network.state_dict()) == expected
 
 
 def test_last_layer_for_other_classes_stays_as_it_was_drawn():
-    source = ImageNetClassifier(SMALLEST, 1000).state_dict()
-    network = ImageNetClassifier(SMALLEST, 10)
+    source = pretrained_network(SMALLEST, 1000).state_dict()
+    network = pretrained_network(SMALLEST, 10)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     load_pretrained(network, {**source, "unknown": torch.ones(1)}, "x.pth", False)
     after = network.state_dict()
@@ -190,10 +191,10 @@ def test_last_layer_for_other_classes_stays_as_it_was_drawn():
 
 @pytest.mark.parametrize("value", [None, torch.zeros(1), "text"])
 def test_weights_of_another_network_are_refused_and_change_nothing(value):
-    network = ImageNetClassifier(SMALLEST, 10)
+    network = pretrained_network(SMALLEST, 10)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     torch.manual_seed(9)
-    source = ImageNetClassifier(SMALLEST, 10).state_dict()
+    source = pretrained_network(SMALLEST, 10).state_dict()
     source["body.features.3.squeeze.weight"] = value
     if value is None:
         del source["body.features.3.squeeze.weight"]
@@ -207,13 +208,12 @@ def test_weights_of_another_network_are_refused_and_change_nothing(value):
 
 def test_last_layer_is_the_last_one_with_weights():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Linear(4, 5), nn.ReLU()))
-    name, layer = last_layer(network)
-    assert name == "1.0" and layer is network[1][0]
+    assert last_layers(network) == {"1.0": network[1][0]}
     assert last_layer_weights(network).keys() == {"1.0.weight", "1.0.bias"}
 
 
 def test_freezing_leaves_only_the_last_layer_to_be_trained():
-    network = ImageNetClassifier(SMALLEST, 10)
+    network = pretrained_network(SMALLEST, 10)
     freeze_all_but_last_layer(network)
     trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
     assert trained == LAST_LAYER
@@ -231,8 +231,8 @@ def test_disk_and_network_are_told_apart(monkeypatch, number, named, blamed):
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    network = ImageNetClassifier(SMALLEST, 3)
-    monkeypatch.setattr(type(network.weights), "get_state_dict", fail)
+    network = pretrained_network(SMALLEST, 3)
+    monkeypatch.setattr("torchvision.models.SqueezeNet1_1_Weights.get_state_dict", fail)
     with pytest.raises(UserError, match=named) as caught:
-        download_imagenet_weights(network)
+        download_weights(network)
     assert blamed not in str(caught.value) and os.strerror(number) in str(caught.value)

@@ -9,12 +9,12 @@ from classifier.config import FIELD_TYPES, Config
 from classifier.errors import UsageError, UserError
 from classifier.recipes import (
     DATASET_DEFAULTS,
+    LIBRARY_DEFAULTS,
     NETWORK_DEFAULTS,
     NOT_IN_RECIPES,
     OPTIMIZER_DEFAULTS,
     PRETRAINED_DEFAULTS,
     RECIPES,
-    TORCHVISION_DEFAULTS,
     defaults_for_images,
     find_recipe,
     read_recipe,
@@ -61,7 +61,7 @@ def test_recipe_is_what_its_reference_states(name):
 def test_tables_hold_valid_settings():
     tables = [RECIPES, DATASET_DEFAULTS, OPTIMIZER_DEFAULTS, NETWORK_DEFAULTS]
     several = [settings for table in tables for settings in table.values()]
-    for settings in [*several, TORCHVISION_DEFAULTS, PRETRAINED_DEFAULTS]:
+    for settings in [*several, LIBRARY_DEFAULTS, PRETRAINED_DEFAULTS]:
         assert Config(**settings)
         assert not settings.keys() & NOT_IN_RECIPES
     for settings in OPTIMIZER_DEFAULTS.values():

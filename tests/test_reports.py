@@ -368,6 +368,7 @@ def test_missing_calibration_is_said(capsys):
     [
         ("cnn", "cnn"),
         ("torchvision:resnet18", "torchvision-resnet18"),
+        ("timm:resnet18.a1_in1k", "timm-resnet18.a1_in1k"),
         ("some/mine.py:small", "small"),
         ("C:\\mine.py:small", "small"),
     ],

@@ -24,7 +24,7 @@ NAMES = ["cifar10", "digits", *named.NAMES]  # and "auto"; everything else is a 
 
 def load_data(
     config: Config,
-    imagenet_size: Callable[[str], int | None] | None = None,
+    published_size: Callable[[str], int | None] | None = None,
     may_download: bool = True,
     order: list[str] | None = None,
 ) -> Dataset:
@@ -34,7 +34,7 @@ def load_data(
     `Dataset.fallback_reason` then says why.
 
     Args:
-        imagenet_size: returns the image size that the ImageNet weights of a model are made for.
+        published_size: returns the image size that the published weights of a model are made for.
             With --pretrained and no --image-size, a folder of images is decoded at that size.
         may_download: False: what is not on disk is not available.
         order: the classes of a model in the order of its outputs. A folder that has just these
@@ -62,8 +62,8 @@ def load_data(
         return load_named(config.dataset, config, may_download)
     _check_folder(config.dataset)
     image_size = config.image_size
-    if image_size is None and config.pretrained and imagenet_size is not None:
-        image_size = imagenet_size(config.model)
+    if image_size is None and config.pretrained and published_size is not None:
+        image_size = published_size(config.model)
     folder = Path(config.dataset).expanduser()
     if archive.is_archive(folder):
         folder = _unpack(config)

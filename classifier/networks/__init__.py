@@ -1,1 +1,1 @@
-"""Networks besides the script's own: the references', torchvision's and a user's."""
+"""Networks besides the script's own: the references', torchvision's, timm's and a user's."""

@@ -19,13 +19,13 @@ from classifier.checkpoints import (
     read_state_dict,
     without_wrapper,
 )
-from classifier.config import Config, flag, is_custom_model
+from classifier.config import Config, flag, is_custom_model, is_library_model
 from classifier.datasets.dataset import Dataset
 from classifier.errors import UsageError, UserError
-from classifier.networks import custom, pretrained
-from classifier.networks.pretrained import ImageNetClassifier
+from classifier.networks import custom, libraries, pretrained
+from classifier.networks.pretrained import PretrainedNetwork
 from classifier.networks.references import FACTORIES
-from classifier.text import did_you_mean
+from classifier.text import OTHER_MODELS, did_you_mean
 
 
 def network_factory(model: str, cnn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -42,12 +42,11 @@ def network_factory(model: str, cnn: Callable[..., nn.Module]) -> Callable[..., 
         return cnn
     if model in FACTORIES:
         return FACTORIES[model]
-    if model.startswith("torchvision:"):
-        name = model.removeprefix("torchvision:")
-        return pretrained.torchvision_factory(name)
+    if is_library_model(model):
+        return libraries.factory(model)
     if is_custom_model(model):
         return custom.load_factory(model)
-    suggestion = did_you_mean(model, ["cnn", *FACTORIES], ", torchvision:NAME or FILE.py:FACTORY")
+    suggestion = did_you_mean(model, ["cnn", *FACTORIES], OTHER_MODELS)
     raise UsageError(f"unknown model {model}: {suggestion}")
 
 
@@ -66,8 +65,8 @@ def instantiate(
     it to a device but are no part of its state dict.
 
     Args:
-        mean, std: of the training images, per channel, in [0, 1]. An ImageNetClassifier takes
-            ImageNet's instead.
+        mean, std: of the training images, per channel, in [0, 1]. A PretrainedNetwork takes
+            those that its published weights are made for.
         image_size: width and height of the images, in pixels.
         cnn: the factory of the default network.
         skip_check: do not try the network on two empty images.
@@ -91,8 +90,8 @@ def instantiate(
     except (Exception, SystemExit) as error:  # a user's factory may raise anything
         raise _network_error(error, config, image_size) from error
     if config.pretrained:
-        assert isinstance(network, ImageNetClassifier)  # no other network has this option
-        mean, std = network.normalisation
+        assert isinstance(network, PretrainedNetwork)  # no other network has this option
+        mean, std = network.published.mean, network.published.std
     pixel_mean = torch.tensor(mean).view(1, -1, 1, 1) * 255
     pixel_std = torch.tensor(std).view(1, -1, 1, 1) * 255
     network.register_buffer("pixel_mean", pixel_mean, persistent=False)
@@ -105,8 +104,10 @@ def _factory_options(config: Config, factory: Callable[..., nn.Module]) -> dict[
 
     Raises UsageError for one that the factory does not take.
     """
-    if config.pretrained and not config.model.startswith("torchvision:"):
-        raise UsageError(f"--pretrained works only with torchvision:NAME, not with {config.model}")
+    if config.pretrained and not is_library_model(config.model):
+        raise UsageError(
+            f"--pretrained works only with torchvision:NAME and timm:NAME, not with {config.model}"
+        )
     options: dict[str, Any] = {}
     if config.width is not None:
         options["width"] = config.width
@@ -142,7 +143,7 @@ def _network_error(error: BaseException, config: Config, image_size: int) -> Use
     if is_custom_model(config.model):
         hint = custom.error_hint(error, config.model)
     elif not isinstance(error, ValueError):  # a ValueError says itself what the network needs
-        hint = pretrained.size_hint(config.model, image_size)
+        hint = libraries.size_hint(config.model, image_size)
     images = f"images of {image_size} pixels"
     if config.progressive_resizing:
         images += f", or of {image_size // 2}, with which --progressive-resizing begins"
@@ -180,7 +181,7 @@ def load_initial_weights(model: nn.Module, config: Config, data: Dataset) -> boo
     damaged or holds another network, OSError for one that cannot be read.
     """
     if config.pretrained:
-        assert isinstance(model, ImageNetClassifier)
+        assert isinstance(model, PretrainedNetwork)
         _load_pretrained(model, config.init_from, data.classes)
         return True
     if config.init_from:
@@ -214,19 +215,19 @@ def read_weights(path: str, model: nn.Module) -> SavedWeights:
         weights = read_state_dict(path)
         if weights is None:
             raise
-        if isinstance(model, ImageNetClassifier):  # torchvision's own names, or those of ours
+        if isinstance(model, PretrainedNetwork):  # the library's own names, or those of ours
             weights = without_wrapper(weights, {*expected, *model.body.state_dict()})
             if not any(name in expected for name in weights):
-                weights = pretrained.rename_torchvision_weights(weights)
+                weights = pretrained.rename_published_weights(weights)
         return SavedWeights(without_wrapper(weights, expected), None)
     return SavedWeights(without_wrapper(checkpoint["model"], expected), checkpoint)
 
 
-def _load_pretrained(model: ImageNetClassifier, init_from: str, classes: list[str]) -> None:
-    """Load ImageNet's weights, or those in a file: torchvision's own or a checkpoint of ours."""
+def _load_pretrained(model: PretrainedNetwork, init_from: str, classes: list[str]) -> None:
+    """Load the published weights, or those in a file: the library's own or a checkpoint of ours."""
     if not init_from:
-        weights = pretrained.download_imagenet_weights(model)
-        pretrained.load_pretrained(model, weights, model.weights.url, keep_last_layer=False)
+        weights = pretrained.download_weights(model)
+        pretrained.load_pretrained(model, weights, model.published.url, keep_last_layer=False)
         return
     try:
         saved = read_weights(init_from, model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from classifier.networks.pretrained import last_layer
+from classifier.networks.pretrained import last_layers
 
 MAX_STAGES = 5
 MAX_CHANNELS = 256  # of a stage
@@ -49,8 +49,8 @@ def find_stages(network: nn.Module, run: Callable[[], object]) -> list[str]:
     """
     stages: dict[tuple[int, ...], str] = {}
     parts = _parts(network)
-    last_name, _ = last_layer(network)
-    parts.pop(last_name, None)
+    for name in last_layers(network):
+        parts.pop(name, None)
 
     def record(name: str, output: Any) -> None:
         if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4):
@@ -109,7 +109,7 @@ class Tap:
                 lambda module, inputs, output, name=name: self._keep(name, output)
             )
             self._hooks.callback(handle.remove)
-        _, layer = last_layer(self._network)
+        layer = next(iter(last_layers(self._network).values()))
         handle = layer.register_forward_pre_hook(lambda module, inputs: self._keep("", inputs[0]))
         self._hooks.callback(handle.remove)
         return self
