@@ -10,6 +10,7 @@ import sys
 
 import ablations
 import beside
+import duplicates
 import finetune
 import fit
 import growth
@@ -803,3 +804,25 @@ def test_operations_are_those_of_the_layers():
     half = utilisation.count_operations(trainer, batch, 0.5)
     assert 0.2 < half / whole < 0.3
     assert all(weight.grad is None for weight in trainer.state.model.parameters())
+
+
+# ---- duplicates.py ----
+
+
+def test_copies_of_images_are_counted():
+    originals = [duplicates.draw_image(number) for number in range(12)]
+    counts = duplicates.count_found(originals, duplicates.mirror)
+    assert counts == {"found": 12, "others": 0}
+    assert duplicates.count_found(originals, lambda image: image.rotate(90))["found"] == 0
+    labels = np.arange(24) % 12
+    images = [*originals, *map(duplicates.mirror, originals)]
+    assert duplicates.count_pairs(images, labels) == {"images": 24, "pairs": 12, "two_classes": 0}
+
+
+def test_copies_are_what_their_names_say():
+    image = duplicates.draw_image(0)
+    sizes = {name: change(image).size for name, change in duplicates.COPIES.items()}
+    assert sizes["half the width"] == (16, 16) and sizes["a quarter of the width"] == (8, 8)
+    assert sizes["80 % of the area, from a corner"] == (29, 29)
+    corner = duplicates.crop(image, 0.25, 1, 0)
+    assert np.array_equal(np.asarray(corner), np.asarray(image)[:16, 16:])

@@ -116,7 +116,7 @@ def search_pixels(pixels):
     """Search among images without structure, uint8 (N, S, S, 3)."""
     images = np.zeros(len(pixels), FILE)
     images["row"] = np.arange(len(pixels))
-    return duplicates._search(images, np.arange(len(pixels)), pixels)
+    return duplicates.search_near_identical(images, np.arange(len(pixels)), pixels)
 
 
 def test_thousands_of_black_images_are_one_group_in_seconds():
@@ -148,8 +148,8 @@ def test_thumbnails_are_means_of_places(size):
     np.testing.assert_allclose(thumbnails[0, :3], corner, rtol=1e-5)
 
 
-def test_similar_hashes_are_not_enough(folder, pictures):
-    """A picture and the same one much darker differ in their pixels."""
+def test_similar_hashes_are_not_enough(folder, pictures, monkeypatch):
+    """A picture and the same one much darker differ in their pixels: other means find them."""
     write_images(folder / "photos", {"red": 4, "green": 4})
     photos = folder / "photos"
     picture = Image.open(photos / "red" / "0.png")
@@ -159,7 +159,11 @@ def test_similar_hashes_are_not_enough(folder, pictures):
     first = index_of(images, str((photos / "red" / "0.png").relative_to(photos)))
     second = index_of(images, str((photos / "red" / "dark.png").relative_to(photos)))
     assert (bits[first] != bits[second]).sum() <= duplicates.MAX_DIFFERENT_BITS
-    assert not len(duplicates.near_duplicates(images, cache).pairs)
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, "altered_copies", lambda *given: (np.empty((0, 2), int), True))
+        assert not len(duplicates.near_duplicates(images, cache).pairs)
+    (cache.path / "near.npz").unlink()
+    assert duplicates.near_duplicates(images, cache).pairs.tolist() == [[first, second, 0]]
 
 
 def test_images_in_several_chunks_are_compared(folder, pictures, monkeypatch):
@@ -231,7 +235,7 @@ def test_pairs_are_kept_beside_the_cache(folder, pictures, monkeypatch):
         searches.append(given)
         return np.empty((0, 2), np.int64), True
 
-    monkeypatch.setattr(duplicates, "_search", search)
+    monkeypatch.setattr(duplicates, "search_near_identical", search)
     assert np.array_equal(duplicates.near_duplicates(images, cache).pairs, expected)
     assert not searches
     (red / "7.png").unlink()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from classifier.datasets.altered_copies import altered_copies
 from classifier.datasets.decode import hash64
 from classifier.datasets.fitting import squareness
 from classifier.datasets.image_cache import DecodedCache
@@ -28,8 +29,11 @@ FEW_VALUES = 24  # of thumbnails, which are compared before the others
 MAX_PAIRS = 10_000  # after so many, only pairs that join two groups are looked for
 MAX_COMPARED = 100_000  # images: among more, near-identical ones are not looked for
 MAX_VALUES = 10**11  # of pixels: the search ends when so many were compared, after a minute or two
-CHUNK = 1000  # images whose hashes are compared with all others at once
+CHUNK = 1000  # images whose hashes are compared with all others at once, if memory allows
+MAX_PRODUCTS = 2**23  # of hashes at once: 32 MiB
 PIXELS_AT_ONCE = 64  # images whose pixels are compared with one other at once
+# Part of what `near.npz` is of. Raise it, and dataset.SPLIT_RULES, when other pairs would be found.
+SEARCHED_AS = 2
 
 
 class Duplicates(NamedTuple):
@@ -93,11 +97,12 @@ def near_identical(
     if len(indices) > MAX_COMPARED:
         return np.empty((0, 2), dtype=np.int64), False
     records = images["record"]
-    fingerprint = hash64(records["pixel_digest"].tobytes() + records["dhash"].tobytes())
+    content = records["pixel_digest"].tobytes() + records["dhash"].tobytes()
+    fingerprint = hash64(bytes([SEARCHED_AS]) + content)
     path = cache.path / "near.npz"
     found = _read_pairs(path, fingerprint)
     if found is None:
-        found = _search(images, indices, cache.pixels, cache.fit)
+        found = search_near_identical(images, indices, cache.pixels, cache.fit)
         _write_pairs(path, fingerprint, *found)
     return found
 
@@ -118,13 +123,14 @@ def _write_pairs(path: Path, fingerprint: int, pairs: np.ndarray, is_complete: b
         write_atomically(path, content.getvalue())
 
 
-def _search(
+def search_near_identical(
     images: np.ndarray, indices: np.ndarray, pixels: np.ndarray, fit: str = "crop"
 ) -> tuple[np.ndarray, bool]:
     """Compare each image with each: those with structure by hash, plain ones by thumbnail.
 
     What is alike by these is compared by pixels. Hashes are of whole images, thumbnails and pixels
-    of what the network sees of them.
+    of what the network sees of them. Then mirrored, cropped, brightened and much smaller copies of
+    images with structure are looked for.
 
     pixels: of the cache's images, uint8 (M, S, S, 3). fit: how they became squares. Returns int64
     (P, 2), and False if there were too many similar images to compare all.
@@ -140,6 +146,10 @@ def _search(
     is_complete = _search_by_hash(search, np.flatnonzero(ones > MIN_ONES), bits)
     is_complete = is_complete and _search_by_thumbnail(search, np.flatnonzero(ones <= MAX_PLAIN))
     pairs = np.array(search.pairs, dtype=np.int64).reshape(-1, 2)
+    if is_complete:
+        places = np.flatnonzero(ones > MIN_ONES)  # plain images may be alike by chance
+        copies, is_complete = altered_copies(pixels, search.rows[places], search.groups[places])
+        pairs = np.concatenate([pairs, indices[places[copies]]])
     pairs.sort(axis=1)
     return pairs, is_complete
 
@@ -210,9 +220,10 @@ def _search_by_hash(search: _Search, places: np.ndarray, bits: np.ndarray) -> bo
     # With -1 and 1 for the bits, the product of two hashes is 256 - 2 × the bits that differ.
     signs = bits[places].astype(np.float32) * 2 - 1
     min_product = HASH_BITS - 2 * MAX_DIFFERENT_BITS
-    starts = range(0, len(places), CHUNK)
-    for start in tqdm(starts, "Comparing images", unit="kimg", leave=False, disable=None):
-        products = signs[start : start + CHUNK] @ signs[start:].T
+    rows = max(1, min(CHUNK, MAX_PRODUCTS // max(1, len(places))))
+    starts = range(0, len(places), rows)
+    for start in tqdm(starts, "Comparing images", leave=False, disable=None):
+        products = signs[start : start + rows] @ signs[start:].T
         is_candidate = np.triu(products >= min_product, 1)  # each pair once, none with itself
         for row in np.flatnonzero(is_candidate.any(axis=1)).tolist():
             first = places[start + row]
