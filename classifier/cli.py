@@ -223,7 +223,8 @@ def tool_parser(description: str | None, device: bool = True) -> argparse.Argume
         help="the network, if it is a custom one",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--fit", action=_RefuseFit, help=argparse.SUPPRESS)
+    hidden = argparse.SUPPRESS
+    parser.add_argument("--fit", action=_RefuseFit, default=hidden, help=hidden)
     if device:
         parser.add_argument(
             "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"

@@ -267,6 +267,17 @@ def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypat
     assert {tuple(pixel) for pixel in picture.reshape(-1, 3)} == {(0, 128, 0)}
 
 
+def test_picture_is_shown_as_the_network_sees_it(model, folder, monkeypatch):
+    """The picture and the heat map over it are of the same part of the image."""
+    monkeypatch.setattr(app, "add_heat_map", lambda model, picture, *rest: picture)
+    Image.new("RGB", (300, 100), "green").save(folder / "green.png")
+    corners = {}
+    for fit in ("crop", "pad"):
+        _, picture = app.classify(replace(model, fit=fit), str(folder / "green.png"))
+        corners[fit] = tuple(picture[0, 0].tolist())
+    assert corners == {"crop": (0, 128, 0), "pad": (114, 114, 114)}
+
+
 def test_no_picture_has_no_answer(model):
     assert app.classify(model, None) == (None, None)
     assert app.uploaded_path(None) is None

@@ -446,7 +446,8 @@ def test_imbalance(harness_runs, tool_inside):
 
 
 def test_fit(harness_runs, tool_inside, folder, monkeypatch):
-    monkeypatch.setattr(fit.ic, "load_data", lambda config: digits())
+    data = digits()
+    monkeypatch.setattr(fit.ic, "load_data", lambda config: data)
     out, _ = tool_inside("fit")("--runs", "2", "--images", "30")
     lines = out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| `crop`", "| `pad`", "| `stretch`"]

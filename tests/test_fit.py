@@ -203,8 +203,6 @@ def test_model_keeps_its_fit_and_the_tools_obey_it(folder, photos, inside):
     assert json.loads((run / "config.json").read_text())["fit"] == "pad"
     error = inside.error("--resume", run, "--epochs", "2", "--fit", "stretch", status=2)
     assert "--fit stretch" in error and "pad" in error
-    inside("--resume", run, "--epochs", "2")
-    assert inference.load_model("model_pad.pth", "cpu").fit == "pad"
 
     # weights to start from may be of another fit
     settings = ["--epochs", "1", "--width", "0.25", "--fit", "stretch", "--out", "model_s.pth"]
@@ -215,8 +213,10 @@ def test_model_keeps_its_fit_and_the_tools_obey_it(folder, photos, inside):
     runs, _ = compare.read_runs(sorted(str(path) for path in run.parent.iterdir()))
     assert {each.settings["fit"] for each in runs} == {"pad", "stretch"}
     assert "fit" in compare.table(runs)[0]
-    (line,) = compare.verdict(*runs)
-    assert "test images" in line and compare.NO_VERDICT not in line
+    verdict = "\n".join(compare.verdict(*runs))
+    assert (
+        f"over {data.num_test_images} test images" in verdict and compare.NO_VERDICT not in verdict
+    )
 
 
 def test_metadata_of_an_export_name_the_fit(model):

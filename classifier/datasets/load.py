@@ -154,7 +154,8 @@ def find_source(settings: dict[str, Any], image_size: int, data_dir: str | None 
             found[name] = settings[name]
     if dataset not in NAMES:
         found["data_dir"] = Config.data_dir  # images are decoded there, and no file decides where
-        found["fit"] = settings.get("fit", Config.fit)
+        if "fit" in settings:
+            found["fit"] = settings["fit"]
         if data_dir:  # its full path: "digits" would be the data set of that name
             found["dataset"] = os.path.abspath(os.path.expanduser(data_dir))
         if settings.get("labels"):
