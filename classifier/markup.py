@@ -13,7 +13,7 @@ def escape_markdown(text: str) -> str:
     Character references are never taken for syntax (CommonMark, section 2.5). An underscore within
     a word is no syntax.
     """
-    syntax = r"[\\`*{}\[\]<>#|$~&:!@^=]|(?<![^\W_])_|_(?![^\W_])"
+    syntax = r"[\\`*\[\]<>#|$~&:@]|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(syntax, lambda match: f"&#{ord(match[0])};", text)
 
 
