@@ -24,8 +24,9 @@ from classifier.networks.features import Features, find_stages, tapped
 NUM_TRAIN = 2500  # training images that a score is fitted to
 NUM_VALID = 2500  # validation images that quantiles are taken from
 MIN_IMAGES = 20  # of each; with fewer, 5 % of them is less than an image
-MAX_AXES = 64
+MAX_AXES = 128
 SHRINKAGE = 0.01  # share of each variance that is added, so that none is zero
+SHARPNESS = 2.0  # of the smooth maximum over the parts of a score
 KEY = "ood_score"  # in a model file
 
 Evaluate = Callable[[nn.Module, Any, torch.Tensor], Any]  # the function of that name in the script
@@ -43,7 +44,7 @@ class Gaussian(nn.Module):
 
     Attributes:
         centre, scale: float32 (D,), what is subtracted from the features and multiplied with them.
-        axes: float32 (D, K), orthonormal directions.
+        axes: float32 (D, K), orthonormal directions, rounded to float16, in which files keep them.
         precisions: float32 (K,), the inverse variances along these.
         rest: float32 (), the inverse variance along all others; 0 if there are none.
     """
@@ -86,7 +87,7 @@ def fit_gaussian(features: torch.Tensor) -> Gaussian:
     tensors = {
         "centre": centre,
         "scale": scale,
-        "axes": axes[:, -num_axes:],
+        "axes": axes[:, -num_axes:].half(),
         "precisions": 1 / variances[-num_axes:],
         "rest": rest,
     }
@@ -130,9 +131,12 @@ class OodScore(nn.Module):
         return torch.stack(found, 1)
 
     def forward(self, features: Features, logits: torch.Tensor) -> torch.Tensor:
-        """The score, float32 (N,): higher for images that are less like those of the training."""
+        """The score, float32 (N,): higher for images that are less like those of the training.
+
+        It is a smooth maximum: an image is unlike the others if one part of the score says so.
+        """
         z = (self.parts(features, logits) - self.middle) / self.spread
-        return z.logsumexp(1)
+        return (SHARPNESS * z).logsumexp(1)
 
 
 class Recorded:
@@ -224,7 +228,7 @@ def _fit(network: nn.Module, evaluate: Evaluate, train: Split, valid: Split) -> 
     score = OodScore(stages, gaussians, neutral, neutral + 1, [0.0, 1.0])
     parts = score.parts(valid_features, valid_logits)
     low, middle, high = parts.quantile(torch.tensor([0.05, 0.5, 0.95]), 0)
-    score = OodScore(stages, gaussians, middle, (high - low) / 2 + 1e-6, [0.0, 1.0])
+    score = OodScore(stages, gaussians, middle, (high - low) / 2 + 1e-3, [0.0, 1.0])
     scores = score(valid_features, valid_logits)
     if not scores.isfinite().all():
         raise ValueError("not finite")
@@ -239,11 +243,10 @@ def with_score(content: dict[str, Any], score: OodScore | None) -> dict[str, Any
     """The content of a model file with this score, in place of one that it may have had."""
     content = {name: value for name, value in content.items() if name != KEY}
     if score is not None:
-        content[KEY] = {
-            "stages": score.stages,
-            "quantiles": score.quantiles,
-            "tensors": {name: tensor.cpu() for name, tensor in score.state_dict().items()},
-        }
+        tensors = {}
+        for name, tensor in score.state_dict().items():
+            tensors[name] = tensor.cpu().half() if name.endswith(".axes") else tensor.cpu()
+        content[KEY] = {"stages": score.stages, "quantiles": score.quantiles, "tensors": tensors}
     return content
 
 
@@ -272,12 +275,14 @@ def in_file(content: dict[str, Any], network: nn.Module) -> OodScore | None:
 
 def _from_file(saved: Any) -> OodScore:
     """The score that a file holds. Raises one of several errors if it is none."""
-    stages, tensors = saved["stages"], saved["tensors"]
+    stages = saved["stages"]
     if not isinstance(stages, list) or not all(isinstance(name, str) for name in stages):
         raise ValueError("no names of stages")
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+    tensors = {}
+    for name, tensor in saved["tensors"].items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
+        tensors[name] = tensor.float()
     gaussians = []
     for number in range(len(stages) + 1):
         prefix = f"gaussians.{number}."

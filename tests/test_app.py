@@ -39,7 +39,8 @@ def serve(folder, model, host, *options):
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
-    arguments = ["--checkpoint", model.path, "--port", port, *options]
+    # some of the ordinary images would be called unknown
+    arguments = ["--checkpoint", model.path, "--port", port, "--reject", "0", *options]
     process = tool("app", folder).start(*arguments)
     try:
         if not any(line.startswith("Open ") for line in process.stdout):
@@ -249,11 +250,22 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
 
 def test_confidences_and_heat_map(model, folder):
     Image.new("RGB", (300, 200), "green").save(folder / "green.png")
-    confidences, picture = app.classify(model, str(folder / "green.png"))
+    confidences, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))
     (expected,) = inference.predict(model, folder / "green.png", top_k=len(model.classes))
     assert confidences == pytest.approx(dict(expected))
     assert picture.shape == (app.PICTURE_SIZE, app.PICTURE_SIZE, 3) and picture.dtype == "uint8"
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) > 10  # no longer plain green
+
+
+def test_unknown_picture_is_called_so(model, folder):
+    Image.effect_noise((64, 64), 200).convert("RGB").save(folder / "noise.png")
+    confidences, _ = app.classify(model, str(folder / "noise.png"))
+    (expected,) = inference.predict(model, folder / "noise.png", top_k=len(model.classes))
+    assert expected.is_unknown
+    heading, *others = confidences
+    assert heading.startswith("unknown") and heading.endswith(expected[0][0])
+    assert others == [name for name, _ in expected[1:]]
+    assert list(confidences.values()) == [confidence for _, confidence in expected]
 
 
 def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypatch):

@@ -254,7 +254,8 @@ def test_accuracy_of_zero_is_known_and_none_is_not(model):
 
 
 def test_images_and_folders_are_classified(pictures, model, data, tool_inside):
-    out, err = tool_inside("inference")("images", "images/0.png", "--top-k", "2")
+    options = ["--top-k", "2", "--reject", "0"]
+    out, err = tool_inside("inference")("images", "images/0.png", *options)
     description, *lines = out.splitlines()
     assert "trained on" in description and f"{100 * model.test_accuracy:.1f} %" in description
     assert all(name in description for name in model.classes)
@@ -265,14 +266,16 @@ def test_images_and_folders_are_classified(pictures, model, data, tool_inside):
 
 
 def test_formats_are_data_only(pictures, model, tool_inside):
-    out, err = tool_inside("inference")("images", "--format", "csv", "--top-k", "10")
+    options = ["images", "--top-k", "10", "--reject", "0"]
+    out, err = tool_inside("inference")(*options, "--format", "csv")
     rows = table_of(out)
     assert len(rows) == 6 and "trained on" in err
     for row in rows:
         assert row["answer"] == row["class_1"] in model.classes
         confidences = [float(row[f"confidence_{i}"]) for i in range(1, 11)]
         assert sum(confidences) == pytest.approx(1, abs=1e-4)
-    out, err = tool_inside("inference")("images", "--format", "json", "--top-k", "1")
+    options = ["images", "--top-k", "1", "--reject", "0"]
+    out, err = tool_inside("inference")(*options, "--format", "json")
     entries = json.loads(out)
     assert "trained on" in err
     assert [entry["file"] for entry in entries] == [row["file"] for row in rows]
@@ -286,8 +289,9 @@ def test_formats_are_data_only(pictures, model, tool_inside):
 def test_answer_below_the_threshold_is_unsure(pictures, tool_inside, monkeypatch):
     drawn = []
     with beforehand(prediction_output, "draw_predictions", drawn.extend):
-        options = ["--format", "json", "--threshold", "1.0", "--save", "look.png"]
-        out, _ = tool_inside("inference")("images", *options)
+        options = ["--threshold", "1.0", "--reject", "0"]
+        output = ["--format", "json", "--save", "look.png"]
+        out, _ = tool_inside("inference")("images", *options, *output)
     entries = json.loads(out)
     is_unsure = [entry["classes"][0]["confidence"] < 1 for entry in entries]
     assert any(is_unsure)
@@ -295,7 +299,7 @@ def test_answer_below_the_threshold_is_unsure(pictures, tool_inside, monkeypatch
     assert [picture.title.endswith(": unsure") for picture in drawn] == is_unsure
     with Image.open(pictures / "look.png") as picture:
         assert picture.width > 500 and len(picture.convert("RGB").getcolors(2**24)) > 100
-    table, _ = tool_inside("inference")("images", "--threshold", "1.0")
+    table, _ = tool_inside("inference")("images", *options)
     assert sum("unsure: " in line for line in table.splitlines()) == sum(is_unsure)
 
 

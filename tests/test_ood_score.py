@@ -143,10 +143,8 @@ def test_short_training_is_not_followed_by_a_long_fit(network, digits):
         "beginner-cnn",
         "fcn",
         "fftnet",
-        "convnet",
         "airbench94",
-        "torchvision:squeezenet1_1",
-        "torchvision:resnet18",
+        pytest.param("torchvision:squeezenet1_1", marks=pytest.mark.slow),
         pytest.param("torchvision:vit_b_32", marks=pytest.mark.slow),
     ],
 )
@@ -247,6 +245,7 @@ def test_unlike_image_is_unknown(pictures, tool_inside):
     assert [float(row["unlikeness"]) > 0.95 for row in rows] == [False, False, True]
 
 
+@pytest.mark.pictures
 def test_unknown_goes_before_unsure_and_is_drawn(pictures, tool_inside):
     drawn = []
     with beforehand(prediction_output, "draw_predictions", drawn.extend):

@@ -71,7 +71,9 @@ def find_stages(network: nn.Module, run: Callable[[], object]) -> list[str]:
 
 
 def pool(output: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation of each channel over an image: float (N, 2 C).
+    """Mean and logarithm of the standard deviation of each channel over an image: float (N, 2 C).
+
+    The logarithm, because contrast differs by factors: so a blank image is far from all others.
 
     output: feature maps, float (N, C, H, W), or tokens, float (N, T, C); float (N, C) stays as it
     is. Of many channels, MAX_CHANNELS are taken, evenly spaced.
@@ -80,7 +82,7 @@ def pool(output: torch.Tensor) -> torch.Tensor:
         dims = (2, 3) if output.ndim == 4 else (1,)
         mean = output.mean(dims, keepdim=True)
         variance = (output - mean).square().mean(dims)
-        pooled = [mean.squeeze(dims), (variance + 1e-6).sqrt()]
+        pooled = [mean.squeeze(dims), (variance + 1e-4).log() / 2]
     else:
         pooled = [output]
     channels = pooled[0].shape[1]
