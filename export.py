@@ -557,7 +557,7 @@ def main() -> int:
         if model.ood_score is not None:
             print("note: the file in 8 bits does not tell which images are unknown")
     if options.card:
-        text = model_card.model_card(checkpoints.read_checkpoint(model.path), out)
+        text = model_card.model_card(checkpoints.read_checkpoint(model.path), out, options.raw)
         write_atomically(card, text.encode())
         print(f"\nModel card: {card}: fill in its licence and its intended use")
     if options.format != "pt2":

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from classifier.cli import command_line
-from classifier.config import PATHS, is_custom_model
+from classifier import model_usage
+from classifier.config import PATHS
 from classifier.foreign_paths import without_folders
 from classifier.markup import code_block, escape_markdown, table, yaml_lines
 from classifier.result_output import FEW_TEST_IMAGES
@@ -31,35 +31,14 @@ NOT_ON_HUB = ("digits", "stl10")
 FOLDER_DATASET = "imagefolder"  # what the Hub calls a data set that is any folder of images
 LIBRARIES = {".onnx": "onnx"}  # for other files: pytorch
 
-# Prepares an image as the program does, and turns logits into confidences.
-ONNX_EXAMPLE = """
-import json
 
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-session = onnxruntime.InferenceSession({file})
-metadata = session.get_modelmeta().custom_metadata_map
-classes, size, temperature = (
-    json.loads(metadata[name]) for name in ("classes", "image_size", "temperature")
-)
-image = ImageOps.exif_transpose(Image.open("cat.jpg")).convert("RGB")
-image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)  # the middle square
-images = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255  # (1, 3, size, size)
-(logits,) = session.run(["logits"], {{"images": images}})
-powers = np.exp((logits[0] - logits.max()) / (temperature or 1))
-for i in (-powers).argsort()[:3]:
-    print(classes[i], powers[i] / powers.sum())
-"""
-
-
-def model_card(content: dict[str, Any], file: Path) -> str:
+def model_card(content: dict[str, Any], file: Path, raw: bool = False) -> str:
     """The text of a model card.
 
     Args:
         content: of the model file, as `read_checkpoint` returns it.
         file: what the model was exported to; only its name is used.
+        raw: whether that takes photographs of any size.
     """
     results = _results(content)
     parts = [
@@ -70,7 +49,7 @@ def model_card(content: dict[str, Any], file: Path) -> str:
         _results_section(results),
         _limits_section(content, results),
         _licence_section(content),
-        _use_section(content, file),
+        model_usage.usage_section(content, file, raw),
         _training_section(content, results),
     ]
     return printable("\n\n".join(part for part in parts if part) + "\n")
@@ -131,10 +110,6 @@ def _test_images(results: dict[str, Any]) -> int | None:
     counts = [_count(value) for value in _dictionary(results.get("class_images")).values()]
     known = [count for count in counts if count is not None]
     return sum(known) if known and len(known) == len(counts) else None
-
-
-def _command(words: list[str]) -> str:
-    return escape_control_characters(command_line(words))
 
 
 # ---- The parts of the card -----------------------------------------------------------------------
@@ -204,11 +179,12 @@ def _data_section(content: dict[str, Any], results: dict[str, Any]) -> str:
     if _text(results.get("substituted_for")):
         lines.append(f"It was used because {_text(results['substituted_for'])} was not available.")
     size = content["image_size"]
+    square, _ = model_usage.FITS[model_usage.fit_of(content)]
     mean = ", ".join(f"{value:.4f}" for value in content["mean"])
     std = ", ".join(f"{value:.4f}" for value in content["std"])
     images = (
-        f"Of each image the network sees the middle square, resized bicubically to {size} × {size} "
-        f"pixels. It takes values in [0, 1] and normalises them itself, with mean ({mean}) and "
+        f"Of each image the network sees {square.format(size=size)}. It takes values in [0, 1] and "
+        f"normalises them itself, with mean ({mean}) and "
         f"standard deviation ({std}) of the channels."
     )
     counts = {
@@ -290,8 +266,16 @@ def _limits_section(content: dict[str, Any], results: dict[str, Any]) -> str:
         "*Who should use this model for what, and who should not: to be filled in by its "
         "publisher.* What holds in any case:",
         "",
-        "- It answers with one of its classes, whatever an image shows.",
     ]
+    if content.get("ood_score"):
+        lines.append(
+            "- An image that is very unlike the training images is called unknown by the program "
+            "that trained it, and so are some ordinary ones; other programs have to compare the "
+            "output `ood_score` of the ONNX file with `ood_threshold` in its metadata. An image of "
+            "something else may still get one of the classes."
+        )
+    else:
+        lines.append("- It answers with one of its classes, whatever an image shows.")
     if _share(results.get("test_accuracy")) is None:
         lines.append("- The model file names no results of a test.")
     else:
@@ -338,40 +322,6 @@ def _licence_section(content: dict[str, Any]) -> str:
         "`unknown` in the line `license` at the top of this file. The licences of "
         f"{started_from} may limit that choice."
     )
-
-
-def _use_section(content: dict[str, Any], file: Path) -> str:
-    """How to classify an image: with the program, and with ONNX Runtime."""
-    name = file.name
-    settings = without_folders(content["config"])
-    options = []
-    if is_custom_model(settings.get("model") or ""):
-        options = ["--model", settings["model"]]
-    parts = ["## Use"]
-    if file.suffix.lower() == ".pt2":
-        code = f"import torch\n\nnetwork = torch.export.load({name!r}).module()"
-        parts += [
-            "Without the program, with PyTorch. The network takes float32 `(N, 3, H, W)` in "
-            "[0, 1], and returns logits, `(N, classes)`.",
-            code_block(code, "python"),
-        ]
-        return "\n\n".join(parts)
-    command = _command(["python", "inference.py", "--checkpoint", name, *options, "cat.jpg"])
-    parts += ["With the program that trained it:", code_block(command)]
-    onnx_file = name
-    if file.suffix.lower() != ".onnx":
-        onnx_file = f"{file.stem}.onnx"
-        command = _command(["python", "export.py", "--checkpoint", name, *options])
-        parts += [
-            "Without the program, with ONNX Runtime, the model has to be an ONNX file. This makes "
-            "one:",
-            code_block(command),
-        ]
-    parts += [
-        "With ONNX Runtime (`pip install onnxruntime pillow`):",
-        code_block(ONNX_EXAMPLE.format(file=repr(onnx_file)), "python"),
-    ]
-    return "\n\n".join(parts)
 
 
 def _training_section(content: dict[str, Any], results: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from classifier import rejection
+from classifier import checkpoints, rejection
 from classifier.datasets.dataset import Dataset, Split
 from classifier.networks.features import Features, find_stages, tapped
 
@@ -27,7 +27,6 @@ MIN_IMAGES = 20  # of each; with fewer, 5 % of them is less than an image
 MAX_AXES = 128
 SHRINKAGE = 0.01  # share of each variance that is added, so that none is zero
 SHARPNESS = 2.0  # of the smooth maximum over the parts of a score
-KEY = "ood_score"  # in a model file
 
 Evaluate = Callable[[nn.Module, Any, torch.Tensor], Any]  # the function of that name in the script
 
@@ -241,12 +240,16 @@ def _fit(network: nn.Module, evaluate: Evaluate, train: Split, valid: Split) -> 
 
 def with_score(content: dict[str, Any], score: OodScore | None) -> dict[str, Any]:
     """The content of a model file with this score, in place of one that it may have had."""
-    content = {name: value for name, value in content.items() if name != KEY}
+    content = {name: value for name, value in content.items() if name != checkpoints.SCORE}
     if score is not None:
         tensors = {}
         for name, tensor in score.state_dict().items():
             tensors[name] = tensor.cpu().half() if name.endswith(".axes") else tensor.cpu()
-        content[KEY] = {"stages": score.stages, "quantiles": score.quantiles, "tensors": tensors}
+        content[checkpoints.SCORE] = {
+            "stages": score.stages,
+            "quantiles": score.quantiles,
+            "tensors": tensors,
+        }
     return content
 
 
@@ -255,7 +258,7 @@ def in_file(content: dict[str, Any], network: nn.Module) -> OodScore | None:
 
     content: of the file. network: in eval mode. Raises ValueError if it is none for this network.
     """
-    saved = content.get(KEY)
+    saved = content.get(checkpoints.SCORE)
     if saved is None:
         return None
     try:

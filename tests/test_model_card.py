@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import survival
 import torch
@@ -223,10 +224,15 @@ def code_of(card, language=""):
     return [code for _, name, code in blocks if name == language]
 
 
-def test_example_for_onnx_runtime_gives_the_program_s_answer(onnx_file, folder, capsys):
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_example_for_onnx_runtime_gives_the_program_s_answer(onnx_file, folder, capsys, fit):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((50, 30)).save("cat.jpg", quality=95)
-    (code,) = code_of(model_card(make_content(), onnx_file), "python")
+    network = onnx.load(onnx_file)
+    network.metadata_props.add(key="fit", value=json.dumps(fit))
+    onnx.save(network, onnx_file)
+    config = asdict(Config(dataset="photos", fit=fit))
+    (code,) = code_of(model_card(make_content(config=config), onnx_file), "python")
     exec(code, {})
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     (expected,) = inference.predict(inference.load_model(onnx_file), ["cat.jpg"])
@@ -234,6 +240,17 @@ def test_example_for_onnx_runtime_gives_the_program_s_answer(onnx_file, folder, 
     assert [float(number) for _, number in printed] == pytest.approx(
         [confidence for _, confidence in expected], abs=1e-3
     )
+
+
+def test_example_for_a_file_that_takes_photographs(onnx_file):
+    (code,) = code_of(model_card(make_content(), onnx_file, raw=True), "python")
+    compile(code, "example", "exec")
+    assert '{"image": np.asarray(image)}' in code and "size, size" not in code
+
+
+def test_what_is_said_of_images_of_something_else():
+    assert "ood_threshold" not in model_card(make_content(), FILE)
+    assert "ood_threshold" in model_card(make_content(ood_score={"stages": []}), FILE)
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.onnx", "m.pt2", "it's a `model`.onnx"])

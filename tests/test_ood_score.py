@@ -12,7 +12,7 @@ from torch import nn
 
 import image_classification as ic
 import inference
-from classifier import ood_score, prediction_output
+from classifier import checkpoints, ood_score, prediction_output
 from classifier.checkpoints import read_checkpoint
 from classifier.datasets.dataset import Split
 from classifier.datasets.memmap_images import MemmapImages
@@ -200,14 +200,14 @@ def changed(content, path, value):
 )
 def test_damaged_score_is_refused(network, score, path, value):
     content = content_with(score, network)
-    content[ood_score.KEY] = changed(content[ood_score.KEY], path, value)
+    content[checkpoints.SCORE] = changed(content[checkpoints.SCORE], path, value)
     with pytest.raises(ValueError):
         ood_score.in_file(content, network)
 
 
 def test_damaged_score_in_a_model_file_is_named(model, folder):
     content = read_checkpoint(model.path)
-    content[ood_score.KEY]["quantiles"] = "none"
+    content[checkpoints.SCORE]["quantiles"] = "none"
     ic.save_checkpoint(folder / "damaged.pth", content)
     with pytest.raises(UserError, match=r"damaged\.pth"):
         inference.load_model(folder / "damaged.pth", "cpu")
@@ -322,7 +322,7 @@ def test_no_validation_no_score(inside, folder):
     assert "Called unknown" not in out
     report = report_of(folder / "run")
     assert report["unknown_share"] is report["accepted_accuracy"] is None
-    assert ood_score.KEY not in read_checkpoint(folder / "model_cnn_digits.pth")
+    assert checkpoints.SCORE not in read_checkpoint(folder / "model_cnn_digits.pth")
 
 
 def test_images_on_the_disk_give_the_same_score(network, score, digits):

@@ -88,8 +88,20 @@ def test_all_that_a_model_file_holds_is_written():
 
     content = trainer_of(width=0.25).state.model_file()
     known = {*checkpoints.REQUIRED, *checkpoints.OPTIONAL, *checkpoints.DIGESTS}
-    assert content.keys() <= known
+    assert content.keys() <= known  # and ood_score, which a finished run adds
     assert set(checkpoints.DIGESTS) == {seen_images.TRAIN_DIGESTS, seen_images.EARLIER_DIGESTS}
+
+
+def test_score_of_unlike_images_is_kept(model, folder):
+    content = read_checkpoint(model.path)
+    path = write(content, folder / "a.safetensors")
+    saved, read = content[checkpoints.SCORE], read_checkpoint(path)[checkpoints.SCORE]
+    assert saved["quantiles"] == read["quantiles"] and saved["stages"] == read["stages"]
+    assert saved["tensors"].keys() == read["tensors"].keys()
+    assert all(
+        torch.equal(saved["tensors"][name], read["tensors"][name]) for name in read["tensors"]
+    )
+    assert read_checkpoint(path)["model"].keys() == content["model"].keys()
 
 
 def test_other_programs_find_the_weights_under_their_names(folder):
@@ -214,7 +226,7 @@ def test_file_that_is_not_there_is_an_os_error(folder):
 
 def test_no_folder_is_given_away():
     texts = {name for name, kind in FIELD_TYPES.items() if kind is str}
-    no_places = {"optimizer", "scheduler", "augment", "class_balance", "device", "precision"}
+    no_places = {"optimizer", "scheduler", "augment", "class_balance", "device", "precision", "fit"}
     places = {name: f"/home/ann/{name}" for name in texts - no_places}
     places |= {"model": "/home/ann/net.py:small", "mirror": "http://ann.example/"}
     settings = without_folders({**asdict(Config()), **places, "stranger": "/home/ann"})
