@@ -4,7 +4,7 @@ A classifier gives each image one of its classes, often with high confidence, wh
 shows. So a second number says how far what the network computes for an image is from what it
 computes for training images.
 
-score = fit(network, evaluate, train, valid)      after training; None where it is not possible
+score = fit(network, evaluate, data, num_seen)    after training; None where it is not possible
 with recorded(network, score) as scores:          scores of all images that the network classifies
     evaluate(network, images, labels)
 """
@@ -175,9 +175,9 @@ def recorded(network: nn.Module, score: OodScore | None) -> Iterator[Recorded]:
 def fit(network: nn.Module, evaluate: Evaluate, data: Dataset, num_seen: int) -> OodScore | None:
     """The score of a trained network, or None, with a note, where it is not possible.
 
-    The training images say what is usual; validation images, which the network has not learned,
-    which score how many of such images reach. Without validation images there is none. Takes no
-    random numbers from anybody, and leaves the network as it was.
+    The training images say what is usual. Validation images, which the network has not learned,
+    say how high the scores of ordinary images are; without them there is no score. Takes no random
+    numbers from anybody, and leaves the network as it was.
 
     Args:
         evaluate: the function of that name in the script.
