@@ -102,7 +102,7 @@ def test_timm_is_imported_only_for_its_networks(monkeypatch, model):
 # ---- networks with new weights ----
 
 
-@pytest.mark.parametrize("model", [NETWORK, TRANSFORMER, "timm:test_resnet"])
+@pytest.mark.parametrize("model", [NETWORK, TRANSFORMER, "timm:vit_tiny_patch16_224"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_classes_channels_and_image_size(model, channels):
     made = network(7, 48, mean=MEAN[:channels], model=model).eval()
@@ -121,10 +121,10 @@ def test_size_that_a_network_does_not_take_is_named():
         network(model=TRANSFORMER, image_size=20)  # it divides images into squares of 16 pixels
 
 
-def test_short_runs_are_enough_for_batch_norm():
-    made = network(model="timm:tf_efficientnet_lite0")  # 0.01 in timm
-    layers = [layer for layer in made.modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert {layer.momentum for layer in layers} == {0.1}
+def test_short_runs_are_enough_for_batch_norm(monkeypatch):
+    slow = nn.BatchNorm2d(3, momentum=0.01)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: slow)
+    assert timm_models.new_network("test_resnet", 10, 3, 32).momentum == 0.1
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,7 @@ def test_short_runs_are_enough_for_batch_norm():
 def test_last_layer_is_the_one_that_timm_names(model, names):
     with torch.device("meta"):
         made = build.network_factory(model, ic.CNN)(image_size=224)
-    assert last_layers(made).keys() <= names
-    assert any(name.startswith("head_dist") for name in last_layers(made)) == (len(names) > 1)
+    assert last_layers(made).keys() == names
 
 
 # ---- published weights ----

@@ -163,7 +163,8 @@ def last_layers(network: nn.Module) -> dict[str, nn.Module]:
     if type(body).__module__.startswith("timm."):
         told = body.get_classifier()  # type: ignore[operator]
         classifiers = told if isinstance(told, tuple) else (told,)
-        found = {name: layer for name, layer in layers.items() if layer in classifiers}
+        parts = {part for classifier in classifiers for part in classifier.modules()}
+        found = {name: layer for name, layer in layers.items() if layer in parts}
         if found:
             return found
     return dict([layers.popitem()])
