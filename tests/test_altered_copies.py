@@ -108,6 +108,14 @@ def test_same_colors_with_other_details_are_no_copies(monkeypatch):
     assert len(find_pixels(np.stack(images))[0]) <= 1
 
 
+def test_many_images_that_are_alike_are_no_copies(scenes):
+    """Such as digits of one kind: otherwise a whole class would be one group."""
+    places = np.linspace(0, 1, 10)
+    parts = [cut(scenes[0], area, place, 0.5) for area in (0.97, 0.95) for place in places]
+    mirrored = CHANGES["mirrored"](scenes[1])
+    assert find([*parts, scenes[1], mirrored])[0] == {(20, 21)}
+
+
 def test_plain_images_are_not_compared():
     """Their noise says nothing, and `duplicates` compares them by thumbnails."""
     random = np.random.default_rng(1)
