@@ -91,6 +91,31 @@ def test_different_images_are_no_copies():
     assert find_pixels(noise) == (set(), True)
 
 
+def test_same_colors_with_other_details_are_no_copies(monkeypatch):
+    """The third stage refuses them, too, where the second lets them pass."""
+    random = np.random.default_rng(0)
+
+    def blurred(places, strength):
+        noise = Image.fromarray(random.integers(0, 256, (places, places, 3), dtype=np.uint8))
+        smooth = noise.resize((32, 32), Image.Resampling.BICUBIC)
+        return strength * (np.asarray(smooth) - 128.0)
+
+    images = []
+    for _ in range(10):
+        large = 128 + blurred(3, 0.9)
+        images += [(large + blurred(9, 0.15)).clip(0, 255).astype(np.uint8) for _ in range(2)]
+    monkeypatch.setattr(altered_copies, "MIN_FINE", 0.5)
+    assert len(find_pixels(np.stack(images))[0]) <= 1
+
+
+def test_many_images_that_are_alike_are_no_copies(scenes):
+    """Such as digits of one kind: otherwise a whole class would be one group."""
+    places = np.linspace(0, 1, 10)
+    parts = [cut(scenes[0], area, place, 0.5) for area in (0.97, 0.95) for place in places]
+    mirrored = CHANGES["mirrored"](scenes[1])
+    assert find([*parts, scenes[1], mirrored])[0] == {(20, 21)}
+
+
 def test_plain_images_are_not_compared():
     """Their noise says nothing, and `duplicates` compares them by thumbnails."""
     random = np.random.default_rng(1)

@@ -30,6 +30,7 @@ SIDES = (0.95, 0.89)  # of parts that may be a crop, as shares of the image's
 STEPS = (0.02, 0.01, 0.005)  # in which the place of a crop is found, as shares of the image
 MAX_COMPARED = 3 * 10**8  # pairs for the second stage: the search ends after so many, in minutes
 MAX_CHECKED = 50_000  # pairs for the third, which takes about a millisecond for each
+MAX_ALIKE = 12  # images that another one is like: more are of a kind, such as digits, not copies
 MAX_LISTED = 10_000  # pairs; after so many, only those that join two groups are looked for
 ROWS = 64  # images that are compared with all others at once
 CHUNK = 128  # images, or pairs of the third stage, in memory at once
@@ -102,6 +103,7 @@ def altered_copies(
         [_patterns(_grey(pixels[chunk])) for chunk in _chunks(rows, CHUNK)]
     )  # (N, F, F)
     candidates, has_all = _alike_pairs(pixels, rows, patterns, groups)
+    candidates = _without_crowds(candidates, len(rows))
     has_all = has_all and len(candidates.scores) <= MAX_CHECKED
     return _exact_pairs(pixels, rows, patterns, groups, candidates), has_all
 
@@ -263,6 +265,15 @@ def _best_of_each(found: list[Candidates]) -> Candidates:
     two = np.sort(np.stack([every.wholes, every.sources]), axis=0)
     _, first = np.unique(two, axis=1, return_index=True)
     return Candidates(*(values[np.sort(first)] for values in every))
+
+
+def _without_crowds(candidates: Candidates, count: int) -> Candidates:
+    """The pairs of images that are like few others. count: number of images."""
+    num_alike = np.bincount(candidates.wholes, minlength=count)
+    num_alike += np.bincount(candidates.sources, minlength=count)
+    is_one_of_many = num_alike > MAX_ALIKE
+    is_kept = ~(is_one_of_many[candidates.wholes] | is_one_of_many[candidates.sources])
+    return Candidates(*(values[is_kept] for values in candidates))
 
 
 def _exact_pairs(
