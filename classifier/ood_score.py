@@ -195,7 +195,7 @@ def fit(network: nn.Module, evaluate: Evaluate, data: Dataset, num_seen: int) ->
         return _fit(network, evaluate, train, valid)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = type(error).__name__
-        print(f"note: no image will be called unknown: this network has no features ({reason})")
+        print(f"note: no image will be called unknown: no score could be fitted ({reason})")
         return None
 
 
