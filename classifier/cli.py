@@ -188,14 +188,14 @@ def explain_unknown_option(typed: str) -> str:
 
 
 def _options_described_as(words: str) -> list[str]:
-    """The options with these words in their help."""
+    """The options with these words in their help, the one with the shortest name first."""
     if len(words) < 5:
         return []
     found = []
     for entry in fields(Config):
         if words in entry.metadata["help"].replace("-", " "):
             found.append(flag(entry.name))
-    return found
+    return sorted(found, key=len)
 
 
 class _RefuseFit(argparse.Action):

@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from filelock import FileLock
+from matplotlib.figure import Figure
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once
@@ -29,9 +30,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 # background jobs of a shell ignore SIGINT, and so would their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import image_classification as ic
+from classifier import plots
 from classifier.cli import run_tool
 from classifier.datasets.load import find_source
 from classifier.resolve import resolve_defaults
+from classifier.run_log import RunLog
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
 SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
@@ -276,11 +279,14 @@ def folder(tmp_path, monkeypatch):
 def blank_pictures(request, monkeypatch):
     """Figures stay blank in this process, unless the test is marked: drawing takes half of a run.
 
-    Programs in processes of their own draw them.
+    Nor is the network's graph traced for TensorBoard. Programs in processes of their own draw all.
     """
     if not request.node.get_closest_marker("pictures"):
         name = "matplotlib.backends.backend_agg.FigureCanvasAgg.draw"
         monkeypatch.setattr(name, lambda canvas: canvas.get_renderer(), raising=True)
+        for name in ("draw_curves", "draw_confusion_matrix", "draw_samples"):
+            monkeypatch.setattr(plots, name, lambda *_, **__: Figure((1, 1), dpi=20))
+        monkeypatch.setattr(RunLog, "_add_graph", lambda log, writer: None)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def test_run_with_augmentations_learns(inside, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_each_step_has_a_row_in_the_picture_of_samples(inside, folder):
     heights = {}
     for augment in ("crop=2", "crop=2,randaugment=5,mixup"):

@@ -133,7 +133,7 @@ def test_receptive_fields_are_those_of_the_network(draw_pictures):
     model.stages.requires_grad_(False)
     for weight in model.stages.parameters():
         weight.uniform_(0.1, 1)  # they start as the identity, which sees one pixel
-    images = torch.randn(100, 3, 96, 96, dtype=torch.float64)
+    images = torch.randn(30, 3, 96, 96, dtype=torch.float64)
     for number, size in enumerate(draw_pictures.receptive_fields()):
         x = images.clone().requires_grad_()
         maps = model.stages[:number](model.whiten(x))

@@ -127,8 +127,10 @@ def panorama(random):
     return Image.fromarray(coarse).resize((256, 32), Image.Resampling.BICUBIC)
 
 
-def test_border_makes_no_images_alike(folder):
+def test_border_makes_no_images_alike(folder, monkeypatch):
     """A difference that is too large without a border is too large within one."""
+    no_copies = np.empty((0, 2), np.int64)  # a brighter one would be found as such
+    monkeypatch.setattr(duplicates, "altered_copies", lambda *_: (no_copies, True))
     picture = panorama(np.random.default_rng(0))
     brighter = Image.fromarray(np.asarray(picture) + np.uint8(12))
     copy = Image.fromarray(np.asarray(picture) + np.uint8(1))

@@ -215,7 +215,7 @@ def test_mutated_files_work_or_are_refused(model_file):
 
 @pytest.mark.slow
 def test_many_mutated_files_work_or_are_refused(model_file):
-    count_mutants(model_file, num_files=150)
+    count_mutants(model_file, num_files=75)
 
 
 # ---- version 0.9.1 ----

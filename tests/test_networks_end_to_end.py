@@ -58,9 +58,9 @@ def test_small_run_with_another_network(inside, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
 def test_network_learns_with_its_default_settings(name, folder):
-    settings = {"subset": 500, "epochs": 3, "batch_size": 25, "image_size": 16}
+    settings = {"subset": 300, "epochs": 4, "batch_size": 25, "image_size": 16}
     report = ic.train(ic.Config(dataset="digits", model=name, **settings))
-    assert report.results["test_accuracy"] > 0.5
+    assert report.results["test_accuracy"] > 0.4
 
 
 @pytest.mark.parametrize("recipe", slow_unless(QUICK_RECIPES, QUICK_RECIPES + SLOW_RECIPES))
@@ -122,7 +122,8 @@ def test_pretrained_network_of_which_only_the_last_layer_is_trained(
     inside(*DIGITS, "--fast-dev-run", "--batch-size", "20", *options)
 
     before = torch.load(path, weights_only=True)
-    model, content = ic.load_checkpoint(folder / "model_torchvision-squeezenet1_1_digits.pth")
+    (saved,) = only_run(folder).glob("model_*.pth")
+    model, content = ic.load_checkpoint(saved)
     changed = {
         name
         for name, weight in before.items()

@@ -27,13 +27,13 @@ def digits():
     return ic.load_data(CONFIG)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def network(digits):
     """A network whose weights are as they were drawn, in training mode."""
     return ic.build_model(CONFIG, digits)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def score(network, digits):
     return ood_score.fit(network, ic.evaluate, digits, 10**6)
 

@@ -85,7 +85,7 @@ def test_raw_file_recognises_the_same_in_photographs_of_any_size(raw_file, model
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(raw_file))
-    (entry,), (result,) = session.get_inputs(), session.get_outputs()
+    (entry,), (result, *_) = session.get_inputs(), session.get_outputs()
     assert (entry.name, entry.type) == ("image", "tensor(uint8)")
     assert entry.shape[2] == 3 and all(isinstance(side, str) for side in entry.shape[:2])
     assert (result.name, result.shape) == ("logits", [1, len(model.classes)])
@@ -131,8 +131,8 @@ def test_inference_hands_in_whole_photographs(raw_file, model, folder, tool_insi
 
     loaded = inference.load_model(raw_file)
     shapes = []
-    compute = loaded.compute_logits
-    loaded.compute_logits = lambda images: shapes.extend(x.shape for x in images) or compute(images)
+    compute = loaded.compute_scores
+    loaded.compute_scores = lambda images: shapes.extend(x.shape for x in images) or compute(images)
     results = inference.Results()
     inference.classify_files(loaded, [folder / "5.png", folder / "1.png"], 1, 0.0, results)
     assert shapes == [(3, 640, 427), (3, 1, 500)]  # turned

@@ -98,6 +98,7 @@ def test_metrics_are_written_before_tensorboard_is_open(make_log):
     assert [path.name for path in log.run.iterdir()] == ["metrics.csv"]
 
 
+@pytest.mark.pictures
 def test_inputs_and_graph_are_drawn_once(make_log):
     drawn = []
 
@@ -128,6 +129,7 @@ class Untraceable(nn.Module):
         raise ValueError("not today")
 
 
+@pytest.mark.pictures
 def test_network_that_cannot_be_traced_is_noted(make_log, capsys):
     log = make_log(model=Untraceable())
     log.open()

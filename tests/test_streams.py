@@ -167,7 +167,7 @@ def test_errors_without_standard_error_are_a_status(folder, arguments, status):
 
 @posix_only
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["compare", "app"])  # all tools start alike
+@pytest.mark.parametrize("name", ["compare"])  # all tools start alike
 def test_tools_without_standard_error_end_with_a_status(folder, name):
     script = REPOSITORY / f"{name}.py"
     assert shell(folder, "2>&-", "--nothing-like-it", script=script) == (2, "", "")

@@ -239,7 +239,7 @@ def test_damaged_safetensors(folder, content):
 
 def test_missing_safetensors_is_named(folder, monkeypatch):
     save_file({"weight": torch.zeros(1)}, "a.safetensors")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match=r"a.safetensors .*safetensors: pip install"):
         load(network(model="cnn"), model="cnn", init_from="a.safetensors")
 

@@ -277,8 +277,7 @@ def tiny(classes, channels, image_size):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the command is run by a POSIX shell")
-@pytest.mark.parametrize("model", ["cnn", "my net.py:tiny"])
-@pytest.mark.parametrize("called", ["absolute", "relative"])
+@pytest.mark.parametrize(("called", "model"), [("absolute", "cnn"), ("relative", "my net.py:tiny")])
 def test_last_command_works_from_any_folder(folder, called, model):
     """From a folder that is not the program's, with names that a shell has to have quoted."""
     (folder / "my net.py").write_text(TINY_NETWORK)
