@@ -34,7 +34,8 @@ def default_run(session: Session) -> Result:
     seconds = [trained.ended.seconds for trained in runs.values()]
     training = mean_and_std([trained.report["seconds"] for trained in runs.values()], digits=2)
     accuracy = mean_and_std([trained.accuracy() for trained in runs.values()], 100, 2)
-    figure = f"{mean_and_std(seconds, digits=2)} s, of which training {training} s; {accuracy} %"
+    figure = f"{mean_and_std(seconds, digits=2)} s, of which training {training} s; {accuracy} %; "
+    figure += f"runs: {len(runs)}"
     raw = {seed: trained.figures() for seed, trained in runs.items()}
     return Result(figure, statistics.mean(seconds) <= 8, raw)
 
@@ -167,6 +168,7 @@ def compare_trainings(session: Session, flags: list[str], values: list[str]) -> 
     for value, trained in runs.items():
         accuracy = 100 * trained.accuracy()
         words.append(f"{value}: {trained.report['seconds']:.2f} s, {accuracy:.2f} %")
+    words += [f"{value}: no time left" for value in values if value not in runs]
     raw = {value: trained.figures() for value, trained in runs.items()}
     return Result("; ".join(words), None, raw)
 
@@ -183,7 +185,7 @@ def batch_sizes(session: Session) -> Result:
 def utilisation(session: Session) -> Result:
     options = ["--device", session.device, "--data-dir", str(session.data_dir)]
     if session.quick:
-        options += ["--dataset", "digits", "--seconds", "0"]
+        options += ["--dataset", "digits", "--seconds", "0", "--rounds", "1"]
     else:
         options += ["--recipe", "accuracy94", "--seconds", "0.5"]
     raw = benchmark(session, "utilisation", *options)

@@ -184,6 +184,7 @@ def benchmark(session: Session, name: str, *options: str) -> Any:
     except TimeoutError:
         if not result_file.exists():
             raise
+        print(f"note: {name}.py was ended before it was done")
     return json.loads(result_file.read_text(encoding="utf-8"))
 
 

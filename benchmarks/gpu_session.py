@@ -148,7 +148,10 @@ def main() -> int:
     session = Session(
         options.device, data_dir, scripts, options.quick, folder=Path(), deadline=0, earlier={}
     )
-    facts = {"command": shlex.join(sys.argv), "commit": reports.commit(harness.SCRIPT)}
+    facts: dict[str, Any] = {
+        "command": shlex.join(sys.argv),
+        "commit": reports.commit(harness.SCRIPT),
+    }
     facts |= {"gpu": records.gpu_state(), "cpu": devices.hardware_name(torch.device("cpu"))}
     facts |= {"versions": ic.VERSIONS}
     rows: list[Row] = []

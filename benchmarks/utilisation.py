@@ -5,8 +5,8 @@
 
 Counts the operations of the network's forward and backward pass, times whole steps (images,
 gradients, optimisers) at each size of images that a run uses, and compares with the multiplication
-of large matrices in the same precision. Steps and matrices are timed in turns, five times. Prints a
-Markdown table; writes results/utilisation.json.
+of large matrices in the same precision. Steps and matrices are timed in turns, --rounds times.
+Prints a Markdown table; writes results/utilisation.json.
 """
 
 import argparse
@@ -81,9 +81,9 @@ def middle_of_phase(scale: float, progressive_resizing: float) -> float:
 
 
 def measure(
-    trainer: ic.Trainer, scale: float, matrix_size: int, timed_seconds: float
+    trainer: ic.Trainer, scale: float, matrix_size: int, rounds: int, timed_seconds: float
 ) -> Utilisation:
-    """Time steps on images of this scale, and matrices of this size."""
+    """Time steps on images of this scale, and matrices of this size, in turns."""
     device, progress = trainer.device, trainer.state.progress
     batch = trainer.plan(0).take(trainer.batch_slices[0])
     operations = count_operations(trainer, batch, scale)
@@ -99,7 +99,7 @@ def measure(
     for _ in range(3):
         trainer.train_step(batch)  # the first ones set up what is set up once
     seconds, peaks = [], []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         seconds.append(time_work(lambda: trainer.train_step(batch), device, timed_seconds))
         matrix_seconds = time_work(lambda: factors[0] @ factors[1], device, timed_seconds)
         peaks.append(matrix_operations / matrix_seconds)
@@ -130,6 +130,8 @@ def parse_options() -> argparse.Namespace:
     harness.add_data_dir(parser)
     seconds = f"for which the same work is repeated (default: {TIMED_SECONDS:g})"
     parser.add_argument("--seconds", type=float, default=TIMED_SECONDS, metavar="S", help=seconds)
+    rounds = f"of steps and matrices in turns (default: {ROUNDS})"
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=rounds)
     name = "of the result file (default: utilisation)"
     parser.add_argument("--name", default="utilisation", help=name)
     return parser.parse_args()
@@ -153,7 +155,8 @@ def main() -> None:
         precision = str(trainer.dtype).removeprefix("torch.")
         print(f"{hardware}, {precision}, {batch_size} images a step\n")
         scales = [1.0, 0.75, 0.5] if config.progressive_resizing else [1.0]
-        found = [measure(trainer, scale, matrix_size, options.seconds) for scale in scales]
+        rounds, seconds = options.rounds, options.seconds
+        found = [measure(trainer, scale, matrix_size, rounds, seconds) for scale in scales]
 
     rows = [table_row(each, image_size, batch_size) for each in found]
     print(harness.markdown_table(HEAD, rows))
