@@ -23,7 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).resolve().parent.parent / "image_classification.py"
-RESULTS = Path(__file__).resolve().parent / "results"
+# gpu_session.py sets this variable for the benchmarks that it starts
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).resolve().parent / "results"))
 
 # A variant of the program: its snippet stands between these two.
 BEFORE_SNIPPET = """
@@ -58,17 +59,25 @@ def start(
     folder: Path,
     output: Any = subprocess.PIPE,
     environment: dict[str, str] | None = None,
+    new_session: bool = False,
 ) -> subprocess.Popen[str]:
     """Start a process in `folder` that can import the script and its package.
 
     output: where standard output and standard error go, as one text. environment: variables to add.
+    new_session: whether it leads a group of processes, which can be ended together.
     """
     paths = [str(SCRIPT.parent)]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
     return subprocess.Popen(
-        command, cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env=variables,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=new_session,
     )
 
 

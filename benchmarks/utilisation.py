@@ -5,8 +5,8 @@
 
 Counts the operations of the network's forward and backward pass, times whole steps (images,
 gradients, optimisers) at each size of images that a run uses, and compares with the multiplication
-of large matrices in the same precision. Steps and matrices are timed in turns, five times. Prints a
-Markdown table; writes results/utilisation.json.
+of large matrices in the same precision. Steps and matrices are timed in turns, --rounds times.
+Prints a Markdown table; writes results/utilisation.json.
 """
 
 import argparse
@@ -50,10 +50,10 @@ class Utilisation(NamedTuple):
     shares: list[float]
 
 
-def time_work(work: Callable[[], object], device: torch.device) -> float:
-    """Median of the seconds that `work` takes; it is done three times at least."""
+def time_work(work: Callable[[], object], device: torch.device, timed_seconds: float) -> float:
+    """Median of the seconds that `work` takes; it is repeated for so long, but at least thrice."""
     times: list[float] = []
-    while len(times) < 3 or sum(times) < TIMED_SECONDS:
+    while len(times) < 3 or sum(times) < timed_seconds:
         began = time.perf_counter()
         work()
         if device.type != "cpu":
@@ -80,8 +80,10 @@ def middle_of_phase(scale: float, progressive_resizing: float) -> float:
     return (progressive_resizing + 1) / 2
 
 
-def measure(trainer: ic.Trainer, scale: float, matrix_size: int) -> Utilisation:
-    """Time steps on images of this scale, and matrices of this size."""
+def measure(
+    trainer: ic.Trainer, scale: float, matrix_size: int, rounds: int, timed_seconds: float
+) -> Utilisation:
+    """Time steps on images of this scale, and matrices of this size, in turns."""
     device, progress = trainer.device, trainer.state.progress
     batch = trainer.plan(0).take(trainer.batch_slices[0])
     operations = count_operations(trainer, batch, scale)
@@ -97,9 +99,9 @@ def measure(trainer: ic.Trainer, scale: float, matrix_size: int) -> Utilisation:
     for _ in range(3):
         trainer.train_step(batch)  # the first ones set up what is set up once
     seconds, peaks = [], []
-    for _ in range(ROUNDS):
-        seconds.append(time_work(lambda: trainer.train_step(batch), device))
-        matrix_seconds = time_work(lambda: factors[0] @ factors[1], device)
+    for _ in range(rounds):
+        seconds.append(time_work(lambda: trainer.train_step(batch), device, timed_seconds))
+        matrix_seconds = time_work(lambda: factors[0] @ factors[1], device, timed_seconds)
         peaks.append(matrix_operations / matrix_seconds)
     rates = [operations / each for each in seconds]
     shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
@@ -126,6 +128,10 @@ def parse_options() -> argparse.Namespace:
         help_text = f"as the program's (default: {default})"
         parser.add_argument(flag, default=default, metavar="NAME", help=help_text)
     harness.add_data_dir(parser)
+    seconds = f"for which the same work is repeated (default: {TIMED_SECONDS:g})"
+    parser.add_argument("--seconds", type=float, default=TIMED_SECONDS, metavar="S", help=seconds)
+    rounds = f"of steps and matrices in turns (default: {ROUNDS})"
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=rounds)
     name = "of the result file (default: utilisation)"
     parser.add_argument("--name", default="utilisation", help=name)
     return parser.parse_args()
@@ -149,7 +155,8 @@ def main() -> None:
         precision = str(trainer.dtype).removeprefix("torch.")
         print(f"{hardware}, {precision}, {batch_size} images a step\n")
         scales = [1.0, 0.75, 0.5] if config.progressive_resizing else [1.0]
-        found = [measure(trainer, scale, matrix_size) for scale in scales]
+        rounds, seconds = options.rounds, options.seconds
+        found = [measure(trainer, scale, matrix_size, rounds, seconds) for scale in scales]
 
     rows = [table_row(each, image_size, batch_size) for each in found]
     print(harness.markdown_table(HEAD, rows))

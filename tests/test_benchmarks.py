@@ -7,12 +7,18 @@ import json
 import os
 import random
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import ablations
 import beside
 import duplicates
 import finetune
 import fit
+import gpu_parts
+import gpu_runs
+import gpu_session
 import growth
 import harness
 import imbalance
@@ -80,7 +86,7 @@ def base_weights():
 
 
 def test_text_of_every_variant_is_a_program():
-    snippets = [*SNIPPETS.values(), scaling.SILENT]
+    snippets = [*SNIPPETS.values(), scaling.SILENT, gpu_parts.LITTLE_MEMORY]
     snippets.append(imbalance.LOAD_IMBALANCED.format(share=0.05))
     classes = {"first": 5, "end": 10, "count": 50, "on_test_images": False}
     snippets.append(finetune.LOAD_CLASSES.format(**classes))
@@ -633,6 +639,173 @@ def test_records_are_not_overwritten(folder, monkeypatch, tool_inside):
     (folder / "records.json").write_text("[]")
     assert "--name" in tool_inside("records").error(status=2)
     assert "gone.py" in tool_inside("records").error("gone.py", status=2)
+
+
+# ---- A session with a GPU ----
+
+
+@pytest.fixture
+def session(folder):
+    """What a part is told; ten seconds are left."""
+    return gpu_runs.Session(
+        device="cpu",
+        data_dir=folder,
+        scripts=[Path("record.py")],
+        quick=True,
+        folder=folder,
+        deadline=time.monotonic() + 10,
+        earlier={},
+    )
+
+
+def test_parts_of_a_session_have_their_time_and_do_not_end_each_other(session, monkeypatch):
+    now = 1000.0
+    deadlines, folders, rows = [], [], []
+
+    def part(name, seconds, takes, error=None, **facts):
+        def do(told):
+            nonlocal now
+            now += takes
+            deadlines.append((name, told.deadline))
+            folders.append(told.folder)
+            assert told.folder.is_dir()
+            if error:
+                raise error
+            return gpu_runs.Result(f"{name} done", True, {"takes": takes})
+
+        return gpu_session.Part(name, seconds, do, f"{name} works", **facts)
+
+    parts = [
+        part("first", seconds=40, takes=30),
+        part("broken", seconds=40, takes=1, error=RuntimeError("no | such\nfile")),
+        part("on a GPU", seconds=40, takes=1, needs_cuda=True),
+        part("long", seconds=40, takes=28, error=TimeoutError("out of time")),
+        part("late", seconds=40, takes=1),
+    ]
+    monkeypatch.setattr(gpu_session, "time", SimpleNamespace(monotonic=lambda: now))
+    gpu_session.do_parts(parts, session, 60, rows.append)
+
+    assert deadlines == [("first", 1040), ("broken", 1060), ("long", 1060)]
+    assert not any(path.exists() for path in folders)
+    found = {row["part"]: (row["status"], row["seconds"]) for row in rows}
+    assert found == {
+        "first": ("done", 30),
+        "broken": ("failed", 1),
+        "on a GPU": ("skipped", 0),
+        "long": ("failed", 28),
+        "late": ("skipped", 0),
+    }
+    assert list(session.earlier) == ["first"]
+    table = [gpu_session.table_row(row) for row in rows]
+    assert table[0] == ["first", "first done", "first works", "yes", "30"]
+    assert "RuntimeError: no such file" in table[1][1] and table[1][3] == ""
+    assert rows[1]["raw"].endswith("no | such\nfile")
+    assert "CUDA" in table[2][1] and "time" in table[4][1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="groups of processes are ended")
+def test_program_of_a_session_is_ended_when_its_time_is_over(session, folder):
+    program = "import os, time; print('process', os.getpid(), flush=True); time.sleep({})"
+    ended = gpu_runs.run(session, [sys.executable, "-c", program.format(0.3)])
+    (since,) = ended.times_of("process")
+    assert 0 < since < ended.seconds - 0.2
+
+    late = session._replace(deadline=time.monotonic() + 1)
+    with pytest.raises(TimeoutError):
+        gpu_runs.run(late, [sys.executable, "-c", program.format(60)])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((folder / "output.txt").read_text().split()[1]), 0)
+
+    saves_at_sigterm = "import signal; signal.signal(15, lambda *_: open('saved', 'w')); "
+    command = [sys.executable, "-c", saves_at_sigterm + program.format(60)]
+    killed = gpu_runs.run(session, command, kill_after="process")
+    assert killed.seconds < 9 and not (folder / "saved").exists()
+    with pytest.raises(RuntimeError, match="(?s)3.*a reason"):
+        gpu_runs.run(session, [sys.executable, "-c", "print('a reason'); raise SystemExit(3)"])
+
+
+def test_benchmark_of_a_session_that_takes_too_long_keeps_its_results(session, monkeypatch):
+    def write_and_go_on(told, command, environment):
+        Path(environment["BENCHMARK_RESULTS"], "records.json").write_text("[1]")
+        raise TimeoutError
+
+    monkeypatch.setattr(gpu_runs, "run", write_and_go_on)
+    assert gpu_runs.benchmark(session, "records") == [1]
+    with pytest.raises(TimeoutError):
+        gpu_runs.benchmark(session, "startup")
+
+
+def test_runs_of_a_part_are_as_many_as_fit(session):
+    trained = gpu_runs.Trained(gpu_runs.Ended([], seconds=60.0), {}, [])
+    runs = gpu_runs.as_many_as_fit(session, ["bf16", "fp16"], lambda value: trained)
+    assert runs == {"bf16": trained}
+    more_time = session._replace(deadline=session.deadline + 60)
+    assert len(gpu_runs.as_many_as_fit(more_time, range(2), lambda value: trained)) == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([(1.8, 0.941)], [(2.0, 0.94), (3.0, 0.94)], True),
+        ([(1.9, 0.941)], [(2.0, 0.94), (3.0, 0.94)], False),
+        ([(1.0, 0.939), (5.0, 0.95)], [(2.0, 0.94)], False),  # the faster one is not as accurate
+        ([(1.0, 0.941)], [], None),
+        ([(1.0, 0.939)], [], False),
+    ],
+)
+def test_what_is_to_be_reached_beside_the_records(ours, theirs, expected):
+    assert gpu_parts.beats_records(ours, theirs) is expected
+
+
+@pytest.mark.parametrize(("first_result", "reached"), [(45.0, True), (44.0, False)])
+def test_time_without_a_compiler_is_compared_with_that_of_the_records(
+    session, monkeypatch, first_result, reached
+):
+    def records_of(told, name, *options):
+        their_runs = [{"seconds": 2.0, "accuracy": 0.94, "since": first_result}]
+        our_runs = [{"seconds": 1.0, "accuracy": 0.95, "since": 12.0}]
+        variant = options[options.index("--variant") + 1]
+        assert "record.py" in options
+        return [
+            {"contender": "record.py", "runs": their_runs},
+            {"contender": variant, "runs": our_runs},
+        ]
+
+    ended = gpu_runs.Ended([(2.0, "Start Training"), (15.0, "Model: model_cnn.pth")], 16.0)
+    trained = gpu_runs.Trained(ended, {"seconds": 5.0, "test_accuracy": 0.94}, [])
+    monkeypatch.setattr(gpu_parts, "benchmark", records_of)
+    monkeypatch.setattr(gpu_parts, "train", lambda *options: trained)
+    assert gpu_parts.without_compiler(session).reached is None
+    session.earlier["accuracy94"] = gpu_parts.accuracy94(session)
+    assert session.earlier["accuracy94"].reached is True
+    found = gpu_parts.without_compiler(session)
+    assert found.reached is reached and found.raw["saved"] == 15
+
+
+def test_session_is_refused_without_a_gpu_or_with_a_name_that_exists(
+    folder, monkeypatch, tool_inside
+):
+    monkeypatch.setattr(harness, "RESULTS", folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda" in tool_inside("gpu_session").error(status=2)
+    assert "gone.py" in tool_inside("gpu_session").error("gone.py", status=2)
+    (folder / "gpu_session.json").write_text("{}")
+    assert "--name" in tool_inside("gpu_session").error("--device", "cpu", status=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="groups of processes are ended")
+def test_session_can_be_tried_without_a_gpu(folder, monkeypatch, tool_inside):
+    monkeypatch.setattr(harness, "RESULTS", folder)
+    options = ["--device", "cpu", "--quick", "--only", "cpu-and-gpu", "nccl"]
+    out, _ = tool_inside("gpu_session")(*options)
+    content = json.loads((folder / "gpu_session_quick.json").read_text())
+    assert content["versions"] == ic.VERSIONS and "--quick" in content["command"]
+    on_gpu, compared = content["parts"]
+    assert (on_gpu["part"], on_gpu["status"]) == ("nccl", "skipped")
+    assert (compared["part"], compared["status"]) == ("cpu-and-gpu", "done")
+    assert compared["reached"] is True and len(compared["raw"]["cpu"]) == 2
+    assert [row.split(" | ")[0] for row in out.splitlines()[-2:]] == ["| nccl", "| cpu-and-gpu"]
 
 
 # ---- Survival; test_model_files.py mutates files ----
