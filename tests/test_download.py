@@ -140,7 +140,7 @@ def test_each_reason_is_given_once(fetch):
     with pytest.raises(DatasetUnavailable) as caught:
         fetch("gone/1", "gone/2")
     text = str(caught.value)
-    assert text.count("404") == 1 and "/gone/1" in text and "/gone/2" in text
+    assert text.count("Error 404") == 1 and "/gone/1" in text and "/gone/2" in text
 
 
 def test_partial_file_of_sources_that_fail_is_kept(fetch, folder):

@@ -524,8 +524,6 @@ def test_class_with_too_few_images_is_refused():
         "notebook-cnn",
         "fftnet",
         "convnet",
-        "resnet18",
-        "resnet50",
         "resnet18-dropout",
         "airbench94",
         "torchvision:squeezenet1_1",

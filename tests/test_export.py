@@ -29,7 +29,6 @@ NETWORKS = [
     "fcn",
     "fftnet",
     "convnet",
-    "resnet18",
     "airbench94",
     "torchvision:squeezenet1_1",
     "timm:test_efficientnet",
@@ -316,7 +315,7 @@ def test_export_downloads_nothing(model, folder, tool_inside, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_is_exported(name, folder):
-    size = 16 if name in ("resnet18", "airbench94") else 32
+    size = 16 if name == "airbench94" else 32
     if name.startswith(("torchvision:", "timm:")):
         size = 64
     config = ic.Config(dataset="digits", subset=100, model=name, image_size=size)

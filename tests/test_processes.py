@@ -99,8 +99,8 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
 
 def test_two_processes_train_the_default_network_as_well(inside, together, folder):
     """In batches of about the default size, of which batch norm sees smaller parts."""
-    options = ["--dataset", "digits", "--subset", "1200", "--batch-size", "400", "--epochs", "2"]
-    options += ["--precision", "fp32", "--image-size", "16", "--device", "cpu"]
+    options = ["--dataset", "digits", "--subset", "800", "--batch-size", "400", "--epochs", "2"]
+    options += ["--precision", "fp32", "--image-size", "16", "--width", "0.5", "--device", "cpu"]
     inside(*options, "--run-dir", "one")
     together(*options, "--run-dir", "two")
     one, two = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "two"))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK, REPOSITORY, SCRIPT
+from conftest import REPOSITORY, SCRIPT
 
 PROGRAMS = ["image_classification", "inference", "compare", "explain", "export", "tune", "app"]
 
@@ -58,18 +58,6 @@ def test_another_package_of_the_name_in_the_current_folder(foreign):
     variables = {**os.environ, "PYTHONPATH": str(foreign / "packages")}
     done = subprocess.run(command, cwd=foreign, env=variables, capture_output=True, text=True)
     assert done.returncode == 2 and "--no-such-option" in done.stderr
-
-
-@pytest.mark.slow
-def test_run_with_a_safe_path(foreign):
-    command = [sys.executable, str(SCRIPT), *QUICK, "--epochs", "1"]
-    variables = {**os.environ, "PYTHONPATH": str(foreign / "packages"), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(command, cwd=foreign, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    image = next(iter((REPOSITORY / "docs").glob("*.png")))
-    command = [sys.executable, str(REPOSITORY / "inference.py"), str(image)]
-    done = subprocess.run(command, cwd=foreign, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0 and image.name in done.stdout, done.stderr
 
 
 def test_importing_a_program_leaves_the_search_path_alone():
