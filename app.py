@@ -32,8 +32,8 @@ try:
     from classifier.cli import end_process, run_tool, tool_parser
     from classifier.datasets.decode import decode
     from classifier.errors import UserError
-    from classifier.rejection import UNKNOWN
-    from classifier.text import percent, pluralize, printable
+    from classifier.rejection import parse_reject
+    from classifier.text import pluralize, printable
     from explain import grad_cam, overlay
     from inference import (
         Classifier,
@@ -86,10 +86,9 @@ def classify(
     with contextlib.suppress(UserError):  # a network without feature maps: the picture alone
         picture = add_heat_map(model, picture, pixels, model.classes.index(classes[0][0]))
     confidences = dict(classes)
-    if classes.is_unknown and classes.unlikeness is not None:
+    if classes.is_unknown:
         closest, confidence = classes[0]
-        share = percent(classes.unlikeness)
-        heading = f"{UNKNOWN} (less usual than {share} of ordinary images); closest: {closest}"
+        heading = f"{classes.describe_unknown()}; closest: {closest}"
         confidences = {heading: confidence, **dict(classes[1:])}
     return confidences, picture
 
@@ -257,14 +256,11 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--reject",
-        type=float,
+        type=parse_reject,
         metavar="F",
         help="share of ordinary pictures that may be called unknown, as of inference.py",
     )
-    options = parser.parse_args()
-    if options.reject is not None and not 0 <= options.reject < 1:
-        parser.error(f"--reject {options.reject:g}: must be from 0 to below 1, such as 0.05")
-    return options
+    return parser.parse_args()
 
 
 def main() -> int:

@@ -634,11 +634,11 @@ class Trainer:
         None: as the schedule says. Returns what forward_backward does.
         """
         config, state, progress = self.config, self.state, self.state.progress
-        if config.head_first:
-            head_only = progress.fraction < config.head_first
-            finetuning.train_last_layer_only(state.model, state.optimizers, head_only)
+        # --head-first: the last layer alone, then all layers, each phase with a schedule of its own
+        fraction = finetuning.enter_phase(
+            state.model, state.optimizers, progress.fraction, config.head_first
+        )
         if factor is None:
-            fraction = finetuning.phase_fraction(progress.fraction, config.head_first)
             factor = lr_factor(config.scheduler, fraction, progress.losses())
         scale = self.image_scale()
         set_learning_rates(state.optimizers, factor)

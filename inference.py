@@ -271,8 +271,8 @@ def load_model(
     """
     if is_url(str(path)):
         raise UserError(f"{path}: {URL_REFUSED}")
-    if reject is not None and not 0 <= reject < 1:
-        raise ValueError(f"reject has to be from 0 to below 1, not {reject}")
+    if reject is not None:
+        rejection.check_reject(reject)
     path = Path(path)
     if path.is_dir():
         path = newest_checkpoint(path)
@@ -625,14 +625,6 @@ def predict(model: Classifier, images: Any, top_k: int = 3) -> list[TopClasses]:
     return top_classes(model, batch, top_k) if len(batch) else []
 
 
-def probabilities(model: Classifier, images: np.ndarray | list[np.ndarray]) -> np.ndarray:
-    """Calibrated probabilities: float64 (N, classes), whose rows add up to 1.
-
-    images: see `Classifier.logits`.
-    """
-    return softmax(model.logits(images), model.temperature)
-
-
 def top_classes(
     model: Classifier, images: np.ndarray | list[np.ndarray], top_k: int
 ) -> list[TopClasses]:
@@ -887,7 +879,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--reject",
-        type=float,
+        type=rejection.parse_reject,
         metavar="F",
         help="share of ordinary images that may be called unknown, in [0, 1), so that images that "
         "show none of the classes are; 0: none is (default: 0.05, if the model file tells how "
@@ -921,8 +913,6 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"--top-k {options.top_k}: must be at least 1")
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold {options.threshold:g}: must be from 0 to 1, such as 0.9")
-    if options.reject is not None and not 0 <= options.reject < 1:
-        parser.error(f"--reject {options.reject:g}: must be from 0 to below 1, such as 0.05")
     return options
 
 

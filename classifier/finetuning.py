@@ -3,8 +3,8 @@
 The last layer starts from random weights, and the gradients that it sends back at first would spoil
 the others (Howard and Ruder, 2018, https://arxiv.org/abs/1801.06146).
 
-weights = layer_groups(model, config)                     with a learning rate for each group
-train_last_layer_only(model, optimizers, only=True)       at the start of a run
+weights = layer_groups(model, config)                               with their own learning rates
+fraction = enter_phase(model, optimizers, fraction, head_first)     before each step
 """
 
 from collections.abc import Iterable, Sequence
@@ -72,6 +72,22 @@ def layer_groups(
             lr = config.lr * config.first_layer_lr ** (number / BODY_GROUPS)
             groups.append({"params": own, "lr": lr, "is_last_layer": number == 0})
     return groups
+
+
+def enter_phase(
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    fraction: float,
+    head_first: float,
+) -> float:
+    """Train the layers that this phase of the run trains; returns how far the phase is, in [0, 1).
+
+    fraction: share of the run that is done. head_first: share of the run in which only the last
+    layer is trained; with 0 there is only one phase, and nothing is changed.
+    """
+    if head_first:
+        train_last_layer_only(model, optimizers, only=fraction < head_first)
+    return phase_fraction(fraction, head_first)
 
 
 def train_last_layer_only(

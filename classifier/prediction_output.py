@@ -37,6 +37,12 @@ class TopClasses(list[tuple[str, float]]):
     unlikeness: float | None = None
     is_unknown: bool = False
 
+    def describe_unknown(self) -> str:
+        """That the image is unknown, and how unlike the training images it is."""
+        assert self.unlikeness is not None  # nothing else makes an image unknown
+        share = percent(self.unlikeness)
+        return f"{UNKNOWN} (less usual than {share} of ordinary images)"
+
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
@@ -169,7 +175,6 @@ def print_table(predictions: Sequence[Prediction]) -> None:
         listed = ", ".join(f"{name} {percent(confidence)}" for name, confidence in classes)
         if answer == UNSURE:
             listed = f"{UNSURE}: {listed}"
-        if classes.is_unknown and classes.unlikeness is not None:
-            share = percent(classes.unlikeness)
-            listed = f"{UNKNOWN} (less usual than {share} of ordinary images): {listed}"
+        if classes.is_unknown:
+            listed = f"{classes.describe_unknown()}: {listed}"
         print(f"{file:{width}}  {listed}")

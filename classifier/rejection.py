@@ -6,6 +6,7 @@ called its unlikeness. An image is unknown if too few ordinary images are as unl
 torch: `inference.py` runs an ONNX file without it.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,22 @@ from classifier.metrics import predict
 UNKNOWN = "unknown"  # the answer for an image that is refused
 DEFAULT_REJECT = 0.05  # share of ordinary images that may be refused
 NUM_QUANTILES = 201  # in steps of 0.5 %
+
+
+def check_reject(reject: float) -> float:
+    """The share, if it is one of images that may be refused. Raises ValueError."""
+    if not 0 <= reject < 1:
+        raise ValueError(f"reject has to be from 0 to below 1, not {reject:g}")
+    return reject
+
+
+def parse_reject(text: str) -> float:
+    """The value of --reject. Raises argparse.ArgumentTypeError."""
+    try:
+        return check_reject(float(text))
+    except ValueError:
+        message = f"{text} must be a number from 0 to below 1, such as 0.05"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def quantiles_of(scores: ArrayLike) -> list[float]:

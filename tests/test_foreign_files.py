@@ -74,8 +74,7 @@ def stranger(own_file, **settings):
 
 def test_each_setting_that_names_a_place_is_tried_here():
     texts = {name for name, kind in FIELD_TYPES.items() if kind is str}
-    harmless = {"optimizer", "scheduler", "augment", "class_balance", "device", "precision"}
-    harmless.add("fit")
+    harmless = {"optimizer", "scheduler", "augment", "class_balance", "device", "precision", "fit"}
     assert texts - harmless == PLACES.keys()
 
 

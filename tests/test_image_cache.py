@@ -19,7 +19,7 @@ from conftest import wait_for, write_images
 from PIL import Image, UnidentifiedImageError
 
 from classifier.config import Config
-from classifier.datasets import decode, image_cache, image_records
+from classifier.datasets import cache_folders, decode, image_cache, image_records
 from classifier.datasets import folder as folder_module
 from classifier.datasets.dataset import same_images
 from classifier.datasets.folder import load_folder
@@ -317,14 +317,14 @@ def test_unwritable_data_folder_falls_back_to_the_home_folder(
 
 def test_temporary_folder_is_the_last_choice(folder, photos, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    *_, last = image_cache.cache_folders(folder / "data")
+    *_, last = cache_folders.cache_folders(folder / "data")
     assert last.parent == folder
     if os.name == "posix":
         assert last.stat().st_mode & 0o777 == 0o700
         monkeypatch.setattr(os, "getuid", lambda: last.stat().st_uid + 1)
         other = folder / f"image_classification-{os.getuid()}"
         other.mkdir()  # prepared by another user
-        assert other not in image_cache.cache_folders(folder / "data")
+        assert other not in cache_folders.cache_folders(folder / "data")
 
 
 def test_no_place_can_be_written(folder, photos, monkeypatch, capsys):

@@ -35,6 +35,7 @@ from classifier.datasets import decode
 from classifier.datasets.cifar10 import MD5
 from classifier.datasets.folder import load_folder
 from classifier.errors import UserError
+from classifier.metrics import softmax
 from classifier.seen_images import describe_seen
 
 pytestmark = pytest.mark.pictures
@@ -47,6 +48,11 @@ def tiny(classes=10, channels=3, image_size=32):
     features = channels * image_size**2 // 16
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(features, classes))
 """
+
+
+def probabilities(model, images):
+    """The calibrated probabilities of all classes, which predict() gives the largest of."""
+    return softmax(model.logits(images), model.temperature)
 
 
 @pytest.fixture
@@ -68,15 +74,15 @@ def test_same_pixels_same_probabilities_in_any_batch(model, data):
     logits = ic.evaluate(model.network, *data.test.first(500)).logits
     expected = (logits / model.temperature).softmax(1)[:120].numpy()
     images = data.test.images[:120].numpy()
-    assert np.abs(inference.probabilities(model, images) - expected).max() < 1e-5
+    assert np.abs(probabilities(model, images) - expected).max() < 1e-5
     for i in range(7):
-        alone = inference.probabilities(model, images[i : i + 1])
+        alone = probabilities(model, images[i : i + 1])
         assert np.abs(alone - expected[i]).max() < 1e-5
 
 
 def test_turned_files_are_turned_back(model, data, folder):
     image = data.test.images[3].numpy()
-    expected = inference.probabilities(model, image[None])[0]
+    expected = probabilities(model, image[None])[0]
     paths = []
     for orientation, undo in enumerate([None, 0, 3, 1, 5, 2, 6, 4], 1):
         exif = Image.Exif()
@@ -93,8 +99,8 @@ def test_turned_files_are_turned_back(model, data, folder):
 
 def test_predictions_are_sorted_and_name_the_classes(model, data):
     images = data.test.images[:20].numpy()
-    probabilities = inference.probabilities(model, images)
-    for classes, row in zip(inference.predict(model, images, top_k=4), probabilities, strict=True):
+    rows = probabilities(model, images)
+    for classes, row in zip(inference.predict(model, images, top_k=4), rows, strict=True):
         assert len(classes) == 4
         confidences = [confidence for _, confidence in classes]
         assert confidences == sorted(row, reverse=True)[:4]
@@ -227,7 +233,7 @@ def test_what_a_network_takes_is_checked(both):
                 model.logits(images)
         for images in (UINT8, np.zeros((2, 3, 9, 9), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)):
             with pytest.raises(ValueError, match="8, 8"):
-                inference.probabilities(model, images)
+                probabilities(model, images)
         with pytest.raises(ValueError, match="top_k"):
             inference.predict(model, UINT8[None], top_k=0)
     with pytest.raises(TypeError, match="load_model"):
@@ -725,7 +731,7 @@ def test_onnx_probabilities(onnx_file, monkeypatch):
     assert logits.dtype == np.float32
     assert logits == pytest.approx(10 * images.mean((2, 3)) / 255)
     confidence = np.exp(5) / (np.exp(5) + 2)  # 10 over the temperature of 2
-    assert inference.probabilities(model, images).max(1) == pytest.approx([confidence] * 5)
+    assert probabilities(model, images).max(1) == pytest.approx([confidence] * 5)
     with pytest.raises(UserError, match=r"model\.onnx"):
         model.require_network()
 
@@ -825,5 +831,5 @@ def test_importing_it_needs_no_torch(folder):
 def test_same_predictions_on_cuda(model, data):
     on_cuda = inference.load_model(model.path, "cuda")
     images = data.test.images[:100].numpy()
-    difference = inference.probabilities(on_cuda, images) - inference.probabilities(model, images)
+    difference = probabilities(on_cuda, images) - probabilities(model, images)
     assert np.abs(difference).max() < 1e-4

@@ -23,11 +23,10 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from classifier.datasets.cache_folders import use_first_writable
 from classifier.datasets.decode import hash64
-from classifier.datasets.image_cache import cache_folders
 from classifier.datasets.walk import is_hidden
 from classifier.errors import UserError
-from classifier.files import NOT_WRITABLE
 from classifier.text import escape_control_characters, pluralize
 
 UNPACKED_FOLDER = ".unpacked"  # in --data-dir: the folders of all ZIP files
@@ -79,21 +78,16 @@ def unpack(path: Path, data_dir: Path) -> Path:
     """
     entries = read_entries(path)
     title = _title(path, entries)
-    failure: OSError | None = None
-    for folder in cache_folders(data_dir):
+
+    def unpack_in(folder: Path) -> Path:
         target = folder / UNPACKED_FOLDER / title
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target):
-                if not _is_whole(target, entries):
-                    _unpack_into(target, path, entries)
-            return target
-        except OSError as error:
-            if error.errno not in NOT_WRITABLE:
-                raise
-            failure = error
-    assert failure is not None  # there is at least one folder
-    raise failure
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            if not _is_whole(target, entries):
+                _unpack_into(target, path, entries)
+        return target
+
+    return use_first_writable(data_dir, unpack_in)
 
 
 def is_unpacked(path: Path, data_dir: Path) -> bool:

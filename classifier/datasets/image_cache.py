@@ -25,9 +25,7 @@ import json
 import math
 import mmap
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,10 +38,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from classifier.datasets import decode, pixel_range, unreadable
+from classifier.datasets.cache_folders import use_first_writable
 from classifier.datasets.image_records import DECODED_AS, EXTREMA, RECORD, key_with_range
 from classifier.datasets.memmap_images import MemmapImages
 from classifier.errors import UserError
-from classifier.files import NOT_WRITABLE, write_atomically
+from classifier.files import write_atomically
 from classifier.text import pluralize
 
 CACHE_FOLDER = ".decoded"  # in --data-dir: the caches of all data sets
@@ -369,49 +368,15 @@ def open_cache(
     # Caches of the time before --fit have the name of those with crop.
     kind = f"{size}" if fit == "crop" else f"{size}-{fit}"
     title = f"{source.resolve().name}-{kind}-{identity_of(source)}"
-    failure: OSError | None = None
-    for folder in cache_folders(data_dir):
-        if failure is not None:
-            unwritable = failure.filename or failure
-            print(f"note: {unwritable} cannot be written: the decoded images are in {folder}")
+
+    def fill_in(folder: Path) -> DecodedCache:
         cache = DecodedCache(folder / CACHE_FOLDER / title, source, size, fit)
-        try:
-            cache.fill(files)
-            return cache
-        except OSError as error:
-            if error.errno not in NOT_WRITABLE:
-                raise
-            failure = error
-    assert failure is not None  # there is at least one folder
-    raise failure
+        cache.fill(files)
+        return cache
+
+    return use_first_writable(data_dir, fill_in, note="the decoded images are in")
 
 
 def identity_of(source: Path) -> str:
     """What the names of all caches of a folder end in: 16 hexadecimal digits."""
     return f"{decode.hash64(os.fsencode(f'{source.resolve()} {DECODED_AS}')):016x}"
-
-
-def cache_folders(data_dir: Path) -> Iterator[Path]:
-    """Where a cache may be: data_dir, the user's folder for caches, a temporary folder."""
-    yield data_dir
-    home = os.path.expanduser("~")
-    if os.path.isabs(home):
-        yield Path(home) / ".cache" / "image_classification"
-    temporary = _temporary_folder()
-    if temporary is not None:
-        yield temporary
-
-
-def _temporary_folder() -> Path | None:
-    """A folder for temporary files that only this user can write to; None if there is none."""
-    user_id = os.getuid() if hasattr(os, "getuid") else None  # None on Windows
-    user = "me" if user_id is None else str(user_id)
-    folder = Path(tempfile.gettempdir()) / f"image_classification-{user}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        owner = folder.stat().st_uid
-    except OSError:
-        return None
-    if user_id is not None and owner != user_id:  # another user may have prepared it
-        return None
-    return folder
