@@ -18,7 +18,6 @@ from unittest import mock
 import numpy as np
 import pytest
 from filelock import FileLock
-from matplotlib.figure import Figure
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once
@@ -29,12 +28,13 @@ SCRIPT = REPOSITORY / "image_classification.py"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 # background jobs of a shell ignore SIGINT, and so would their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
+import fork_server
+from blank_pictures import draw_nothing
+
 import image_classification as ic
-from classifier import plots
 from classifier.cli import run_tool
 from classifier.datasets.load import find_source
 from classifier.resolve import resolve_defaults
-from classifier.run_log import RunLog
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
 SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
@@ -43,6 +43,11 @@ QUICK = [*SMALL, "--width", "0.25"]
 
 def pytest_xdist_auto_num_workers():
     return min(4, (os.cpu_count() or 1) + 1)  # some tests wait more than they compute
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # in the first process only
+        fork_server.start(REPOSITORY)
 
 
 # ---- What a run has written ----------------------------------------------------------------------
@@ -182,6 +187,7 @@ class Program:
         patch: Python code that runs first, with the script imported as `ic`; it changes constants
         through their modules.
         """
+        source = None
         run = [*self.launcher, self.script]
         if patch:
             code = [
@@ -189,20 +195,25 @@ class Program:
                 patch,
                 "ic.cli.end_process(ic.main(sys.argv[1:]))",
             ]
-            run = ["-c", "\n".join(code)]
-        command = [sys.executable, *run, *arguments]
+            source = "\n".join(code)
+            run = ["-c", source]
         paths = [str(self.script.parent)]
         if "PYTHONPATH" in os.environ:
             paths.append(os.environ["PYTHONPATH"])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (env or {})
+        is_usual = not (self.launcher or options) and self.script.parent == REPOSITORY
+        if is_usual and fork_server.can_start(environment):
+            first = "-c" if patch else str(self.script)
+            arguments = [first, *map(str, arguments)]
+            return fork_server.Forked(arguments, self.folder, source, environment)
         defaults = {
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
             "text": True,
             "cwd": self.folder,
         }
-        options = defaults | options
-        return subprocess.Popen([str(each) for each in command], env=environment, **options)
+        command = [str(word) for word in [sys.executable, *run, *arguments]]
+        return subprocess.Popen(command, env=environment, **defaults | options)
 
     def __call__(self, *arguments, status=0, timeout=200, **options):
         """Run it to its end, as `finish` does."""
@@ -277,16 +288,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request, monkeypatch):
-    """Figures stay blank in this process, unless the test is marked: drawing takes half of a run.
-
-    Nor is the network's graph traced for TensorBoard. Programs in processes of their own draw all.
-    """
+    """Runs of this test draw nothing, unless it is marked `pictures`."""
     if not request.node.get_closest_marker("pictures"):
-        name = "matplotlib.backends.backend_agg.FigureCanvasAgg.draw"
-        monkeypatch.setattr(name, lambda canvas: canvas.get_renderer(), raising=True)
-        for name in ("draw_curves", "draw_confusion_matrix", "draw_samples"):
-            monkeypatch.setattr(plots, name, lambda *_, **__: Figure((1, 1), dpi=20))
-        monkeypatch.setattr(RunLog, "_add_graph", lambda log, writer: None)
+        draw_nothing(monkeypatch.setattr)
+        monkeypatch.setenv(fork_server.NO_PICTURES, "1")
 
 
 @pytest.fixture
@@ -344,15 +349,10 @@ def shared_folder(tmp_path_factory, name):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a model_*.pth, and in run/ its run with --keep-epochs."""
-    data = ["--dataset", "digits"]
-    place = find_cifar10()
-    if place:
-        data = ["--dataset", "cifar10", "--data-dir", place]
-        data += ["--subset", "3000", "--batch-size", "125"]
     settings = ["--epochs", "4", "--width", "0.25", "--keep-epochs", "--run-dir", "run"]
     with shared_folder(tmp_path_factory, "trained") as folder:
         if not list(folder.glob("model_*.pth")):
-            Program(folder)(*data, *settings)
+            Program(folder)("--dataset", "digits", *settings)
     return folder
 
 

@@ -22,7 +22,9 @@ from conftest import (
     report_of,
     rows_of,
     same,
+    save,
     shared_folder,
+    table_of,
     trainer_of,
     weights,
     without_time,
@@ -183,11 +185,20 @@ def test_tensorboard_has_it_all(default_run):
     assert [event.value for event in valid.Scalars("loss")] == pytest.approx(losses)
 
 
-def test_learning_on_real_images(cifar10, trained):
+def test_learning_on_real_images(cifar10, inside, tool_inside, folder):
     """Fails for shuffled labels, wrong gradients, a dead schedule, images not normalised."""
-    rows = rows_of(trained / "run")
+    options = ["--subset", "3000", "--batch-size", "125", "--epochs", "4", "--width", "0.25"]
+    inside("--dataset", "cifar10", "--data-dir", cifar10, *options)
+    run = only_run(folder)
+    rows = rows_of(run)
     assert float(rows[-1]["valid_accuracy"]) > 0.45
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 0.5
+    first = ic.load_data(ic.Config(dataset="cifar10", data_dir=str(cifar10))).test
+    save(first.images[0], folder / "first.png")
+    out, _ = tool_inside("inference")("first.png", "--format", "csv", "--reject", "0")
+    (predicted,) = table_of(out)
+    of_run = table_of((run / "test_predictions.csv").read_text())[0]
+    assert predicted["class_1"] == of_run["prediction"]
 
 
 @pytest.mark.parametrize("name", named.NAMES)
