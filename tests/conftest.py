@@ -42,7 +42,7 @@ QUICK = [*SMALL, "--width", "0.25"]
 
 
 def pytest_xdist_auto_num_workers():
-    return min(4, (os.cpu_count() or 1) + 1)  # some tests wait more than they compute
+    return min(4, os.cpu_count() or 1)
 
 
 def pytest_configure(config):

@@ -248,6 +248,7 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
 # ---- without a server ----
 
 
+@pytest.mark.slow
 def test_confidences_and_heat_map(model, folder):
     Image.new("RGB", (300, 200), "green").save(folder / "green.png")
     confidences, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))

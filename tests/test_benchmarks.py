@@ -881,6 +881,7 @@ def test_phases_of_a_run(progressive_resizing):
         assert ic.image_scale(fraction, progressive_resizing) == scale
 
 
+@pytest.mark.slow
 def test_utilisation(folder, monkeypatch, tool_inside):
     monkeypatch.setattr(harness, "RESULTS", folder)
     monkeypatch.setattr(utilisation, "TIMED_SECONDS", 0.0)

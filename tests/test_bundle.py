@@ -31,6 +31,7 @@ def bundled(folder, bundle_file):
     return Program(folder, path)
 
 
+@pytest.mark.slow
 def test_same_sources_give_the_same_bytes(bundle_file):
     assert bundle.build_bundle(REPOSITORY) == bundle_file.read_bytes()
 

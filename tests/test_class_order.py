@@ -53,6 +53,7 @@ def test_classes_of_a_folder(numbered):
     assert ic.load_data(ic.Config(dataset="photos")).classes == CLASSES
 
 
+@pytest.mark.slow
 def test_run_with_the_old_order_goes_on_bit_for_bit(inside, folder, numbered, old_version):
     inside(*BRIEF, "--run-dir", "unbroken")
     inside(*TINY, "--epochs", "1", "--run-dir", "short")
@@ -91,6 +92,7 @@ def test_tools_go_by_the_names_in_a_model(inside, tool_inside, folder, numbered,
     assert [each["answer"] for each in json.loads(out)] == CLASSES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["cnn", "torchvision:squeezenet1_1"])
 def test_starting_weights_are_taken_by_the_names_of_their_classes(
     inside, folder, numbered, old_version, model, imagenet

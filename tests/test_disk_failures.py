@@ -98,6 +98,7 @@ def test_read_only_folder_is_named_with_the_options_that_lead_elsewhere(
     assert list(folder.iterdir()) == [] and not (folder.parent / "data").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(inside, small_disk):
     disk = small_disk(2600)
     options = ["--dataset", "digits", "--epochs", "1", "--width", "0.8"]

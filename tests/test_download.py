@@ -106,6 +106,7 @@ def test_slow_mirror_is_given_up_and_its_bytes_are_kept(fetch, mirror):
     assert first_byte(resumed) > 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", ["good", "rangeless-crawl"])
 def test_partial_file_is_continued(fetch, mirror, folder, manner):
     # More than the slow server sends before it is given up for the first time: it is asked again.

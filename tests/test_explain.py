@@ -389,6 +389,7 @@ def test_state_dict_does_not_tell_what_it_has_seen(fine_tuned, folder, capsys):
     assert not config.init_from and "digits.pth" in note and "a training can start" not in note
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_kept_and_frozen(fine_tuned, folder, capsys):
     from torchvision.models import squeezenet1_1
 
@@ -417,6 +418,7 @@ def test_plateau_has_losses_to_read_where_nothing_is_validated():
     assert set(seen) == {0, 1}
 
 
+@pytest.mark.slow
 def test_options_of_the_training_are_not_blamed_on_the_user(fine_tuned, tool_inside, monkeypatch):
     def fail(*arguments):
         raise UsageError("--crop: too large")
@@ -426,6 +428,7 @@ def test_options_of_the_training_are_not_blamed_on_the_user(fine_tuned, tool_ins
     assert "photos.pth" in error and "--crop" in error
 
 
+@pytest.mark.slow
 def test_galleries_of_a_folder_name_the_files(fine_tuned, folder, monkeypatch):
     shown = {}
     monkeypatch.setattr(

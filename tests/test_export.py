@@ -210,6 +210,7 @@ def test_logits_that_differ_are_refused():
             export.compare_logits(logits, wrong)
 
 
+@pytest.mark.slow
 def test_export_that_computes_something_else_is_refused(model, folder, tool_inside, monkeypatch):
     (folder / "m.pt2").write_text("an earlier one")
 

@@ -128,6 +128,7 @@ def test_out_of_memory_later_in_a_run_names_the_batch_size(inside, folder):
     assert "CUDA out of memory" in line and "--batch-size" in line and "More words" not in line
 
 
+@pytest.mark.slow
 def test_network_too_large_for_a_cpu_is_computed_in_micro_batches(monkeypatch):
     monkeypatch.setattr(micro_batches, "CPU_BYTES", 2**27)
     trainer = trainer_of(model="fftnet", batch_size=100, precision="fp32")

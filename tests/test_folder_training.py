@@ -121,6 +121,7 @@ def test_hint_that_a_run_learned_little_depends_on_the_classes(
     assert ("guessing" in out) == hint
 
 
+@pytest.mark.slow
 def test_few_photographs_are_enough_to_tune_a_pretrained_network(inside, folder, imagenet):
     write_images(folder / "photos", {"red": 12, "green": 12})
     options = ["--recipe", "finetune", "--model", "torchvision:squeezenet1_1"]

@@ -81,7 +81,10 @@ def test_each_setting_that_names_a_place_is_tried_here():
 # ---- a model file ----
 
 
-@pytest.mark.parametrize("name", ["explain", "export", "inference", "app"])
+SLOW_EXPORT = pytest.param("export", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["explain", SLOW_EXPORT, "inference", "app"])
 @pytest.mark.parametrize("dataset", ["cifar10", "mnist", "~/stranger/photos", SHARE])
 def test_model_file_decides_on_no_place(own_file, home, tool_inside, monkeypatch, name, dataset):
     """Not on a folder that exists and is empty, either."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY
 
 TRAIN = """
@@ -39,6 +40,7 @@ def train(how):
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_optimizers_do_the_same_without_importing_the_compiler():
     *spared_weights, spared_modules = train("spared")
     *weights, _ = train("as it is")

@@ -158,6 +158,7 @@ def test_file_without_weights_for_a_pretrained_network(inside, folder, content):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.slow
 def test_model_is_tuned_to_other_classes(inside, folder):
     inside(*QUICK, "--epochs", "1", "--out", "ten.pth")
     content = torch.load(folder / "ten.pth", weights_only=True)

@@ -177,6 +177,7 @@ print(reports.commit(__file__), reports.versions(__loader__.get_source("__main__
 """
 
 
+@pytest.mark.slow
 def test_zipapp_has_a_version_and_no_commit(folder):
     package = Path(classifier.__file__).parent
     with zipfile.ZipFile(folder / "a.pyz", "w") as bundle:

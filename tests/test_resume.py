@@ -252,6 +252,7 @@ def test_stop_at_the_end_of_an_epoch_loses_none(inside, folder, stopped):
     assert epochs_of(run) == list(range(6))
 
 
+@pytest.mark.slow
 def test_interrupted_extension_goes_on(inside, folder, stopped):
     inside(*BRIEF)
     stopped(3, "--resume", "last", "--epochs", "4")  # within an epoch of 8 steps
@@ -464,7 +465,11 @@ def test_finished_run_whose_network_changed_keeps_its_report(inside, folder):
 # ---- Runs of version 0.9.1 -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["run_ema", "run_adamw", "run_micro_batches"])
+OLD_RUNS = ["run_ema", "run_adamw", "run_micro_batches"]
+SLOW_OLD_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in OLD_RUNS[:2]]
+
+
+@pytest.mark.parametrize("name", [*SLOW_OLD_RUNS, OLD_RUNS[2]])
 def test_run_of_version_0_9_1_goes_on_to_its_losses(inside, folder, name):
     shutil.copytree(FIXTURES / name, folder / name)
     out, _ = inside("--resume", name)

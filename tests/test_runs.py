@@ -607,6 +607,7 @@ def start_waiting(seconds):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_real_signal_ends_a_process_in_its_own_time(signum):

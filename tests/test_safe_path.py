@@ -53,6 +53,7 @@ def test_programs_find_the_package_beside_them(foreign):
         assert f"{name}.py" in usage
 
 
+@pytest.mark.slow
 def test_another_package_of_the_name_in_the_current_folder(foreign):
     command = [sys.executable, str(SCRIPT), "--no-such-option"]
     variables = {**os.environ, "PYTHONPATH": str(foreign / "packages")}

@@ -71,6 +71,7 @@ def run(code, *arguments, **variables):
 needs_two_cores = pytest.mark.skipif(os.cpu_count() == 1, reason="one core")
 
 
+@pytest.mark.slow
 @needs_two_cores
 def test_threads_that_wait_sleep_while_there_are_idle_teams():
     before, during, after = run(TEAMS)

@@ -89,6 +89,7 @@ def default_run(tmp_path_factory):
     return current, only_run(current), printed.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_script_and_package_do_the_whole_job_from_another_folder(default_run):
     folder, run, out = default_run
     assert {path.name for path in run.iterdir()} >= FILES
@@ -185,6 +186,7 @@ def test_tensorboard_has_it_all(default_run):
     assert [event.value for event in valid.Scalars("loss")] == pytest.approx(losses)
 
 
+@pytest.mark.slow
 def test_learning_on_real_images(cifar10, inside, tool_inside, folder):
     """Fails for shuffled labels, wrong gradients, a dead schedule, images not normalised."""
     options = ["--subset", "3000", "--batch-size", "125", "--epochs", "4", "--width", "0.25"]
@@ -216,6 +218,7 @@ def test_data_set_by_name_trains_an_epoch(inside, folder, monkeypatch, name):
     assert ("flip" in config["augment"]) == (name not in ("mnist", "svhn"))
 
 
+@pytest.mark.slow
 def test_overfitting_is_said_and_worst_mistakes_are_drawn(inside, folder):
     options = ["--width", "0.5", "--subset", "30", "--epochs", "15", "--batch-size", "10"]
     out, _ = inside(*QUICK, *options)
@@ -348,6 +351,7 @@ def test_narrow_network_on_grey_images(inside, folder):
     assert report_of(only_run(folder))["test_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_fp16_with_scaler_and_clipping_learns(folder):
     report = learn(precision="fp16", grad_clip=10.0, batch_size=50)
     assert report.results["test_accuracy"] > 0.5
@@ -618,6 +622,7 @@ def test_plateau_keeps_its_learning_rate_until_the_images_are_whole(inside, fold
     assert report_of(run)["test_accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_images_in_validation_are_as_large_as_in_training(monkeypatch):
     sizes = []
     trainer = trainer_of(epochs=4, subset=400, width=0.25)

@@ -157,6 +157,7 @@ def test_a_search_goes_on_and_refuses_other_settings(searched, here, folder):
     assert "--epochs 2" in err and "--study" in err
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_trials(searched, here, folder):
     here(*FAST, "--trials", "3")
     for first, second in zip(trials_of(searched[0])[:3], trials_of(folder), strict=True):
@@ -164,6 +165,7 @@ def test_the_same_seed_draws_the_same_trials(searched, here, folder):
         assert first.intermediate_values == second.intermediate_values
 
 
+@pytest.mark.slow
 def test_test_images_are_never_read(here, monkeypatch):
     fail = property(lambda data: pytest.fail("the test images were read"))
     monkeypatch.setattr(Dataset, "test", fail)
