@@ -15,14 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from urllib.parse import quote
 
-import gradio
 import pytest
 from conftest import REPOSITORY, save, tool
 from mirror import Mirror
 from PIL import Image
 from playwright import sync_api as playwright
 
-import app
 import inference
 from classifier.datasets.cifar10 import MD5
 from classifier.errors import UserError
@@ -49,6 +47,14 @@ def serve(folder, model, host, *options):
     finally:
         process.terminate()
         process.communicate(timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="session")
+def app():
+    """The module, which takes seconds to import."""
+    import app
+
+    return app
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +255,7 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
 
 
 @pytest.mark.slow
-def test_confidences_and_heat_map(model, folder):
+def test_confidences_and_heat_map(model, folder, app):
     Image.new("RGB", (300, 200), "green").save(folder / "green.png")
     confidences, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))
     (expected,) = inference.predict(model, folder / "green.png", top_k=len(model.classes))
@@ -258,7 +264,7 @@ def test_confidences_and_heat_map(model, folder):
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) > 10  # no longer plain green
 
 
-def test_unknown_picture_is_called_so(model, folder):
+def test_unknown_picture_is_called_so(model, folder, app):
     Image.effect_noise((64, 64), 200).convert("RGB").save(folder / "noise.png")
     confidences, _ = app.classify(model, str(folder / "noise.png"))
     (expected,) = inference.predict(model, folder / "noise.png", top_k=len(model.classes))
@@ -269,7 +275,7 @@ def test_unknown_picture_is_called_so(model, folder):
     assert list(confidences.values()) == [confidence for _, confidence in expected]
 
 
-def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypatch):
+def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypatch, app):
     def no_feature_maps(*arguments):
         raise UserError("no feature maps")
 
@@ -280,7 +286,7 @@ def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypat
     assert {tuple(pixel) for pixel in picture.reshape(-1, 3)} == {(0, 128, 0)}
 
 
-def test_picture_is_shown_as_the_network_sees_it(model, folder, monkeypatch):
+def test_picture_is_shown_as_the_network_sees_it(model, folder, monkeypatch, app):
     """The picture and the heat map over it are of the same part of the image."""
     monkeypatch.setattr(app, "add_heat_map", lambda model, picture, *rest: picture)
     Image.new("RGB", (300, 100), "green").save(folder / "green.png")
@@ -291,19 +297,19 @@ def test_picture_is_shown_as_the_network_sees_it(model, folder, monkeypatch):
     assert corners == {"crop": (0, 128, 0), "pad": (114, 114, 114)}
 
 
-def test_no_picture_has_no_answer(model):
+def test_no_picture_has_no_answer(model, app):
     assert app.classify(model, None) == (None, None)
     assert app.uploaded_path(None) is None
 
 
-def test_rubbish_is_an_error_without_the_path(model, folder):
+def test_rubbish_is_an_error_without_the_path(model, folder, app):
     (folder / "rubbish.jpg").write_text("no image")
-    with pytest.raises(gradio.Error, match=NOT_A_PICTURE) as caught:
+    with pytest.raises(app.gr.Error, match=NOT_A_PICTURE) as caught:
         app.classify(model, str(folder / "rubbish.jpg"))
     assert "rubbish" not in str(caught.value)  # it is a temporary name
 
 
-def test_example_of_each_class(model, data, folder):
+def test_example_of_each_class(model, data, folder, app):
     paths = app.write_test_images(model, None, folder)
     labels = data.test.labels.tolist()
     for label, path in enumerate(paths):
@@ -313,7 +319,7 @@ def test_example_of_each_class(model, data, folder):
     assert len(paths) == len(model.classes)
 
 
-def test_no_examples_where_the_data_set_is_not(model, folder):
+def test_no_examples_where_the_data_set_is_not(model, folder, app):
     elsewhere = replace(model, settings={"dataset": "cifar10", "data_dir": "nowhere"})
     assert app.write_test_images(elsewhere, None, folder) == []
     (folder / "nowhere").mkdir()
@@ -322,14 +328,14 @@ def test_no_examples_where_the_data_set_is_not(model, folder):
     assert app.write_test_images(elsewhere, None, folder) == []
 
 
-def test_typed_folder_without_the_data_set_is_an_error(model, folder):
+def test_typed_folder_without_the_data_set_is_an_error(model, folder, app):
     for dataset in ("cifar10", "photos"):
         elsewhere = replace(model, settings={"dataset": dataset})
         with pytest.raises(UserError, match="wrong"):
             app.write_test_images(elsewhere, "wrong", folder)
 
 
-def test_picture_that_is_not_read_leaves_the_others(folder, capsys):
+def test_picture_that_is_not_read_leaves_the_others(folder, capsys, app):
     (folder / "mine").mkdir()
     Image.new("RGB", (2, 2)).save(folder / "mine" / "a.png")
     (folder / "mine" / "b.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"></svg>')
@@ -340,7 +346,7 @@ def test_picture_that_is_not_read_leaves_the_others(folder, capsys):
         app.example_pictures("mine")
 
 
-def test_own_examples(folder):
+def test_own_examples(folder, app):
     (folder / "many").mkdir()
     for i in range(25):
         Image.new("RGB", (2, 2)).save(folder / "many" / f"{i:02}.png")
@@ -349,7 +355,7 @@ def test_own_examples(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
-def test_examples_whose_names_are_not_utf_8(folder, model, capsys):
+def test_examples_whose_names_are_not_utf_8(folder, model, capsys, app):
     (folder / "mine").mkdir()
     for name in (b"a.png", b"caf\xe9.png"):
         Image.new("RGB", (2, 2)).save(folder / "mine" / os.fsdecode(name))
@@ -359,7 +365,7 @@ def test_examples_whose_names_are_not_utf_8(folder, model, capsys):
     app.build_page(model, paths)
 
 
-def test_addresses_are_not_looked_up():
+def test_addresses_are_not_looked_up(app):
     with pytest.raises(ValueError, match=r"example\.com"):
         asyncio.run(app.refuse_to_fetch("example.com"))
 

@@ -290,6 +290,7 @@ def test_other_files_are_no_data_sets(folder, inside):
 # ---- the ZIP of a trained model ----
 
 
+@pytest.mark.slow
 def test_run_goes_on_and_tools_find_the_images(zipped, inside, tool_inside, folder, monkeypatch):
     inside(*BRIEF, "--run-dir", "run", "--data-dir", "elsewhere")
     assert state_of(folder / "run")["config"]["dataset"] == str(folder / "photos.zip")

@@ -36,6 +36,7 @@ def test_same_sources_give_the_same_bytes(bundle_file):
     assert bundle.build_bundle(REPOSITORY) == bundle_file.read_bytes()
 
 
+@pytest.mark.slow
 def test_it_holds_sources_only(bundle_file):
     names = zipfile.ZipFile(bundle_file).namelist()
     assert "image_classification.py" in names and "classifier/train_state.py" in names

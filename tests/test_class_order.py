@@ -72,6 +72,7 @@ def test_run_with_the_old_order_goes_on_bit_for_bit(inside, folder, numbered, ol
     assert report_of(folder / "whole")["class_accuracy"].keys() == set(CLASSES)
 
 
+@pytest.mark.slow
 def test_tools_go_by_the_names_in_a_model(inside, tool_inside, folder, numbered, old_version):
     inside(*TINY, "--epochs", "15", "--run-dir", "run")
     accuracy = report_of(folder / "run")["test_accuracy"]

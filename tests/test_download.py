@@ -49,6 +49,7 @@ def first_byte(wanted):
     return int(wanted.removeprefix("bytes=").removesuffix("-"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", ["good", "rangeless", "lengthless", "redirect", "cut", "crawl"])
 def test_archive_arrives_from_a_single_source(fetch, manner):
     fetch(manner)
@@ -226,6 +227,7 @@ def test_full_disk_is_not_the_fault_of_a_source(fetch, mirror, monkeypatch):
     assert len(mirror.requests) == 2  # one probe for both, one download: no other one was tried
 
 
+@pytest.mark.slow
 def test_name_look_ups_that_hang_do_not_hang_the_program(fetch, monkeypatch):
     def hang(*_, **__):
         time.sleep(90)  # no time-out ends it

@@ -206,6 +206,7 @@ def test_gallery_of_nothing_is_said(model, data, folder, capsys):
     assert not (folder / "gallery_incorrect.png").exists()
 
 
+@pytest.mark.slow
 def test_feature_maps_of_a_picture(model, data, folder, tool_inside):
     save(data.test.images[0], folder / "my cat.png")
     arguments = ["--checkpoint", model.path, "--image", "my cat.png", "--out", "seen/here"]
@@ -554,6 +555,7 @@ def test_help(tool_inside):
     assert "python explain.py" in text and "--checkpoint" in text
 
 
+@pytest.mark.slow
 def test_missing_package_is_named(folder):
     (folder / "captum.py").write_text("raise ModuleNotFoundError('no captum here', name='captum')")
     error = tool("explain", folder).error(env={"PYTHONPATH": str(folder)})

@@ -224,6 +224,7 @@ def test_export_that_computes_something_else_is_refused(model, folder, tool_insi
     assert (folder / "m.pt2").read_text() == "an earlier one"
 
 
+@pytest.mark.slow
 def test_folder_of_the_export_is_made(model, folder, tool_inside):
     arguments = ["--checkpoint", model.path, "--format", "pt2", "--out", "new/folder/m.PT2"]
     tool_inside("export")(*arguments)
@@ -285,6 +286,7 @@ def test_typed_folder_without_the_data_set_is_an_error(model, folder, tool_insid
         assert not (folder / "model_any.pt2").exists()
 
 
+@pytest.mark.slow
 def test_reason_for_random_images_is_the_true_one(folder, inside, tool_inside):
     """The data set is there, and was refused: it is not said to be missing."""
     write_images(folder / "photos", {"red": 20, "green": 20})
@@ -300,6 +302,7 @@ def test_reason_for_random_images_is_the_true_one(folder, inside, tool_inside):
     assert "\x1b" not in out + err
 
 
+@pytest.mark.slow
 def test_export_downloads_nothing(model, folder, tool_inside, monkeypatch):
     """A model of CIFAR-10 is compared on random images where CIFAR-10 is not."""
     content = torch.load(model.path, weights_only=True)
@@ -343,6 +346,7 @@ def test_every_network_is_exported(name, folder):
     export.compare_logits(model.logits(images), logits)
 
 
+@pytest.mark.slow
 def test_old_model_is_exported(folder, tool_inside):
     """A model of version 0.9.1, whose layers had other names."""
     from test_inference import OLD_FILES

@@ -593,6 +593,7 @@ def test_note_on_a_model_of_a_changed_script(folder, tool_inside, model, data):
     inference.print_note_once.cache_clear()
 
 
+@pytest.mark.slow
 def test_custom_network_has_to_be_named_again(folder, inside, tool_inside, data):
     """A model file never makes a tool run the file that it names."""
     (folder / "net.py").write_text(TINY)
@@ -656,6 +657,7 @@ def test_model_that_names_no_data_set_is_taken_for_cifar10(model, folder):
     assert inference.dataset_available(nameless, "data")
 
 
+@pytest.mark.slow
 def test_folder_of_images_that_moved_or_changed(photos, inside, capsys):
     inside("--dataset", "photos", "--epochs", "1", "--width", "0.25", "--out", "model.pth")
     model = inference.load_model("model.pth", "cpu")

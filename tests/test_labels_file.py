@@ -252,6 +252,7 @@ def test_loose_images_are_told_of_labels(rows):
 # ---- a table and a trained model ----
 
 
+@pytest.mark.slow
 def test_run_goes_on_and_tools_find_the_labels(rows, inside, tool_inside, folder, monkeypatch):
     write_table(rows)
     inside(*BRIEF, "--run-dir", "run")

@@ -67,6 +67,7 @@ def test_unlike_images_score_higher_than_all_but_few_validation_images(network, 
     assert (scores_of(network, score, 255 - digits.test.images) > 0.95).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_score_is_of_the_image_alone(network, score, digits):
     """Not of the others in its batch; and it is the same each time."""
     images = digits.test.images[:60]
@@ -293,6 +294,7 @@ def test_predict_tells_what_is_unknown(pictures):
         inference.load_model("model_cnn.pth", "cpu", reject=1)
 
 
+@pytest.mark.slow
 def test_report_and_evaluation_agree(inside, tool_inside, folder):
     out, _ = inside(*QUICK, "--subset", "1000", "--run-dir", "run")
     report = report_of(folder / "run")

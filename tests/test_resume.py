@@ -261,6 +261,7 @@ def test_interrupted_extension_goes_on(inside, folder, stopped):
     assert epochs_of(only_run(folder)) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_run_that_stopped_early_is_trained_on(inside, folder):
     still = ["--lr", "0", "--optimizer", "sgd"]
     inside(*BRIEF, *still, "--epochs", "9", "--early-stopping", "1")
@@ -271,6 +272,7 @@ def test_run_that_stopped_early_is_trained_on(inside, folder):
     assert epochs_of(only_run(folder)) == list(range(done + 2))
 
 
+@pytest.mark.slow
 def test_finished_run_is_extended_and_other_changes_are_refused(inside, folder):
     inside(*BRIEF)
     run, longer = only_run(folder), ["--resume", "last", "--epochs", "4"]
@@ -288,6 +290,7 @@ def test_finished_run_is_extended_and_other_changes_are_refused(inside, folder):
         assert [event.step for event in events_of(path).Scalars("loss")] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_resumed_epoch_is_once_in_tensorboard(inside, folder):
     def disk_is_full(run, state):
         if len(state["history"]) == 2:

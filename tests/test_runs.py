@@ -618,6 +618,7 @@ def test_real_signal_ends_a_process_in_its_own_time(signum):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_second_real_ctrl_c_quits_at_once():
     process = start_waiting(seconds=90)

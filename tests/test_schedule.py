@@ -92,6 +92,7 @@ def default_run(tmp_path_factory):
         return train_and_record(lr=PEAK, progressive_resizing=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "share_of_peak"),
     [
@@ -109,6 +110,7 @@ def test_learning_rate_in_five_steps(default_run, step, share_of_peak):
     assert rates["AdamW"][step] == pytest.approx(PEAK / 12 * share_of_peak, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_images_grow_during_the_run(default_run):
     _, sizes = default_run
     assert sizes == [16] * 5 + [24] * 5 + [32] * 10

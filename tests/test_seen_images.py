@@ -115,6 +115,7 @@ def test_weights_that_saw_held_out_images_are_noted(inside, folder):
     assert f"note: second.pth was trained on {counts}" in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_for_training")
 def test_tools_note_what_a_model_has_seen(inside, folder, tool_inside, monkeypatch, capsys):
     inside("--dataset", "old", *BRIEFLY, "--val-fraction", "0", "--out", "first.pth")
@@ -200,6 +201,7 @@ def test_errors_of_the_note_are_not_taken_for_those_of_the_file(monkeypatch):
         seen_images.with_starting_weights(dataset(), ic.Config(init_from="first.pth"))
 
 
+@pytest.mark.slow
 def test_folder_that_grows_keeps_its_test_images(inside, folder):
     """Of 2×100 images, pictures that sort first used to move most of the test images."""
     write_noise(folder / "photos", {"a": 100, "b": 100})

@@ -102,6 +102,7 @@ def test_script_and_package_do_the_whole_job_from_another_folder(default_run):
     assert re.search(r"\nDone in \d\d:\d\d\n\Z", out)
 
 
+@pytest.mark.slow
 def test_report_agrees_with_what_was_printed(default_run):
     _, run, out = default_run
     report = report_of(run)
@@ -132,6 +133,7 @@ def test_report_agrees_with_what_was_printed(default_run):
     assert report["versions"]["script"] == digest[:12]
 
 
+@pytest.mark.slow
 def test_metrics_agree_with_what_was_printed(default_run):
     folder, run, out = default_run
     rows, seconds = rows_of(run), report_of(run)["seconds"]
@@ -148,6 +150,7 @@ def test_metrics_agree_with_what_was_printed(default_run):
     assert content["metrics"]["epoch"] == losses.index(min(losses))
 
 
+@pytest.mark.slow
 def test_model_file_reproduces_the_report(default_run):
     folder, run, _ = default_run
     model, content = ic.load_checkpoint(folder / "model_cnn_digits.pth")
@@ -158,6 +161,7 @@ def test_model_file_reproduces_the_report(default_run):
     assert content["classes"] == data.classes and content["mean"] == pytest.approx(data.mean)
 
 
+@pytest.mark.slow
 def test_model_file_holds_plain_types_only(default_run):
     def check(value):
         if isinstance(value, dict):
@@ -173,6 +177,7 @@ def test_model_file_holds_plain_types_only(default_run):
     check(torch.load(default_run[0] / "model_cnn_digits.pth", weights_only=True))
 
 
+@pytest.mark.slow
 def test_tensorboard_has_it_all(default_run):
     run = default_run[1]
     train, valid = events_of(run), events_of(run / "valid")
@@ -299,6 +304,7 @@ def test_slow_imports_wait_until_they_are_needed(program, cifar10, dataset):
     assert "imported: []" in out
 
 
+@pytest.mark.slow
 def test_temperature_is_fitted_to_logits_of_the_best_weights(folder, monkeypatch):
     """They are known from the epoch's validation, and not computed again."""
     fitted = []
@@ -344,6 +350,7 @@ def test_every_optimizer_learns(folder, optimizer):
     assert report.results["test_accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_narrow_network_on_grey_images(inside, folder):
     """What its few filters see first has to be more than noise, in bf16 too."""
     options = ["--precision", "bf16", "--progressive-resizing", "0", "--image-size", "16"]
@@ -386,6 +393,7 @@ def test_learning_rates_of_the_schedule_are_recorded(folder):
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
+@pytest.mark.slow
 def test_images_are_small_at_first(folder):
     sizes = []
 
@@ -401,6 +409,7 @@ def test_images_are_small_at_first(folder):
     assert set(in_evaluation) == {24, 32}  # validation is on images as large as in training
 
 
+@pytest.mark.slow
 def test_early_stopping(folder):
     history = learn(early_stopping=2, epochs=40, subset=400).history
     losses = [row["valid_loss"] for row in history]
@@ -462,6 +471,7 @@ def test_undersampled_epoch_takes_as_many_images_of_each_class(folder):
     assert trainer.batch_slices[-1].stop == 10 * rarest
 
 
+@pytest.mark.slow
 def test_model_of_every_epoch_is_kept_when_asked_for(folder):
     run = learn(epochs=3, subset=200, keep_epochs=True).run
     first, _, last = sorted(run.glob("epoch-*.pth"))

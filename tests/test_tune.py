@@ -86,6 +86,7 @@ def study(folder):
 # ---- a search ----
 
 
+@pytest.mark.slow
 def test_best_settings_are_named(searched):
     folder, out = searched
     assert trial_numbers(out) == [0, 1, 2, 3]
@@ -204,6 +205,7 @@ def test_bad_trials_end_early(here, folder, monkeypatch):
     assert "Trial 7: stopped early (best " in out
 
 
+@pytest.mark.slow
 def test_only_accuracies_on_whole_images_are_compared(here, folder):
     """With the default share of small images, 14 of 20 epochs are on these."""
     here(*QUICK, "--epochs", "20", "--trials", "1")
@@ -515,6 +517,7 @@ def test_sweep_without_descent_says_so(here):
     assert "--learning-rates" in here.error(*FAST, *options)
 
 
+@pytest.mark.slow
 def test_sweep_takes_the_batches_of_the_epochs_and_keeps_the_peak(here, monkeypatch):
     steps = []
     train_step = ic.Trainer.train_step
