@@ -373,7 +373,7 @@ def test_addresses_are_not_looked_up(app):
 # ---- the program ----
 
 
-def test_what_is_not_available_is_named(model, folder, tool_inside, monkeypatch):
+def test_what_is_not_available_is_named(model, folder, tool_inside, monkeypatch, app):
     # the program sets these for its process: afterwards they are restored
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     monkeypatch.setattr(app.safehttpx, "async_validate_url", app.safehttpx.async_validate_url)
