@@ -32,7 +32,7 @@ try:
     from classifier.cli import end_process, run_tool, tool_parser
     from classifier.datasets.decode import decode
     from classifier.errors import UserError
-    from classifier.rejection import parse_reject
+    from classifier.rejection import UNKNOWN, parse_reject
     from classifier.text import pluralize, printable
     from explain import grad_cam, overlay
     from inference import (
@@ -64,17 +64,18 @@ CSS = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # enla
 
 def classify(
     model: Classifier, path: str | None
-) -> tuple[dict[str, float] | None, np.ndarray | None]:
+) -> tuple[dict[str, float] | str | None, str, np.ndarray | None]:
     """Classify a picture.
 
     path: None if there is no picture; then there is no result either.
 
-    Returns the confidence of each class, and the picture with a heat map of what speaks for the
-    likeliest class, uint8 (S, S, 3). Of an unknown picture, the name of that class says so. Raises
-    gr.Error, which the page shows, for a file that is not an image.
+    Returns the confidence of each class, or "unknown"; for an unknown picture a sentence on how
+    unknown it is, otherwise an empty text; and the picture with a heat map of what speaks for the
+    likeliest class, uint8 (S, S, 3). Raises gr.Error, which the page shows, for a file that is not
+    an image.
     """
     if path is None:
-        return None, None
+        return None, "", None
     try:
         pixels = read_image(model, path)
     except UserError as error:
@@ -85,12 +86,11 @@ def classify(
     picture = decode(Path(path), PICTURE_SIZE, model.pixel_ranges, model.fit).pixels.copy()
     with contextlib.suppress(UserError):  # a network without feature maps: the picture alone
         picture = add_heat_map(model, picture, pixels, model.classes.index(classes[0][0]))
-    confidences = dict(classes)
     if classes.is_unknown:
-        closest, confidence = classes[0]
-        heading = f"{classes.describe_unknown()}; closest: {closest}"
-        confidences = {heading: confidence, **dict(classes[1:])}
-    return confidences, picture
+        closest = html.escape(classes.list_confidences(3))
+        note = f"It is {classes.describe_unlikeness()}. The closest classes: {closest}."
+        return UNKNOWN, note, picture
+    return dict(classes), "", picture
 
 
 def add_heat_map(
@@ -189,6 +189,7 @@ def build_page(model: Classifier, examples: list[str]) -> gr.Blocks:
                     num_top_classes=min(5, len(model.classes)),
                     elem_id="answer",
                 )
+                note = gr.HTML(elem_id="note")
                 heat_map = gr.Image(
                     label="Grad-CAM: red is where the network found what speaks for it",
                     interactive=False,
@@ -199,7 +200,7 @@ def build_page(model: Classifier, examples: list[str]) -> gr.Blocks:
         picture.change(
             lambda path: classify(model, path),
             picture,
-            [answer, heat_map],
+            [answer, note, heat_map],
             api_name="classify",
         )
     return page

@@ -257,7 +257,8 @@ def test_fifty_requests_at_once_and_rubbish_among_them(address, model, data, fol
 @pytest.mark.slow
 def test_confidences_and_heat_map(model, folder, app):
     Image.new("RGB", (300, 200), "green").save(folder / "green.png")
-    confidences, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))
+    confidences, note, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))
+    assert note == ""
     (expected,) = inference.predict(model, folder / "green.png", top_k=len(model.classes))
     assert confidences == pytest.approx(dict(expected))
     assert picture.shape == (app.PICTURE_SIZE, app.PICTURE_SIZE, 3) and picture.dtype == "uint8"
@@ -266,13 +267,11 @@ def test_confidences_and_heat_map(model, folder, app):
 
 def test_unknown_picture_is_called_so(model, folder, app):
     Image.effect_noise((64, 64), 200).convert("RGB").save(folder / "noise.png")
-    confidences, _ = app.classify(model, str(folder / "noise.png"))
+    answer, note, _ = app.classify(model, str(folder / "noise.png"))
     (expected,) = inference.predict(model, folder / "noise.png", top_k=len(model.classes))
     assert expected.is_unknown
-    heading, *others = confidences
-    assert heading.startswith("unknown") and heading.endswith(expected[0][0])
-    assert others == [name for name, _ in expected[1:]]
-    assert list(confidences.values()) == [confidence for _, confidence in expected]
+    assert answer == "unknown" and expected.describe_unlikeness() in note
+    assert expected.list_confidences(3) in note
 
 
 def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypatch, app):
@@ -281,7 +280,7 @@ def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypat
 
     monkeypatch.setattr(app, "grad_cam", no_feature_maps)
     Image.new("RGB", (300, 200), "green").save(folder / "green.png")
-    confidences, picture = app.classify(model, str(folder / "green.png"))
+    confidences, _, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))
     assert sum(confidences.values()) == pytest.approx(1)
     assert {tuple(pixel) for pixel in picture.reshape(-1, 3)} == {(0, 128, 0)}
 
@@ -292,13 +291,13 @@ def test_picture_is_shown_as_the_network_sees_it(model, folder, monkeypatch, app
     Image.new("RGB", (300, 100), "green").save(folder / "green.png")
     corners = {}
     for fit in ("crop", "pad"):
-        _, picture = app.classify(replace(model, fit=fit), str(folder / "green.png"))
+        *_, picture = app.classify(replace(model, fit=fit), str(folder / "green.png"))
         corners[fit] = tuple(picture[0, 0].tolist())
     assert corners == {"crop": (0, 128, 0), "pad": (114, 114, 114)}
 
 
 def test_no_picture_has_no_answer(model, app):
-    assert app.classify(model, None) == (None, None)
+    assert app.classify(model, None) == (None, "", None)
     assert app.uploaded_path(None) is None
 
 
