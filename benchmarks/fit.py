@@ -29,7 +29,7 @@ from classifier.datasets.dataset import Split
 
 SHORTER_SIDE = 48  # pixels, of a photograph; its object has 32
 SHAPES = [(3, 2), (2, 3), (16, 9), (1, 1)]  # width to height
-TRAINING = "default --image-size 48 --epochs 20"
+TRAINING = "default --width 0.5 --image-size 48 --epochs 12"
 
 
 def size_of(shape: tuple[int, int]) -> tuple[int, int]:
@@ -96,8 +96,8 @@ def main() -> None:
     parser = harness.new_parser(__doc__, runs=3)
     where = "where the object is along the longer side: anywhere (default) or middle"
     parser.add_argument("--where", default="anywhere", choices=["anywhere", "middle"], help=where)
-    images = "photographs to train on (default: 4000); there are 2,000 to test with"
-    parser.add_argument("--images", type=int, default=4000, metavar="N", help=images)
+    images = "photographs to train on (default: 3000); there are 2,000 to test with"
+    parser.add_argument("--images", type=int, default=3000, metavar="N", help=images)
     options = parser.parse_args()
     config = ic.Config(dataset="cifar10", data_dir=options.data_dir, subset=options.images)
     data = ic.load_data(config)

@@ -62,10 +62,12 @@ def start(repository):
         stdout=subprocess.PIPE,  # streams remember whether they can seek, as pipes cannot
         stderr=subprocess.PIPE,
     )
-    server.stdout.readline()  # it listens
+    if not server.stdout.readline():  # it does not listen
+        return
 
     def stop():
-        server.communicate()
+        server.stdin.close()
+        server.wait()
         shutil.rmtree(address.parent)
 
     atexit.register(stop)

@@ -23,7 +23,7 @@ from classifier.datasets.load import find_source
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("ALL_PAIRS" not in os.environ, reason="takes twenty minutes: set ALL_PAIRS=1"),
+    pytest.mark.skipif("ALL_PAIRS" not in os.environ, reason="takes 20 minutes: set ALL_PAIRS=1"),
     pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such signals"),
 ]
 
