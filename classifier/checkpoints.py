@@ -5,7 +5,8 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Container
+from collections import OrderedDict
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,19 @@ def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load weights whose names and shapes all fit; otherwise UserError and an unchanged model."""
     check_weights(model, weights, path)
-    model.load_state_dict(without_wrapper(weights, model.state_dict()))
+    load_state(model, without_wrapper(weights, model.state_dict()))
+
+
+def load_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load a module's state that has lost the versions which PyTorch keeps beside the names.
+
+    Files hold plain dictionaries. Without versions a module may take its state for that of an old
+    PyTorch, and torchvision's MNASNet refuses it. The names and shapes are those of this module, so
+    its own versions are right.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned)
 
 
 def load_model(path: Path | str, build: Build, model: str = "") -> tuple[nn.Module, dict[str, Any]]:

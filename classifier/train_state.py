@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from classifier.checkpoints import load_weights, read_checkpoint
+from classifier.checkpoints import load_state, load_weights, read_checkpoint
 from classifier.config import Config
 from classifier.datasets import dataset, pixel_range
 from classifier.datasets.dataset import Dataset
@@ -198,7 +198,7 @@ class TrainState:
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"])
+            load_state(self.ema, saved["ema"])
 
         if EARLIER_DIGESTS in saved:
             self.description[EARLIER_DIGESTS] = saved[EARLIER_DIGESTS]

@@ -203,3 +203,15 @@ def test_custom_network_that_fails_is_one_line(inside, folder, line, named):
     (folder / "mine.py").write_text(line)
     assert named in inside.error(*DIGITS, "--model", "mine.py:network")
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.slow
+def test_network_that_refuses_weights_without_versions_is_trained_and_resumed(inside, folder):
+    """torchvision's MNASNet looks at the version that PyTorch keeps beside the names of weights."""
+    model = ["--model", "torchvision:mnasnet0_5", "--image-size", "16"]
+    inside(*SMALL, *model, "--epochs", "1", "--ema", "--run-dir", "run")
+    inside("--resume", "run", "--epochs", "2")
+    (path,) = folder.glob("model_*.pth")
+    network, content = ic.load_checkpoint(path)
+    assert same(network.state_dict(), content["model"])
+    inside(*SMALL, *model, "--epochs", "1", "--init-from", path)

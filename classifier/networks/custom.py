@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from classifier.checkpoints import load_state
 from classifier.errors import UsageError, UserError, is_out_of_memory
 
 
@@ -95,7 +96,7 @@ def smoke_test(
         raise UserError(f"--model {model} cannot be trained: {reason}") from error
     finally:
         network.zero_grad(set_to_none=True)
-        network.load_state_dict(before)  # batch norm has updated its statistics
+        load_state(network, before)  # batch norm has updated its statistics
 
 
 def _try_two_images_or_a_batch(

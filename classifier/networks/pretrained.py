@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from classifier.checkpoints import load_state
 from classifier.errors import NO_SPACE, UserError
 from classifier.files import NOT_WRITABLE
 
@@ -138,7 +139,7 @@ def load_pretrained(
                 f"--pretrained: {source} holds another network: "
                 f"{name} is missing or of another shape"
             )
-    network.load_state_dict(loaded)
+    load_state(network, loaded)
 
 
 # ---- The last layer ------------------------------------------------------------------------------
