@@ -403,9 +403,14 @@ def load_onnx(path: Path, device: str) -> Classifier:
         fit = json.loads(metadata.get("fit", json.dumps(Config.fit)))
         is_raw = json.loads(metadata.get("raw", "false")) is True
         quantiles = json.loads(metadata.get("ood_quantiles", "null"))
+        input_names = [each.name for each in session.get_inputs()]
+        output_names = [each.name for each in session.get_outputs()]
+        input_name = "image" if is_raw else "images"
+        if input_names != [input_name] or "logits" not in output_names:
+            raise ValueError("another network's inputs or outputs")
         if quantiles is not None:
             quantiles = rejection.read_quantiles(quantiles)
-            if "ood_score" not in [output.name for output in session.get_outputs()]:
+            if "ood_score" not in output_names:
                 raise ValueError("quantiles of a score that the file does not compute")
         num_classes = len(known["classes"])
     except MemoryError:
@@ -417,10 +422,10 @@ def load_onnx(path: Path, device: str) -> Classifier:
     def inputs(images: Any) -> Iterator[dict[str, np.ndarray]]:
         if is_raw:  # one by one
             for image in images:
-                yield {"image": np.ascontiguousarray(image.transpose(1, 2, 0))}
+                yield {input_name: np.ascontiguousarray(image.transpose(1, 2, 0))}
             return
         for start in range(0, len(images), ONNX_BATCH_SIZE):
-            yield {"images": images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255}
+            yield {input_name: images[start : start + ONNX_BATCH_SIZE].astype(np.float32) / 255}
 
     def compute(images: Any, names: list[str]) -> list[np.ndarray]:
         outputs = [session.run(names, batch) for batch in inputs(images)]

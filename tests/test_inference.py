@@ -755,6 +755,23 @@ def test_onnx_file_whose_classes_are_not_those_of_its_network(onnx_file, tool_in
     assert "model.onnx is damaged" in error
 
 
+@pytest.mark.parametrize(("old", "new"), [("images", "pixels"), ("logits", "scores")])
+def test_onnx_file_with_other_inputs_or_outputs(onnx_file, tool_inside, old, new):
+    import onnx
+
+    proto = onnx.load(str(onnx_file))
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            renamed = [new if name == old else name for name in names]
+            del names[:]
+            names.extend(renamed)
+    for value in [*proto.graph.input, *proto.graph.output]:
+        value.name = new if value.name == old else value.name
+    onnx.save_model(proto, str(onnx_file))
+    error = tool_inside("inference").error("blue.png", "--checkpoint", onnx_file)
+    assert "model.onnx" in error and "export.py" in error
+
+
 def test_memory_that_is_too_small_is_no_damaged_onnx_file(onnx_file, monkeypatch):
     import onnxruntime
 
