@@ -403,15 +403,12 @@ def load_onnx(path: Path, device: str) -> Classifier:
         fit = json.loads(metadata.get("fit", json.dumps(Config.fit)))
         is_raw = json.loads(metadata.get("raw", "false")) is True
         quantiles = json.loads(metadata.get("ood_quantiles", "null"))
-        input_names = [each.name for each in session.get_inputs()]
-        output_names = [each.name for each in session.get_outputs()]
         input_name = "image" if is_raw else "images"
-        if input_names != [input_name] or "logits" not in output_names:
-            raise ValueError("another network's inputs or outputs")
+        outputs = {"logits"}
         if quantiles is not None:
             quantiles = rejection.read_quantiles(quantiles)
-            if "ood_score" not in output_names:
-                raise ValueError("quantiles of a score that the file does not compute")
+            outputs.add("ood_score")
+        check_onnx_names(session, input_name, outputs)
         num_classes = len(known["classes"])
     except MemoryError:
         raise
@@ -459,6 +456,14 @@ def load_onnx(path: Path, device: str) -> Classifier:
         is_raw=is_raw,
         **known,
     )
+
+
+def check_onnx_names(session: Any, input_name: str, outputs: set[str]) -> None:
+    """Raise ValueError unless a network has this input, no other one, and these outputs."""
+    found_inputs = [found.name for found in session.get_inputs()]
+    found_outputs = {found.name for found in session.get_outputs()}
+    if found_inputs != [input_name] or not outputs <= found_outputs:
+        raise ValueError("another network's inputs or outputs")
 
 
 def onnx_providers(device: str, available: list[str]) -> list[Any]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -62,8 +63,6 @@ def start(repository):
         stdout=subprocess.PIPE,  # streams remember whether they can seek, as pipes cannot
         stderr=subprocess.PIPE,
     )
-    if not server.stdout.readline():  # it does not listen
-        return
 
     def stop():
         server.stdin.close()
@@ -71,6 +70,8 @@ def start(repository):
         shutil.rmtree(address.parent)
 
     atexit.register(stop)
+    if not server.stdout.readline():  # it does not listen
+        return
     os.environ[ADDRESS] = str(address)
     os.environ[ENVIRONMENT] = json.dumps(variables_that_matter(environment))
 
@@ -222,6 +223,8 @@ def supervise(connection):
         status = 1
         try:
             status = run(**request)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     for file in files:
@@ -233,8 +236,10 @@ def supervise(connection):
 
 def run(argv, cwd, source, env):
     """Run a program as Python does, and return its exit status."""
-    from blank_pictures import draw_nothing  # imports this project, as it is now
+    if NO_PICTURES in env:
+        from blank_pictures import draw_nothing  # not earlier: it imports parts of this project
 
+        draw_nothing(setattr)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -251,8 +256,6 @@ def run(argv, cwd, source, env):
         module.__loader__ = SourceFileLoader("__main__", name)
     status = 0
     try:
-        if NO_PICTURES in env:
-            draw_nothing(setattr)
         exec(compile(source, name, "exec"), vars(module))
     except SystemExit as end:
         status = end.code or 0

@@ -274,6 +274,13 @@ def test_unknown_picture_is_called_so(model, folder, app):
     assert expected.list_confidences(3) in note
 
 
+def test_names_of_classes_are_no_html(model, folder, app):
+    Image.effect_noise((64, 64), 200).convert("RGB").save(folder / "noise.png")
+    names = [f"<b>{name}</b>" for name in model.classes]
+    answer, note, _ = app.classify(replace(model, classes=names), str(folder / "noise.png"))
+    assert answer == "unknown" and "&lt;b&gt;" in note and "<" not in note
+
+
 def test_network_without_feature_maps_shows_the_picture(model, folder, monkeypatch, app):
     def no_feature_maps(*arguments):
         raise UserError("no feature maps")

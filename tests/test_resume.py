@@ -468,11 +468,14 @@ def test_finished_run_whose_network_changed_keeps_its_report(inside, folder):
 # ---- Runs of version 0.9.1 -----------------------------------------------------------------------
 
 
-OLD_RUNS = ["run_ema", "run_adamw", "run_micro_batches"]
-SLOW_OLD_RUNS = [pytest.param(name, marks=pytest.mark.slow) for name in OLD_RUNS[:2]]
-
-
-@pytest.mark.parametrize("name", [*SLOW_OLD_RUNS, OLD_RUNS[2]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("run_ema", marks=pytest.mark.slow),
+        pytest.param("run_adamw", marks=pytest.mark.slow),
+        "run_micro_batches",
+    ],
+)
 def test_run_of_version_0_9_1_goes_on_to_its_losses(inside, folder, name):
     shutil.copytree(FIXTURES / name, folder / name)
     out, _ = inside("--resume", name)
