@@ -37,7 +37,7 @@ from classifier.datasets.load import find_source
 from classifier.resolve import resolve_defaults
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
-SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2"]
+SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2", "--image-size", "16"]
 QUICK = [*SMALL, "--width", "0.25"]
 
 
@@ -349,10 +349,10 @@ def shared_folder(tmp_path_factory, name):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with a model_*.pth, and in run/ its run with --keep-epochs."""
-    settings = ["--epochs", "4", "--width", "0.25", "--keep-epochs", "--run-dir", "run"]
+    settings = ["--epochs", "4", "--width", "0.25", "--image-size", "16", "--keep-epochs"]
     with shared_folder(tmp_path_factory, "trained") as folder:
         if not list(folder.glob("model_*.pth")):
-            Program(folder)("--dataset", "digits", *settings)
+            Program(folder)("--dataset", "digits", *settings, "--run-dir", "run")
     return folder
 
 

@@ -90,7 +90,7 @@ def test_average_of_the_weights_is_tested_and_kept(inside, folder):
     assert not torch.equal(last["model"]["classifier.weight"], kept["classifier.weight"])
     assert torch.equal(last["ema"]["module.classifier.weight"], kept["classifier.weight"])
 
-    valid = ic.load_data(ic.Config(dataset="digits")).valid
+    valid = ic.load_data(ic.Config(dataset="digits", image_size=16)).valid
     model, _ = ic.load_checkpoint(folder / "model_cnn_digits.pth")
     with torch.autocast("cpu", enabled="bfloat16" in last["environment"]["precision"]):
         loss = ic.evaluate(model, *valid).loss

@@ -34,7 +34,7 @@ import time_to_accuracy
 import torch
 import torch.nn.functional as F
 import utilisation
-from conftest import REPOSITORY, rows_of, same, trainer_of
+from conftest import QUICK, REPOSITORY, rows_of, same, trainer_of
 
 import image_classification as ic
 from classifier.datasets import folder as folder_module
@@ -52,7 +52,7 @@ SAME_STEPS = {
     "first stage fixed in the last 30 %",  # the test stops before
 }
 SNIPPETS = {name: each.snippet for name, each in ablations.VARIANTS.items() if each.snippet}
-DIGITS = "default --dataset digits --width 0.25"
+DIGITS = "default --dataset digits --width 0.25 --image-size 16"
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_memory_is_given_back(apply_snippet, monkeypatch):
 
 def test_validation_after_the_last_epoch_only(apply_snippet, inside, folder):
     apply_snippet(ablations.VALIDATE_ONCE)
-    inside("--dataset", "digits", "--subset", "200", "--width", "0.25", "--epochs", "2")
+    inside(*QUICK)
     (metrics_file,) = folder.glob("runs/*/*/metrics.csv")
     first, last = rows_of(metrics_file.parent)
     assert first["valid_loss"] == first["valid_accuracy"] == ""
@@ -847,7 +847,7 @@ def test_mutations_change_files():
 
 @pytest.mark.slow
 def test_run_that_is_killed_goes_on(monkeypatch):
-    options = ["--dataset", "digits", "--width", "0.25", "--subset", "200", "--epochs", "2"]
+    options = [*QUICK]
     monkeypatch.setattr(survival, "OPTIONS", [*options, "--device", "cpu"])
     undisturbed = survival.run_undisturbed()
     assert 0 < undisturbed.start_up < undisturbed.seconds and undisturbed.kilobytes > 100
@@ -940,7 +940,7 @@ def test_epochs_alone_and_beside_another_program():
 @pytest.mark.slow
 def test_beside(folder, monkeypatch, tool_inside):
     monkeypatch.setattr(harness, "RESULTS", folder)
-    options = "--dataset digits --subset 200 --width 0.25 --epochs 2"
+    options = "--dataset digits --subset 200 --width 0.25 --epochs 2 --image-size 16"
     out, _ = tool_inside("beside")("--runs", "1", "--options", options)
     results = json.loads((folder / "beside.json").read_text())
     assert [(result["program"], result["beside"]) for result in results] == [
@@ -955,6 +955,9 @@ def test_beside(folder, monkeypatch, tool_inside):
 def test_startup(folder, monkeypatch, tool_inside):
     monkeypatch.setattr(harness, "RESULTS", folder)
     monkeypatch.setattr(startup, "SUBSET", 200)
+    options_of = startup.training_options
+    small = ["--width", "0.25", "--image-size", "16"]
+    monkeypatch.setattr(startup, "training_options", lambda options: options_of(options) + small)
     out, _ = tool_inside("startup")("--dataset", "digits", "--device", "cpu", "--runs", "1")
     rows = json.loads((folder / "startup.json").read_text())
     stages = [row["stage"].replace(startup.INDENT, "") for row in rows]

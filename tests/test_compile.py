@@ -52,7 +52,7 @@ def test_smallest_images_are_not_compiled(inside, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     options = ["--progressive-resizing", "0.5", "--batch-size", "50", "--device", "cpu"]
-    inside(*QUICK, *options, "--compile")
+    inside(*QUICK, "--image-size", "32", *options, "--compile")
     assert set(sizes) == {24, 32}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import beforehand, load_photos, save, table_of, tool, write_images
+from conftest import QUICK, beforehand, load_photos, save, table_of, tool, write_images
 from PIL import Image
 from torch import nn
 
@@ -21,8 +21,6 @@ from classifier.progress import COLUMNS
 from classifier.resolve import resolve_defaults
 from classifier.seen_images import TRAIN_DIGESTS
 
-pytestmark = pytest.mark.pictures
-
 TINY = """
 from torch import nn
 
@@ -32,9 +30,9 @@ def tiny(classes=10, channels=3, image_size=32):
 """
 
 
-def untrained(**settings):
+def untrained(image_size=16, **settings):
     """A Trainer for some of the digits that has not made a step."""
-    config = ic.Config(dataset="digits", subset=200, **settings)
+    config = ic.Config(dataset="digits", subset=200, image_size=image_size, **settings)
     data = ic.load_data(config)
     config = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
     return ic.Trainer(config, data, torch.device("cpu"))
@@ -147,6 +145,7 @@ def test_overlay_hides_more_where_it_is_hot():
 # ---- pictures of a model ----
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_pictures_of_what_a_model_sees(model, data, folder, tool_inside):
     out, _ = tool_inside("explain")("--checkpoint", model.path, "--device", "cpu")
@@ -221,6 +220,7 @@ def test_feature_maps_of_a_picture(model, data, folder, tool_inside):
 # ---- animations ----
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_epochs_become_an_animation(trained, model, folder, tool_inside):
     tool_inside("explain")("--animate", trained / "run", "--device", "cpu")
@@ -291,7 +291,7 @@ def test_label_issues_of_data_that_moved(folder, inside, tool_inside):
 @pytest.mark.slow
 def test_label_issues_of_a_custom_network(folder, inside, tool_inside):
     (folder / "net.py").write_text(TINY)
-    settings = ["--dataset", "digits", "--subset", "200", "--epochs", "1"]
+    settings = ["--dataset", "digits", "--subset", "200", "--epochs", "1", "--image-size", "16"]
     inside(*settings, "--model", "net.py:tiny", "--out", "model.pth")
     arguments = ["--label-issues", "--checkpoint", "model.pth", "--model", "net.py:tiny"]
     out, _ = tool_inside("explain")(*arguments)
@@ -306,7 +306,7 @@ def test_label_issues_of_a_custom_network(folder, inside, tool_inside):
 def fine_tuned(folder, inside):
     """A model of two classes of photos, whose last layer was trained on top of one for digits."""
     brief = ["--epochs", "1", "--width", "0.25", "--image-size", "16"]
-    inside("--dataset", "digits", "--subset", "200", *brief, "--out", "digits.pth")
+    inside(*QUICK, *brief, "--out", "digits.pth")
     write_images(folder / "photos", {"red": 20, "blue": 20})
     photos = ["--dataset", "photos", "--batch-size", "10"]
     start = ["--init-from", "digits.pth", "--freeze"]

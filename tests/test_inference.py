@@ -38,8 +38,6 @@ from classifier.errors import UserError
 from classifier.metrics import softmax
 from classifier.seen_images import describe_seen
 
-pytestmark = pytest.mark.pictures
-
 OLD_FILES = Path(__file__).resolve().parent / "fixtures" / "0.9.1"
 TINY = """
 from torch import nn
@@ -240,6 +238,7 @@ def test_what_a_network_takes_is_checked(both):
         inference.predict("model.pth", UINT8[None])
 
 
+@pytest.mark.pictures
 def test_picture_of_an_image_and_its_classes(model, data, folder):
     path = save(data.test.images[0], folder / "a.png")
     figure = inference.visualize_predictions(model, path, torch.device("cpu"), top_k=2)
@@ -292,6 +291,7 @@ def test_formats_are_data_only(pictures, model, tool_inside):
         )
 
 
+@pytest.mark.pictures
 def test_answer_below_the_threshold_is_unsure(pictures, tool_inside, monkeypatch):
     drawn = []
     with beforehand(prediction_output, "draw_predictions", drawn.extend):
@@ -382,6 +382,7 @@ def test_folder_that_cannot_be_read_is_skipped(folder, monkeypatch):
     assert len(found) == 2 and not problems
 
 
+@pytest.mark.pictures
 def test_patterns_and_names_that_look_like_something_else(pictures, tool_inside):
     for name in ("$a_b$.png", "~tmp.png"):
         shutil.copy(pictures / "images" / "0.png", pictures / name)
@@ -444,6 +445,7 @@ def test_picture_that_cannot_be_written_leaves_the_old_one(pictures, tool_inside
     assert (pictures / "kept" / "look.png").read_text() == "the old one"
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("name", "format"), [("a.jpg", "JPEG"), ("a.PNG", "PNG"), ("a.webp", "WEBP"), ("a.tif", "TIFF")]
 )

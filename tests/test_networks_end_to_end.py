@@ -187,7 +187,7 @@ def test_custom_network_from_training_to_its_file(inside, folder):
     with pytest.raises(UserError, match=r"--model mine\.py:network"):
         ic.load_checkpoint(path)
     model, _ = ic.load_checkpoint(path, model="mine.py:network")
-    assert model(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
+    assert model(torch.zeros(3, 3, 16, 16)).shape == (3, 10)
 
 
 @pytest.mark.parametrize(

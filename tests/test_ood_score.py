@@ -299,7 +299,7 @@ def test_report_and_evaluation_agree(inside, tool_inside, folder):
     out, _ = inside(*QUICK, "--subset", "1000", "--run-dir", "run")
     report = report_of(folder / "run")
     model = inference.load_model(folder / "model_cnn_digits.pth", "cpu")
-    data = ic.load_data(ic.Config(dataset="digits"))
+    data = ic.load_data(ic.Config(dataset="digits", image_size=16))
     logits, unlikeness = model.score(data.test.images.numpy())
     is_unknown = unlikeness > 0.95
     is_right = logits.argmax(1) == data.test.labels.numpy()

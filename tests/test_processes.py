@@ -108,7 +108,7 @@ def test_two_processes_train_the_default_network_as_well(inside, together, folde
 
 
 # of 20 steps each
-LONG = [*QUICK, "--device", "cpu", "--epochs", "10", "--batch-size", "20", "--image-size", "16"]
+LONG = [*QUICK, "--device", "cpu", "--epochs", "10", "--batch-size", "20"]
 
 
 def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(

@@ -19,12 +19,10 @@ from conftest import (
 
 import image_classification as ic
 
-BRIEF = [*QUICK, "--image-size", "16"]
-
 
 @pytest.mark.slow
 def test_mean_spread_and_the_best_model(inside, folder):
-    out, _ = inside(*BRIEF, "--repeat", "3")
+    out, _ = inside(*QUICK, "--repeat", "3")
     run = only_run(folder)
     report = report_of(run)
     seed_runs = [run / f"seed-{seed}" for seed in range(3)]
@@ -60,7 +58,7 @@ def test_mean_spread_and_the_best_model(inside, folder):
 
 @pytest.mark.slow
 def test_seed_of_several_learns_what_it_learns_alone(inside, folder):
-    briefly = [*BRIEF, "--subset", "200", "--epochs", "1", "--device", "cpu"]
+    briefly = [*QUICK, "--subset", "200", "--epochs", "1", "--device", "cpu"]
     inside(*briefly, "--repeat", "2", "--seed", "6", "--run-dir", "both")
     inside(*briefly, "--seed", "7", "--run-dir", "alone")
     alone = folder / "alone" / "best.pth"
@@ -96,7 +94,7 @@ def test_interrupted_seed_goes_on(inside, folder):
             signal.raise_signal(signal.SIGINT)
 
     with beforehand(ic.Trainer, "train_step", interrupt):
-        inside(*BRIEF, "--repeat", "3", status=130)
+        inside(*QUICK, "--repeat", "3", status=130)
     run = only_run(folder)
     first = weights(run / "seed-0" / "best.pth")
     assert state_of(run / "seed-1")["step"] == 4 and not (run / "seed-2").exists()

@@ -43,8 +43,7 @@ from classifier.time_budget import TimeBudget
 FIXTURES = Path(__file__).with_name("fixtures") / "0.9.1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 
-BRIEF = [*QUICK, "--image-size", "16"]
-LONGER = [*BRIEF, "--epochs", "4", "--batch-size", "20", "--device", "cpu"]  # 20 steps an epoch
+LONGER = [*QUICK, "--epochs", "4", "--batch-size", "20", "--device", "cpu"]  # 20 steps an epoch
 
 NETWORK = """
 from torch import nn
@@ -144,7 +143,7 @@ def test_run_stopped_at_any_step_goes_on_bit_for_bit(inside, folder, stopped, un
 
 @pytest.mark.slow
 def test_moving_average_and_scaler_go_on(inside, folder, stopped):
-    settings = [*BRIEF, "--batch-size", "50", "--ema", "--precision", "fp16", "--dropout", "0.2"]
+    settings = [*QUICK, "--batch-size", "50", "--ema", "--precision", "fp16", "--dropout", "0.2"]
     inside(*settings, "--run-dir", "unbroken")
     stopped(5, *settings, "--run-dir", "stopped")
     inside("--resume", "stopped")
@@ -161,7 +160,7 @@ def test_moving_average_and_scaler_go_on(inside, folder, stopped):
 )
 def test_stop_while_testing_is_no_finished_run(inside, folder, owner, name, signum, status):
     """The training is done; the resumed run tests, and equals the unbroken one."""
-    brief = [*BRIEF, "--epochs", "1"]
+    brief = [*QUICK, "--epochs", "1"]
     inside(*brief, "--run-dir", "unbroken")
     with beforehand(owner, name, lambda *_, **__: signal.raise_signal(signum)):
         out, _ = inside(*brief, status=status)
@@ -181,7 +180,7 @@ def test_stop_while_testing_is_no_finished_run(inside, folder, owner, name, sign
 def test_stop_when_the_run_is_finished_is_said(inside, folder):
     interrupt = functools.partial(signal.raise_signal, signal.SIGINT)
     with beforehand(reports, "export_model", lambda *_: interrupt()):
-        out, _ = inside(*BRIEF, "--epochs", "1")
+        out, _ = inside(*QUICK, "--epochs", "1")
     assert "note: the run was finished" in out and "Done in" in out
     assert report_of(only_run(folder)) and (folder / "model_cnn_digits.pth").exists()
 
@@ -190,7 +189,7 @@ def test_stop_when_the_run_is_finished_is_said(inside, folder):
 def test_resume_command_of_a_run_with_network_paths_works(inside, folder):
     """Before anything was saved: the starting weights are read again."""
     write_images(folder / "my photos", {"red": 20, "green": 20})
-    inside(*BRIEF, "--epochs", "1", "--out", "start.pth")
+    inside(*QUICK, "--epochs", "1", "--out", "start.pth")
     settings = ["--dataset", f"/{folder}/my photos", "--init-from", f"/{folder}/start.pth"]
     settings += ["--data-dir", f"/{folder}/decoded", "--image-size", "16", "--epochs", "1"]
     settings += ["--width", "0.25"]
@@ -212,7 +211,7 @@ def test_stop_while_the_last_seed_is_tested(inside, folder):
             signal.raise_signal(signal.SIGINT)
 
     with beforehand(ic, "test", interrupt):
-        inside(*BRIEF, "--epochs", "1", "--repeat", "2", "--run-dir", "run", status=130)
+        inside(*QUICK, "--epochs", "1", "--repeat", "2", "--run-dir", "run", status=130)
     assert not (folder / "run" / "report.json").exists()
     inside("--resume", "run")
     assert len(report_of(folder / "run")["repeats"]) == 2
@@ -245,7 +244,7 @@ ic.Trainer.train_step = slow_step
 
 
 def test_stop_at_the_end_of_an_epoch_loses_none(inside, folder, stopped):
-    stopped(4, *BRIEF, "--subset", "40", "--batch-size", "40", "--epochs", "6")  # one step an epoch
+    stopped(4, *QUICK, "--subset", "40", "--batch-size", "40", "--epochs", "6")  # one step an epoch
     run = only_run(folder)
     assert epochs_of(run) == [0, 1, 2, 3]
     inside("--resume", "last")
@@ -254,7 +253,7 @@ def test_stop_at_the_end_of_an_epoch_loses_none(inside, folder, stopped):
 
 @pytest.mark.slow
 def test_interrupted_extension_goes_on(inside, folder, stopped):
-    inside(*BRIEF)
+    inside(*QUICK)
     stopped(3, "--resume", "last", "--epochs", "4")  # within an epoch of 8 steps
     assert state_of(only_run(folder))["step"] == 16 + 3
     inside("--resume", "last")
@@ -264,7 +263,7 @@ def test_interrupted_extension_goes_on(inside, folder, stopped):
 @pytest.mark.slow
 def test_run_that_stopped_early_is_trained_on(inside, folder):
     still = ["--lr", "0", "--optimizer", "sgd"]
-    inside(*BRIEF, *still, "--epochs", "9", "--early-stopping", "1")
+    inside(*QUICK, *still, "--epochs", "9", "--early-stopping", "1")
     done = len(epochs_of(only_run(folder)))
     assert done < 9
     # fewer than it was to have, more than it had
@@ -274,7 +273,7 @@ def test_run_that_stopped_early_is_trained_on(inside, folder):
 
 @pytest.mark.slow
 def test_finished_run_is_extended_and_other_changes_are_refused(inside, folder):
-    inside(*BRIEF)
+    inside(*QUICK)
     run, longer = only_run(folder), ["--resume", "last", "--epochs", "4"]
     assert "--resume last" in inside.error("--resume", "last")
     error = inside.error(*longer, "--lr", "0.3", status=2)
@@ -297,7 +296,7 @@ def test_resumed_epoch_is_once_in_tensorboard(inside, folder):
             raise OSError(28, "No space left on device", str(run.last))
 
     with beforehand(runs.Run, "save_last", disk_is_full):
-        inside.error(*BRIEF, "--epochs", "3")
+        inside.error(*QUICK, "--epochs", "3")
     time.sleep(1.1)  # event files are named by the second
     inside("--resume", "last")
     for path in (only_run(folder), only_run(folder) / "valid"):
@@ -305,7 +304,7 @@ def test_resumed_epoch_is_once_in_tensorboard(inside, folder):
 
 
 def test_run_with_minutes_goes_on_with_its_number_of_steps(inside, folder, stopped):
-    stopped(15, *BRIEF, "--minutes", "1000", "--progressive-resizing", "0")
+    stopped(15, *QUICK, "--minutes", "1000", "--progressive-resizing", "0")
     total_steps = state_of(only_run(folder))["total_steps"]
     assert total_steps > 16
     path = only_run(folder) / "config.json"
@@ -320,7 +319,7 @@ def test_epoch_that_minutes_ended_early_goes_on_and_counts_all_its_steps(
     inside, folder, monkeypatch
 ):
     monkeypatch.setattr(TimeBudget, "total_steps", lambda *_: 10)
-    inside(*BRIEF, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
+    inside(*QUICK, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
     assert len(rows_of(only_run(folder))) == 3
     stats = []
 
@@ -335,7 +334,7 @@ def test_epoch_that_minutes_ended_early_goes_on_and_counts_all_its_steps(
 
 def test_state_from_a_gpu_goes_on_on_a_cpu(inside, folder):
     """There the learning rate of Muon is a tensor, and AdamW is capturable."""
-    inside(*BRIEF, "--run-dir", "run")
+    inside(*QUICK, "--run-dir", "run")
     state = state_of(folder / "run")
     for optimizer in state["optimizers"]:
         for group in optimizer["param_groups"]:
@@ -347,7 +346,7 @@ def test_state_from_a_gpu_goes_on_on_a_cpu(inside, folder):
 
 
 def test_run_from_another_machine_goes_on_as_suits_this_one_and_says_so(inside, folder):
-    inside(*BRIEF)
+    inside(*QUICK)
     run = only_run(folder)
     state = state_of(run)
     state["environment"]["hardware"] = "another machine"
@@ -364,7 +363,7 @@ def test_run_from_another_machine_goes_on_as_suits_this_one_and_says_so(inside, 
 
 @pytest.mark.slow
 def test_newest_unfinished_run_goes_on(inside, folder):
-    briefly = [*BRIEF, "--subset", "100", "--epochs", "1"]
+    briefly = [*QUICK, "--subset", "100", "--epochs", "1"]
     for name in ("first", "second"):
         inside(*briefly, "--run-dir", f"runs/digits/{name}")
         as_if_killed(folder / "runs" / "digits" / name)
@@ -376,8 +375,8 @@ def test_newest_unfinished_run_goes_on(inside, folder):
 
 @pytest.mark.slow
 def test_trial_run_is_resumed_only_by_name_and_not_extended(inside, folder):
-    inside(*BRIEF, "--run-dir", "runs/digits/real")
-    inside(*BRIEF[:2], "--fast-dev-run", "--run-dir", "runs/digits/trial")
+    inside(*QUICK, "--run-dir", "runs/digits/real")
+    inside(*QUICK[:2], "--fast-dev-run", "--run-dir", "runs/digits/trial")
     trial = folder / "runs" / "digits" / "trial"
     out, _ = inside("--resume", "last", "--epochs", "3")
     assert "Writing to runs/digits/real" in out.replace(os.sep, "/")
@@ -388,10 +387,10 @@ def test_trial_run_is_resumed_only_by_name_and_not_extended(inside, folder):
 
 
 def test_run_that_failed_at_once_is_not_resumed(inside, folder):
-    inside(*BRIEF, "--epochs", "1")
+    inside(*QUICK, "--epochs", "1")
     as_if_killed(only_run(folder))
     with mock.patch.object(ic.Trainer, "compute_step", side_effect=ValueError("boom")):
-        assert "boom" in inside.error(*BRIEF)
+        assert "boom" in inside.error(*QUICK)
     out, _ = inside("--resume", "last")
     assert f"Writing to {only_run(folder).relative_to(folder)}" in out
 
@@ -399,7 +398,7 @@ def test_run_that_failed_at_once_is_not_resumed(inside, folder):
 @pytest.mark.slow
 def test_offline_trains_on_digits_and_stays_with_them(inside, folder, monkeypatch):
     monkeypatch.setattr(download, "SOURCES", ["http://127.0.0.1:9/a.tar.gz"])  # nobody listens
-    out, _ = inside(*BRIEF[2:])
+    out, _ = inside(*QUICK[2:])
     outs = [out]
     assert out.index("*** CIFAR-10 ") < out.index("Start Training")
     run = only_run(folder)
@@ -434,7 +433,7 @@ def test_custom_network_is_named_in_the_resume_command(inside, folder, stopped):
 
 def test_run_that_cannot_go_on_is_named(inside, folder):
     run = folder / "runs" / "digits" / "run"
-    briefly = [*BRIEF, "--subset", "100", "--epochs", "1"]
+    briefly = [*QUICK, "--subset", "100", "--epochs", "1"]
     inside(*briefly, "--run-dir", run)
     assert str(run) in inside.error(*briefly, "--run-dir", run)
     state, settings, report = (run / name for name in ("last.pth", "config.json", "report.json"))
@@ -538,7 +537,7 @@ def test_recordings_are_made_anew_in_a_resumed_run(inside, folder, stopped, monk
 def test_best_model_of_a_resumed_run_is_the_one_of_all_its_epochs(inside, folder, stopped):
     """A network that gets worse after it was resumed keeps the weights of before."""
     still = ["--optimizer", "sgd", "--lr", "1e-9", "--scheduler", "none"]
-    stopped(9, *BRIEF, *still)
+    stopped(9, *QUICK, *still)
     run = only_run(folder)
     best = weights(run / "best.pth")
     with mock.patch.object(ic, "validate", worse(ic.validate)):

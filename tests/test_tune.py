@@ -32,6 +32,7 @@ from classifier.study import DEFAULTS, FIXED, SETTINGS, Study, trial_settings
 from classifier.text import percent
 
 QUICK = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--width", "0.25"]
+QUICK += ["--image-size", "16"]
 # Optimiser, rate, decay, dropout and augmentation remain to be searched.
 FAST = [*QUICK, "--batch-size", "100", "--device", "cpu"]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -208,7 +209,7 @@ def test_bad_trials_end_early(here, folder, monkeypatch):
 @pytest.mark.slow
 def test_only_accuracies_on_whole_images_are_compared(here, folder):
     """With the default share of small images, 14 of 20 epochs are on these."""
-    here(*QUICK, "--epochs", "20", "--trials", "1")
+    here(*QUICK, "--image-size", "32", "--epochs", "20", "--trials", "1")
     (trial,) = trials_of(folder)
     assert sorted(trial.intermediate_values) == list(range(14, 20))
 
@@ -392,7 +393,8 @@ def test_trial_that_finished_no_epoch_has_no_accuracy(here, folder, monkeypatch)
 
 
 def test_study_of_version_0_9_goes_on(here, study, folder):
-    settings = {"dataset": "digits", "subset": 200, "epochs": 2, "width": 0.25, "batch_size": 100}
+    settings = {"dataset": "digits", "subset": 200, "epochs": 2, "width": 0.25}
+    settings |= {"image_size": 32, "batch_size": 100}
     old_names = {"low_res": 0.5, "test_views": 2, "depth": None, "make_imbalanced": 0.0}
     study.optuna_study.set_user_attr(FIXED, {**settings, **old_names})
     trial = study.ask(worker=0, max_trials=1)
@@ -401,13 +403,14 @@ def test_study_of_version_0_9_goes_on(here, study, folder):
 
     renamed = ["--progressive-resizing", "0.5", "--tta", "2"]
     default = ["--scheduler", "linear", "--label-smoothing", "0.2"]  # 0.9 did not record them
-    out, _ = here(*FAST, *renamed, *default, "--trials", "2")
+    large = [*FAST, "--image-size", "32"]  # or there would be no smaller images to begin with
+    out, _ = here(*large, *renamed, *default, "--trials", "2")
     assert trial_numbers(out) == [1]
     recipe = json.loads((folder / STUDY / "best.json").read_text())
     best = {"lr": 0.1, "progressive_resizing": 0.25, "tta": 2}
     assert recipe == {**settings, **best, "device": "cpu"}
     assert trial_settings(study.best_trial()) == {"lr": 0.1, "progressive_resizing": 0.25}
-    _, err = here(*FAST, "--tta", "2", "--trials", "2", status=2)
+    _, err = here(*large, "--tta", "2", "--trials", "2", status=2)
     assert "--progressive-resizing" in err
 
 
