@@ -2,12 +2,14 @@
 
     python benchmarks/finetune.py --runs 3
     python benchmarks/finetune.py --runs 5 --only "all layers" "last layer first" --test
+    python benchmarks/finetune.py --runs 3 --weights tf_efficientnet_lite0.pth
 
 Trains a narrow cnn on 2,500 images of each of CIFAR-10's first five classes, then fine-tunes it for
-the last five with 50 images of each, several seeds, in turns; each seed draws other images. A tenth
-of them is for validation, as in the program. By default the accuracy is that on 500 other training
-images of each class, on which settings are chosen; with --test it is that on the test images.
-Prints a Markdown table; writes results/finetune.json with every run.
+the last five with 50 images of each, several seeds, in turns; each seed draws other images. With
+--weights it is the recipe finetune, from a network that somebody trained on ImageNet. A tenth of
+the images is for validation, as in the program. By default the accuracy is that on 500 other
+training images of each class, on which settings are chosen; with --test it is that on the test
+images. Prints a Markdown table; writes results/finetune.json, or --name, with every run.
 """
 
 import functools
@@ -50,7 +52,7 @@ def of_classes(split):
     return Split(chosen.images, chosen.labels - {first})
 
 def load_classes(config):
-    data = load_data(dataclasses.replace(config, val_fraction=0.0))
+    data = load_data(dataclasses.replace(config, val_fraction=0.0, image_size=None))
     images = of_classes(data.train)
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(config.seed))
     used, others = [], []
@@ -82,12 +84,17 @@ def pretrain(weights: Path, data_dir: str) -> None:
 
 
 def train(
-    variant: str, seed: int, data_dir: str, weights: Path, on_test_images: bool
+    variant: str, seed: int, data_dir: str, settings: str, on_test_images: bool
 ) -> dict[str, Any]:
-    """Fine-tune and test once. variant: a name in VARIANTS and a learning rate."""
+    """Fine-tune and test once.
+
+    Args:
+        variant: a name in VARIANTS and a learning rate.
+        settings: a recipe and the options that do not differ between the variants.
+    """
     name, _, lr = variant.partition(", ")
     snippet = LOAD_CLASSES.format(first=5, end=10, count=CLASS_SIZE, on_test_images=on_test_images)
-    options = f"{FINETUNE} --lr {lr} --init-from {shlex.quote(str(weights))} {VARIANTS[name]}"
+    options = f"{settings} --lr {lr} {VARIANTS[name]}"
     return {"name": name, "lr": lr, **harness.run(options, seed, data_dir, snippet)}
 
 
@@ -119,16 +126,30 @@ def main() -> None:
         help="of the last layer",
     )
     parser.add_argument("--test", action="store_true", help="on the test images: once, at the end")
+    parser.add_argument("--weights", metavar="FILE", help="weights of --model, from ImageNet")
+    default_model = "timm:tf_efficientnet_lite0"
+    parser.add_argument(
+        "--model", default=default_model, help=f"with --weights (default: {default_model})"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=96, metavar="N", help="with --weights (default: 96)"
+    )
+    parser.add_argument("--name", default="finetune", help="of the result file (default: finetune)")
     options = parser.parse_args()
     variants = [f"{name}, {lr}" for name in options.only for lr in options.learning_rates]
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "first_classes.pth")
-        pretrain(weights, options.data_dir)
+        if options.weights:
+            weights = Path(options.weights).resolve()
+            settings = f"finetune --model {options.model} --image-size {options.image_size}"
+        else:
+            weights = Path(folder, "first_classes.pth")
+            pretrain(weights, options.data_dir)
+            settings = FINETUNE
+        settings += f" --init-from {shlex.quote(str(weights))}"
         run = functools.partial(
-            train, data_dir=options.data_dir, weights=weights, on_test_images=options.test
+            train, data_dir=options.data_dir, settings=settings, on_test_images=options.test
         )
-        name = "finetune_test" if options.test else "finetune"
-        print(table(harness.run_in_turns(name, variants, options.runs, run)))
+        print(table(harness.run_in_turns(options.name, variants, options.runs, run)))
 
 
 if __name__ == "__main__":

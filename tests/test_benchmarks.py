@@ -6,6 +6,7 @@ same_as.py as a whole needs another checkout, and is not tested here.
 import json
 import os
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -425,7 +426,7 @@ def harness_runs(monkeypatch, folder):
         words = variant.split()
         options = dict(zip(words[1::2], words[2::2], strict=False))
         images = int(options.get("--subset", 50_000)) or 50_000
-        seconds = 5 + images / 1000 * int(options["--epochs"])
+        seconds = 5 + images / 1000 * int(options.get("--epochs", 10))
         recall = {"plane": 0.25, "car": 0.75}
         more = {"whole_run": 4 + seconds, "start_up": 4.0, "train_images": images}
         return result_of(variant, seed, [0.5, 0.5], recall=recall, f1=recall, **more)
@@ -494,6 +495,16 @@ def test_finetune(harness_runs, tool_inside, folder):
     assert len(others) == 2 * len(finetune.VARIANTS)
     assert all("--init-from" in variant and "--lr 1e-3" in variant for variant, *_ in others)
     assert len(json.loads((folder / "finetune.json").read_text())) == len(others)
+
+
+def test_finetune_from_weights_in_a_file(harness_runs, tool_inside, folder):
+    options = ["--weights", "given.pth", "--model", "timm:tiny", "--image-size", "64"]
+    tool_inside("finetune")("--runs", "1", *options, "--learning-rates", "1e-3", "--name", "given")
+    assert len(harness_runs) == len(finetune.VARIANTS)
+    for variant, *_ in harness_runs:
+        assert variant.startswith("finetune --model timm:tiny --image-size 64 --init-from ")
+        assert str(folder / "given.pth") in shlex.split(variant)
+    assert len(json.loads((folder / "given.json").read_text())) == len(harness_runs)
 
 
 @pytest.mark.parametrize("on_test_images", [False, True])

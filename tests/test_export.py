@@ -63,7 +63,9 @@ def test_onnx_computes_the_same(exported, model, data):
     session = onnxruntime.InferenceSession(str(exported / "model.onnx"))
     (entry,) = session.get_inputs()
     assert (entry.name, entry.type) == ("images", "tensor(float)")
-    assert entry.shape[1:] == [3, 32, 32] and isinstance(entry.shape[0], str)
+    assert entry.shape[1:] == [3, model.image_size, model.image_size] and isinstance(
+        entry.shape[0], str
+    )
     assert [result.name for result in session.get_outputs()] == ["logits", "ood_score"]
     images = data.valid.images[:137].numpy()
     for count in (1, 137):
@@ -89,7 +91,7 @@ def test_metadata_of_onnx(exported, model):
 def test_onnx_calls_the_same_images_unknown(exported, model, data):
     loaded = inference.load_model(exported / "model.onnx")
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (20, 3, 32, 32), generator=generator).to(torch.uint8)
+    noise = torch.randint(0, 256, (20, *data.test.images.shape[1:]), generator=generator).byte()
     images = torch.cat([data.test.images[:200], noise]).numpy()
     _, expected = model.score(images)
     _, found = loaded.score(images)

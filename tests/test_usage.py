@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, SCRIPT, Program, only_run, report_of
+from conftest import QUICK, SCRIPT, SMALL, Program, only_run, report_of
 from PIL import Image
 
 import image_classification as ic
@@ -271,7 +271,7 @@ TINY_NETWORK = """
 from torch import nn
 
 def tiny(classes, channels, image_size):
-    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels * 16, classes))
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(channels * 16, classes))
 """
 
 
@@ -282,7 +282,7 @@ def test_last_command_works_from_any_folder(folder, called, model):
     """From a folder that is not the program's, with names that a shell has to have quoted."""
     (folder / "my net.py").write_text(TINY_NETWORK)
     script = SCRIPT if called == "absolute" else Path(os.path.relpath(SCRIPT))
-    options = [*QUICK[:-2], "--epochs", "1", "--out", "it's R&D.pth", "--model", model]
+    options = [*SMALL, "--epochs", "1", "--out", "it's R&D.pth", "--model", model]
     out, _ = Program(folder, script)(*options)
     (line,) = [line for line in out.splitlines() if line.startswith("Use it: ")]
     Image.new("RGB", (32, 32)).save(folder / "a b.png")
