@@ -63,9 +63,8 @@ def test_onnx_computes_the_same(exported, model, data):
     session = onnxruntime.InferenceSession(str(exported / "model.onnx"))
     (entry,) = session.get_inputs()
     assert (entry.name, entry.type) == ("images", "tensor(float)")
-    assert entry.shape[1:] == [3, model.image_size, model.image_size] and isinstance(
-        entry.shape[0], str
-    )
+    size = model.image_size
+    assert entry.shape[1:] == [3, size, size] and isinstance(entry.shape[0], str)
     assert [result.name for result in session.get_outputs()] == ["logits", "ood_score"]
     images = data.valid.images[:137].numpy()
     for count in (1, 137):

@@ -136,9 +136,8 @@ def test_inference_hands_in_whole_photographs(raw_file, model, folder, tool_insi
     results = inference.Results()
     inference.classify_files(loaded, [folder / "5.png", folder / "1.png"], 1, 0.0, results)
     assert shapes == [(3, 640, 427), (3, 1, 500)]  # turned
-    assert [picture.pixels.shape for picture in results.pictures] == [
-        (3, model.image_size, model.image_size)
-    ] * 2
+    size = model.image_size
+    assert [picture.pixels.shape for picture in results.pictures] == [(3, size, size)] * 2
     (one,) = inference.predict(loaded, np.zeros((20, 30, 3), np.uint8))  # which makes the square
     assert one[0][0] == inference.predict(model, np.zeros((20, 30, 3), np.uint8))[0][0][0]
 
