@@ -6,7 +6,8 @@
 
 Trains a narrow cnn on 2,500 images of each of CIFAR-10's first five classes, then fine-tunes it for
 the last five with 50 images of each, several seeds, in turns; each seed draws other images. With
---weights it is the recipe finetune, from a network that somebody trained on ImageNet. A tenth of
+--weights it is the recipe finetune, from a network that somebody trained on ImageNet; to save time
+it sees images of --image-size pixels, not the larger ones that its weights are made for. A tenth of
 the images is for validation, as in the program. By default the accuracy is that on 500 other
 training images of each class, on which settings are chosen; with --test it is that on the test
 images. Prints a Markdown table; writes results/finetune.json, or --name, with every run.
@@ -76,6 +77,19 @@ def load_classes(config):
 replace(ic, "load_data", load_classes)
 """
 
+# A pretrained network enlarges images to the size that its weights are made for, 224 pixels as a
+# rule; here it gets them as they are.
+NOT_ENLARGED = """
+from classifier.networks import pretrained
+
+begin = pretrained.PretrainedNetwork.__init__
+
+def begin_with_small_images(self, body, published):
+    begin(self, body, published._replace(size={size}))
+
+replace(pretrained.PretrainedNetwork, "__init__", begin_with_small_images)
+"""
+
 
 def pretrain(weights: Path, data_dir: str) -> None:
     """Train on the first five classes, and write the model file."""
@@ -83,17 +97,15 @@ def pretrain(weights: Path, data_dir: str) -> None:
     harness.run(f"{PRETRAIN} --out {shlex.quote(str(weights))}", 0, data_dir, snippet)
 
 
-def train(
-    variant: str, seed: int, data_dir: str, settings: str, on_test_images: bool
-) -> dict[str, Any]:
+def train(variant: str, seed: int, data_dir: str, settings: str, snippet: str) -> dict[str, Any]:
     """Fine-tune and test once.
 
     Args:
         variant: a name in VARIANTS and a learning rate.
         settings: a recipe and the options that do not differ between the variants.
+        snippet: loads the images: see `harness.variant_program`.
     """
     name, _, lr = variant.partition(", ")
-    snippet = LOAD_CLASSES.format(first=5, end=10, count=CLASS_SIZE, on_test_images=on_test_images)
     options = f"{settings} --lr {lr} {VARIANTS[name]}"
     return {"name": name, "lr": lr, **harness.run(options, seed, data_dir, snippet)}
 
@@ -137,17 +149,19 @@ def main() -> None:
     parser.add_argument("--name", default="finetune", help="of the result file (default: finetune)")
     options = parser.parse_args()
     variants = [f"{name}, {lr}" for name in options.only for lr in options.learning_rates]
+    snippet = LOAD_CLASSES.format(first=5, end=10, count=CLASS_SIZE, on_test_images=options.test)
     with tempfile.TemporaryDirectory() as folder:
         if options.weights:
             weights = Path(options.weights).resolve()
             settings = f"finetune --model {options.model} --image-size {options.image_size}"
+            snippet += NOT_ENLARGED.format(size=options.image_size)
         else:
             weights = Path(folder, "first_classes.pth")
             pretrain(weights, options.data_dir)
             settings = FINETUNE
         settings += f" --init-from {shlex.quote(str(weights))}"
         run = functools.partial(
-            train, data_dir=options.data_dir, settings=settings, on_test_images=options.test
+            train, data_dir=options.data_dir, settings=settings, snippet=snippet
         )
         print(table(harness.run_in_turns(options.name, variants, options.runs, run)))
 

@@ -91,6 +91,7 @@ def test_text_of_every_variant_is_a_program():
     snippets.append(imbalance.LOAD_IMBALANCED.format(share=0.05))
     classes = {"first": 5, "end": 10, "count": 50, "on_test_images": False}
     snippets.append(finetune.LOAD_CLASSES.format(**classes))
+    snippets.append(finetune.NOT_ENLARGED.format(size=96))
     snippets.append(large.MAX_BYTES.format(max_bytes=0))
     snippets.append(survival.SAVE_EVERY.format(seconds=0.0))
     for snippet in snippets:
@@ -501,7 +502,8 @@ def test_finetune_from_weights_in_a_file(harness_runs, tool_inside, folder):
     options = ["--weights", "given.pth", "--model", "timm:tiny", "--image-size", "64"]
     tool_inside("finetune")("--runs", "1", *options, "--learning-rates", "1e-3", "--name", "given")
     assert len(harness_runs) == len(finetune.VARIANTS)
-    for variant, *_ in harness_runs:
+    for variant, _, snippet, _ in harness_runs:
+        assert "size=64" in snippet
         assert variant.startswith("finetune --model timm:tiny --image-size 64 --init-from ")
         assert str(folder / "given.pth") in shlex.split(variant)
     assert len(json.loads((folder / "given.json").read_text())) == len(harness_runs)

@@ -161,7 +161,7 @@ def _check_size(path: Path, entries: list[Entry]) -> None:
     if size > MAX_BYTES_UNCHECKED and size > MAX_GROWTH * packed_size:
         raise UserError(
             f"{path} would grow from {_describe_size(packed_size)} to {_describe_size(size)}, more "
-            "than images do: it is not unpacked; if you know it, unpack it and name the folder"
+            "than images do: it is not unpacked; if you trust it, unpack it and name the folder"
         )
 
 
