@@ -12,7 +12,7 @@ from classifier.recipes import Settings
 INTRODUCTION = """\
 # Options
 
-After this page you know every option, what it does and what it is if you leave it out.
+After reading this page you know every option, what it does and what it is if you leave it out.
 
 `python image_classification.py --help` prints them in short. This page is generated from
 `classifier/config.py` and `classifier/recipes.py`. The defaults in these tables are for the network
