@@ -1,7 +1,7 @@
 """Take a trained model elsewhere: ONNX, for phones, browsers and any language, or torch.export.
 
     python export.py                                      the newest model, beside it as .onnx
-    python export.py --checkpoint model_cnn.pth --int8    also a smaller, faster one of 8 bits
+    python export.py --checkpoint model_cnn.pth --int8    also a smaller, faster 8-bit model
     python export.py --format pt2                         for torch.export.load
     python export.py --format safetensors --card          to publish it, with a model card
     python export.py --raw                                takes a photograph of any size

@@ -73,8 +73,8 @@ class Config:
     )
     fit: str = setting(
         "crop",
-        "how the images of a folder become squares: their middle, or all of them with a grey "
-        "border, or squeezed",
+        "how the images of a folder become squares: crop the middle, pad the whole image with a "
+        "grey border, or stretch it",
         choices=FITS,
     )
 
@@ -96,19 +96,19 @@ class Config:
     init_from: str = setting(
         "",
         "model file, or state dict of another program (.pth or .safetensors), whose weights to "
-        "start from; for other classes with a new last layer",
+        "start from; the last layer is new if the classes differ",
     )
     freeze: bool = setting(False, "train only the last layer")
     head_first: float = setting(
         0.0,
-        "share of the run that trains only the last layer, before the others are trained, too",
+        "share of the run that trains only the last layer, before all layers are trained",
         minimum=0,
         less_than=1,
     )
     first_layer_lr: float = setting(
         1.0,
-        "learning rate of the first layer as a share of the last one's; those of the layers "
-        "between them rise in equal factors",
+        "learning rate of the first layer as a share of the last one's; it grows geometrically "
+        "over the layers between them",
         minimum=0,
     )
 
@@ -123,8 +123,8 @@ class Config:
     batch_size: int = setting(None, "images in one optimiser step", minimum=1)
     micro_batch: int = setting(
         None,
-        "images that a process computes in one forward pass, at every resolution, and so what "
-        "batch norm sees (with several GPUs: those of all); fewer if memory is too small",
+        "images per forward pass in one process, at every resolution; batch norm sees these (with "
+        "several GPUs, those of all processes); fewer if memory is short",
         minimum=1,
     )
     optimizer: str = setting(None, "optimiser", choices=("muon", "sgd", "adam", "adamw", "rmsprop"))
@@ -152,7 +152,7 @@ class Config:
         minimum=0,
         less_than=1,
     )
-    grad_clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", minimum=0)
+    grad_clip: float = setting(0.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
     class_balance: str = setting(
         "none",
         "for unequal classes: weight the loss, repeat rare images, or use fewer of the others",

@@ -170,7 +170,7 @@ RECIPES: dict[str, Settings] = {
         "momentum": 0.0,
         "weight_decay": 0.0,
     },
-    # A network that knows ImageNet, for other images; their number decides on the epochs.
+    # A network that knows ImageNet, for other images; their number determines the epochs.
     "finetune": {
         "model": "torchvision:resnet18",
         "pretrained": True,

@@ -87,7 +87,8 @@ def test_pages_begin_with_what_the_reader_can_do_after_them():
     for page in PAGES:
         title, introduction = page.read_text("utf-8").split("\n\n")[:2]
         if page.name not in ("CHANGELOG.md", "options.md") and page.parent != REPOSITORY:
-            assert title.startswith("# ") and introduction.startswith("After reading this page"), page
+            assert title.startswith("# "), page
+            assert introduction.startswith("After reading this page"), page
 
 
 def test_every_picture_is_shown():
