@@ -179,6 +179,21 @@ def last_layer_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def reset_last_layer(network: nn.Module) -> None:
+    """Initialise the last layer for new classes: small random weights, no biases.
+
+    Libraries initialise it for a training of all layers; EfficientNet's weights are of the order of
+    1/√classes there, so that a few classes begin with logits of ten and more, and a short run only
+    unlearns these. A standard deviation of 0.01 is that of torchvision's MobileNet. Zeros would
+    keep a last layer that a ReLU follows from learning at all.
+    """
+    for layer in last_layers(network).values():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def freeze_all_but_last_layer(network: nn.Module) -> None:
     """Train nothing but the last layer."""
     network.requires_grad_(False)
