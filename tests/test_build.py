@@ -54,6 +54,11 @@ def differing(first, second):
     return {name for name, value in first.items() if not torch.equal(value, second[name])}
 
 
+def is_new(weight):
+    """Whether this may be the weight of a new last layer."""
+    return bool(0.007 < weight.std() < 0.013)
+
+
 def copy_of(state):
     return {name: value.clone() for name, value in state.items()}
 
@@ -315,22 +320,19 @@ def test_last_layer_starts_anew_for_other_classes(folder, capsys):
     source = build(seed=1, num_classes=7)
     save(folder / "seven.pth", source, classes=[*"abcdefg"])
     model = build(seed=2)
-    before = copy_of(model.state_dict())
     assert load(model, init_from="seven.pth") is True
     after = model.state_dict()
-    assert differing(before, after) >= {"convolution.weight"}
     assert torch.equal(after["convolution.weight"], source.state_dict()["convolution.weight"])
-    assert torch.equal(after["classifier.weight"], before["classifier.weight"])
-    assert torch.equal(after["classifier.bias"], before["classifier.bias"])
+    assert is_new(after["classifier.weight"])
+    assert not after["classifier.bias"].any()
     assert "seven.pth is for other classes" in capsys.readouterr().out
 
 
 def test_same_number_of_other_classes_counts_as_other(folder):
     save(folder / "other.pth", build(seed=1), classes=[*"abcdefghij"])
     model = build(seed=2)
-    before = copy_of(model.state_dict())
     load(model, init_from="other.pth")
-    assert torch.equal(model.state_dict()["classifier.weight"], before["classifier.weight"])
+    assert is_new(model.state_dict()["classifier.weight"])
 
 
 @pytest.mark.parametrize(
@@ -385,11 +387,10 @@ def test_state_dict_for_other_classes_gets_a_new_last_layer(folder, capsys):
     source = build(seed=1, num_classes=7)
     torch.save({f"module.{n}": t for n, t in source.state_dict().items()}, "plain.pth")
     model = build(seed=2)
-    before = copy_of(model.state_dict())
     load(model, init_from="plain.pth")
     after = model.state_dict()
     assert torch.equal(after["convolution.weight"], source.state_dict()["convolution.weight"])
-    assert torch.equal(after["classifier.weight"], before["classifier.weight"])
+    assert is_new(after["classifier.weight"])
     note = capsys.readouterr().out
     assert "plain.pth" in note and "last layer" in note and "other classes" not in note
 
@@ -467,14 +468,13 @@ def test_pretrained_network_normalises_as_imagenet_does():
 
 def test_torchvisions_own_file(imagenet, capsys):
     model = build(**PRETRAINED)
-    before = copy_of(model.state_dict())
     assert load(model, init_from=imagenet, **PRETRAINED) is True
     after = model.state_dict()
     published = torch.load(imagenet, weights_only=True)
     for name, value in published.items():
         if not name.startswith("classifier"):
             assert torch.equal(after[f"body.{name}"], value)
-    assert torch.equal(after["body.classifier.1.weight"], before["body.classifier.1.weight"])
+    assert is_new(after["body.classifier.1.weight"])
     assert "note: imagenet.pth" in capsys.readouterr().out  # on its last layer of 1000 classes
 
 

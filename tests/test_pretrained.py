@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same
 from torch import nn
 
 from classifier.errors import UsageError, UserError
@@ -17,6 +18,7 @@ from classifier.networks.pretrained import (
     last_layer_weights,
     last_layers,
     load_pretrained,
+    new_last_layer_weights,
 )
 from classifier.networks.torchvision_models import (
     check_name,
@@ -179,13 +181,16 @@ def test_last_layer_is_loaded_where_it_is_for_the_same_classes(keep_last_layer):
     assert differing(source, network.state_dict()) == expected
 
 
-def test_last_layer_for_other_classes_stays_as_it_was_drawn():
+def test_last_layer_for_other_classes_is_new():
     source = pretrained_network(SMALLEST, 1000).state_dict()
     network = pretrained_network(SMALLEST, 10)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
     load_pretrained(network, {**source, "unknown": torch.ones(1)}, "x.pth", False)
     after = network.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in LAST_LAYER)
+    expected = new_last_layer_weights(network)
+    assert expected.keys() == LAST_LAYER
+    for name in LAST_LAYER:
+        assert after[name].shape == expected[name].shape
+        assert float(after[name].std()) == pytest.approx(float(expected[name].std()), rel=0.1)
     assert not differing({name: source[name] for name in source.keys() - LAST_LAYER}, after)
 
 
@@ -210,6 +215,27 @@ def test_last_layer_is_the_last_one_with_weights():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Linear(4, 5), nn.ReLU()))
     assert last_layers(network) == {"1.0": network[1][0]}
     assert last_layer_weights(network).keys() == {"1.0.weight", "1.0.bias"}
+
+
+def test_new_last_layer_begins_near_chance():
+    """EfficientNet's own initialisation gives few classes logits of ten and more."""
+    network = pretrained_network("efficientnet_b0", 3)
+    own = network.state_dict()
+    new = new_last_layer_weights(network)
+    assert new.keys() == last_layer_weights(network).keys()
+    features = torch.rand(8, own["body.classifier.1.weight"].shape[1])
+    own_logits = features @ own["body.classifier.1.weight"].T
+    logits = features @ new["body.classifier.1.weight"].T + new["body.classifier.1.bias"]
+    assert own_logits.std() > 3 and 0 < logits.std() < 0.5
+    state = torch.get_rng_state()
+    again = new_last_layer_weights(network)
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(again, new_last_layer_weights(network))  # drawn from the seed of the run
+
+
+def test_last_layer_that_is_no_matrix_stays():
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    assert same(new_last_layer_weights(network), last_layer_weights(network))
 
 
 def test_freezing_leaves_only_the_last_layer_to_be_trained():

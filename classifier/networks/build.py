@@ -226,7 +226,6 @@ def read_weights(path: str, model: nn.Module) -> SavedWeights:
 def _load_pretrained(model: PretrainedNetwork, init_from: str, classes: list[str]) -> None:
     """Load the published weights, or those in a file: the library's own or a checkpoint of ours."""
     if not init_from:
-        pretrained.reset_last_layer(model)
         weights = pretrained.download_weights(model)
         pretrained.load_pretrained(model, weights, model.published.url, keep_last_layer=False)
         return
@@ -236,8 +235,6 @@ def _load_pretrained(model: PretrainedNetwork, init_from: str, classes: list[str
         raise UserError(f"--pretrained: {error}") from None
     saved = _in_order(saved, model, classes)
     keep, note = _judge_last_layer(model, saved, classes)
-    if not keep:
-        pretrained.reset_last_layer(model)
     pretrained.load_pretrained(model, saved.weights, init_from, keep_last_layer=keep)
     _print_note(init_from, note)
 
@@ -250,8 +247,7 @@ def _load_from_file(model: nn.Module, config: Config, classes: list[str]) -> Non
     keep, note = _judge_last_layer(model, saved, classes)
     weights = saved.weights
     if not keep:
-        pretrained.reset_last_layer(model)
-        weights = {**weights, **pretrained.last_layer_weights(model)}
+        weights = {**weights, **pretrained.new_last_layer_weights(model)}
     try:
         load_weights(model, weights, path)
     except UserError as error:

@@ -132,7 +132,7 @@ def load_pretrained(
         if name in needed and isinstance(value, torch.Tensor):
             loaded[name] = value
     if not keep_last_layer:
-        loaded.update(last_layer_weights(network))
+        loaded.update(new_last_layer_weights(network))
     for name, value in needed.items():
         if name not in loaded or loaded[name].shape != value.shape:
             raise UserError(
@@ -179,19 +179,22 @@ def last_layer_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def reset_last_layer(network: nn.Module) -> None:
-    """Initialise the last layer for new classes: small random weights, no biases.
+def new_last_layer_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Initial weights of the last layer for new classes, as in its state dict: small, no biases.
 
-    Libraries initialise it for a training of all layers; EfficientNet's weights are of the order of
-    1/√classes there, so that a few classes begin with logits of ten and more, and a short run only
-    unlearns these. A standard deviation of 0.01 is that of torchvision's MobileNet. Zeros would
-    keep a last layer that a ReLU follows from learning at all.
+    Libraries initialise it for a training of all layers. In EfficientNet its weights are of the
+    order of 1/√classes, so that a few classes begin with logits of ten and more, and a short run
+    does little but unlearn these. A standard deviation of 0.01 is that of torchvision's MobileNet.
+    Zeros would keep a last layer that a ReLU follows from learning at all.
     """
-    for layer in last_layers(network).values():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(layer.weight, std=0.01)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    weights = last_layer_weights(network)
+    with torch.random.fork_rng(devices=[]):
+        for name, layer in last_layers(network).items():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                weights[f"{name}.weight"] = torch.randn_like(layer.weight) * 0.01
+                if layer.bias is not None:
+                    weights[f"{name}.bias"] = torch.zeros_like(layer.bias)
+    return weights
 
 
 def freeze_all_but_last_layer(network: nn.Module) -> None:
