@@ -97,17 +97,23 @@ def pretrain(weights: Path, data_dir: str) -> None:
     harness.run(f"{PRETRAIN} --out {shlex.quote(str(weights))}", 0, data_dir, snippet)
 
 
-def train(variant: str, seed: int, data_dir: str, settings: str, snippet: str) -> dict[str, Any]:
+def train(
+    variant: str, seed: int, data_dir: str, settings: str, weights: Path, snippet: str
+) -> dict[str, Any]:
     """Fine-tune and test once.
 
     Args:
         variant: a name in VARIANTS and a learning rate.
         settings: a recipe and the options that do not differ between the variants.
+        weights: the file to start from.
         snippet: loads the images: see `harness.variant_program`.
     """
     name, _, lr = variant.partition(", ")
     options = f"{settings} --lr {lr} {VARIANTS[name]}"
-    return {"name": name, "lr": lr, **harness.run(options, seed, data_dir, snippet)}
+    init_from = f"--init-from {shlex.quote(str(weights))}"
+    result = harness.run(f"{options} {init_from}", seed, data_dir, snippet)
+    # its folder is different at each call
+    return {"name": name, "lr": lr, **result, "variant": f"{options} --init-from {weights.name}"}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -159,9 +165,12 @@ def main() -> None:
             weights = Path(folder, "first_classes.pth")
             pretrain(weights, options.data_dir)
             settings = FINETUNE
-        settings += f" --init-from {shlex.quote(str(weights))}"
         run = functools.partial(
-            train, data_dir=options.data_dir, settings=settings, snippet=snippet
+            train,
+            data_dir=options.data_dir,
+            settings=settings,
+            weights=weights,
+            snippet=snippet,
         )
         print(table(harness.run_in_turns(options.name, variants, options.runs, run)))
 

@@ -504,9 +504,11 @@ def test_finetune_from_weights_in_a_file(harness_runs, tool_inside, folder):
     assert len(harness_runs) == len(finetune.VARIANTS)
     for variant, _, snippet, _ in harness_runs:
         assert "size=64" in snippet
-        assert variant.startswith("finetune --model timm:tiny --image-size 64 --init-from ")
+        assert variant.startswith("finetune --model timm:tiny --image-size 64 --lr 1e-3 ")
         assert str(folder / "given.pth") in shlex.split(variant)
-    assert len(json.loads((folder / "given.json").read_text())) == len(harness_runs)
+    results = json.loads((folder / "given.json").read_text())
+    assert len(results) == len(harness_runs)
+    assert all(result["variant"].endswith("--init-from given.pth") for result in results)
 
 
 @pytest.mark.parametrize("on_test_images", [False, True])
