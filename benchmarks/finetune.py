@@ -1,4 +1,4 @@
-"""What --head-first and --first-layer-lr give with few images: five classes from five others.
+"""What --freeze, --head-first and --first-layer-lr give with 50 images of each of five classes.
 
     python benchmarks/finetune.py --runs 3
     python benchmarks/finetune.py --runs 5 --only "all layers" "last layer first" --test
@@ -10,7 +10,7 @@ the last five with 50 images of each, several seeds, in turns; each seed draws o
 it sees images of --image-size pixels, not the larger ones that its weights are made for. A tenth of
 the images is for validation, as in the program. By default the accuracy is that on 500 other
 training images of each class, on which settings are chosen; with --test it is that on the test
-images. Prints a Markdown table; writes results/finetune.json, or --name, with every run.
+images. Prints a Markdown table; writes results/finetune.json (finetune_test.json) with every run.
 """
 
 import functools
@@ -78,7 +78,7 @@ replace(ic, "load_data", load_classes)
 """
 
 # A pretrained network enlarges images to the size that its weights are made for, 224 pixels as a
-# rule; here it gets them as they are.
+# rule; here it computes on images of --image-size pixels.
 NOT_ENLARGED = """
 from classifier.networks import pretrained
 
@@ -152,14 +152,18 @@ def main() -> None:
     parser.add_argument(
         "--image-size", type=int, default=96, metavar="N", help="with --weights (default: 96)"
     )
-    parser.add_argument("--name", default="finetune", help="of the result file (default: finetune)")
+    default_name = "finetune, with --test finetune_test"
+    parser.add_argument("--name", help=f"of the result file (default: {default_name})")
     options = parser.parse_args()
+    name = options.name or ("finetune_test" if options.test else "finetune")
     variants = [f"{name}, {lr}" for name in options.only for lr in options.learning_rates]
     snippet = LOAD_CLASSES.format(first=5, end=10, count=CLASS_SIZE, on_test_images=options.test)
     with tempfile.TemporaryDirectory() as folder:
         if options.weights:
             weights = Path(options.weights).resolve()
-            settings = f"finetune --model {options.model} --image-size {options.image_size}"
+            settings = (
+                f"finetune --model {shlex.quote(options.model)} --image-size {options.image_size}"
+            )
             snippet += NOT_ENLARGED.format(size=options.image_size)
         else:
             weights = Path(folder, "first_classes.pth")
@@ -172,7 +176,7 @@ def main() -> None:
             weights=weights,
             snippet=snippet,
         )
-        print(table(harness.run_in_turns(options.name, variants, options.runs, run)))
+        print(table(harness.run_in_turns(name, variants, options.runs, run)))
 
 
 if __name__ == "__main__":

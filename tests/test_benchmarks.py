@@ -496,6 +496,9 @@ def test_finetune(harness_runs, tool_inside, folder):
     assert len(others) == 2 * len(finetune.VARIANTS)
     assert all("--init-from" in variant and "--lr 1e-3" in variant for variant, *_ in others)
     assert len(json.loads((folder / "finetune.json").read_text())) == len(others)
+    tool_inside("finetune")("--runs", "1", "--learning-rates", "1e-3", "--test")
+    assert len(json.loads((folder / "finetune.json").read_text())) == len(others)
+    assert (folder / "finetune_test.json").exists()
 
 
 def test_finetune_from_weights_in_a_file(harness_runs, tool_inside, folder):

@@ -119,7 +119,7 @@ def test_files_of_the_program_are_understood(trained, compared, folder):
 
 @pytest.mark.slow
 def test_real_runs_as_a_user_compares_them(inside, compared, folder):
-    briefly = [*QUICK, "--epochs", "1"]
+    briefly = [*QUICK, "--image-size", "32"]  # so that they begin with smaller images
     inside(*briefly, "--run-dir", "runs/one")
     inside(*briefly, "--lr", "0.001", "--repeat", "2", "--run-dir", "runs/more")
     make_repeats(folder / "runs" / "other", [0.7, 0.8], num_test=359, seed=5)

@@ -149,7 +149,8 @@ def test_graph_on_cuda(inside, monkeypatch, precision):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    options = ["--progressive-resizing", "0.7", "--device", "cuda", "--precision", precision]
+    options = ["--progressive-resizing", "0.7", "--image-size", "32"]
+    options += ["--device", "cuda", "--precision", precision]
     monkeypatch.setattr(cuda_graphs.Replay, "__call__", call_without_waiting)
     recorded, _ = inside(*QUICK, *options)
     assert any(replays) and "no CUDA graph" not in recorded

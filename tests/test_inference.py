@@ -487,6 +487,7 @@ def test_urls_are_not_read(pictures, tool_inside):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
 def test_names_that_are_not_utf_8_keep_their_rows(pictures, tool_inside, model):
     """In every format, into a file and a pipe; `Program` decodes the output as UTF-8."""

@@ -33,7 +33,7 @@ def slow(classes=10, channels=3, image_size=32):
 def test_minutes_are_kept(program, folder):
     began = time.monotonic()
     # the epochs would take far longer
-    process = program.start(*QUICK, "--epochs", "10000", "--minutes", "0.4")
+    process = program.start(*QUICK, "--image-size", "32", "--epochs", "10000", "--minutes", "0.4")
     seconds = {}
     for line in process.stdout:
         seconds[line.partition(" ")[0]] = time.monotonic() - began

@@ -184,6 +184,8 @@ def test_last_layer_is_loaded_where_it_is_for_the_same_classes(keep_last_layer):
 def test_last_layer_for_other_classes_is_new():
     source = pretrained_network(SMALLEST, 1000).state_dict()
     network = pretrained_network(SMALLEST, 10)
+    network.body.classifier[1].weight.data.mul_(100)
+    network.body.classifier[1].bias.data.fill_(1.0)
     load_pretrained(network, {**source, "unknown": torch.ones(1)}, "x.pth", False)
     after = network.state_dict()
     expected = new_last_layer_weights(network)
@@ -227,15 +229,36 @@ def test_new_last_layer_begins_near_chance():
     own_logits = features @ own["body.classifier.1.weight"].T
     logits = features @ new["body.classifier.1.weight"].T + new["body.classifier.1.bias"]
     assert own_logits.std() > 3 and 0 < logits.std() < 0.5
-    state = torch.get_rng_state()
-    again = new_last_layer_weights(network)
-    assert torch.equal(state, torch.get_rng_state())
-    assert same(again, new_last_layer_weights(network))  # drawn from the seed of the run
 
 
-def test_last_layer_that_is_no_matrix_stays():
-    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+def test_new_last_layer_is_drawn_from_the_seed_of_the_run():
+    network = nn.Sequential(nn.Linear(4, 3))
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        drawn.append(new_last_layer_weights(network))
+        assert torch.equal(state, torch.get_rng_state())
+    assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    "last",
+    [nn.BatchNorm1d(3), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))],
+    ids=["no matrix", "weight of other weights"],
+)
+def test_last_layer_of_another_kind_stays(last):
+    network = nn.Sequential(nn.Linear(4, 3), last)
     assert same(new_last_layer_weights(network), last_layer_weights(network))
+
+
+def test_hidden_layer_of_the_classifier_stays(monkeypatch):
+    network = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    layers = {"0": network[0], "1": network[1]}
+    monkeypatch.setattr("classifier.networks.pretrained.last_layers", lambda _: layers)
+    own, new = network.state_dict(), new_last_layer_weights(network)
+    assert torch.equal(new["0.weight"], own["0.weight"])
+    assert not torch.equal(new["1.weight"], own["1.weight"])
 
 
 def test_freezing_leaves_only_the_last_layer_to_be_trained():
