@@ -4,7 +4,7 @@
     python inference.py holiday/ --format csv > holiday.csv
     python inference.py cat.jpg --save predictions.png       draw the images and their classes
     python inference.py --checkpoint model.onnx cat.jpg      where torch is not installed
-    python inference.py labelled/ --evaluate                 test it on folders of these classes
+    python inference.py labelled/ --evaluate                 test it on a folder of class folders
 
 The answer is unknown for an image that is too unlike the training images: see --reject.
 
@@ -907,7 +907,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--evaluate",
         action="store_true",
-        help="test the model on the images in this folder, in subfolders named like its classes",
+        help="test the model on a folder of class folders, named after the classes of the model",
     )
     parser.add_argument(
         "--out",

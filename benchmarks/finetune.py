@@ -112,7 +112,7 @@ def train(
     options = f"{settings} --lr {lr} {VARIANTS[name]}"
     init_from = f"--init-from {shlex.quote(str(weights))}"
     result = harness.run(f"{options} {init_from}", seed, data_dir, snippet)
-    # its folder is different at each call
+    # what is kept names the file alone: its folder may be a temporary one
     return {"name": name, "lr": lr, **result, "variant": f"{options} --init-from {weights.name}"}
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     default_name = "finetune, with --test finetune_test"
     parser.add_argument("--name", help=f"of the result file (default: {default_name})")
     options = parser.parse_args()
-    name = options.name or ("finetune_test" if options.test else "finetune")
+    result_name = options.name or ("finetune_test" if options.test else "finetune")
     variants = [f"{name}, {lr}" for name in options.only for lr in options.learning_rates]
     snippet = LOAD_CLASSES.format(first=5, end=10, count=CLASS_SIZE, on_test_images=options.test)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +176,7 @@ def main() -> None:
             weights=weights,
             snippet=snippet,
         )
-        print(table(harness.run_in_turns(name, variants, options.runs, run)))
+        print(table(harness.run_in_turns(result_name, variants, options.runs, run)))
 
 
 if __name__ == "__main__":

@@ -865,8 +865,7 @@ def test_mutations_change_files():
 
 @pytest.mark.slow
 def test_run_that_is_killed_goes_on(monkeypatch):
-    options = [*QUICK]
-    monkeypatch.setattr(survival, "OPTIONS", [*options, "--device", "cpu"])
+    monkeypatch.setattr(survival, "OPTIONS", [*QUICK, "--device", "cpu"])
     undisturbed = survival.run_undisturbed()
     assert 0 < undisturbed.start_up < undisturbed.seconds and undisturbed.kilobytes > 100
     moment = (undisturbed.start_up + undisturbed.seconds) / 2

@@ -185,31 +185,23 @@ def new_last_layer_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     Libraries initialise it for a training of all layers. In EfficientNet its weights are of the
     order of 1/√classes, so that a few classes begin with logits of ten and more, and a short run
     does little but unlearn these. A standard deviation of 0.01 is that of torchvision's MobileNet.
-    Zeros would keep a last layer that a ReLU follows from learning at all. Layers other than Linear
-    and Conv2d, those whose weight is computed from others (weight_norm), and hidden layers of a
-    classifier of several keep their values. Random states stay as they are.
+    Zeros would keep a last layer that a ReLU follows from learning at all.
+
+    What is no Linear or Conv2d with a weight of its own keeps its values, and so does a hidden
+    layer where the classifier has several. Random states stay as they are.
     """
     weights = last_layer_weights(network)
-    layers = last_layers(network)
-    *_, last = layers.values()
+    *_, last = weights.values()  # its first dimension is the number of classes
     with torch.random.fork_rng(devices=[]):
-        for name, layer in layers.items():
-            weight = weights.get(f"{name}.weight")
+        for name, layer in last_layers(network).items():
+            weight = weights.get(f"{name}.weight")  # None where it is computed (weight_norm)
             if weight is None or not isinstance(layer, (nn.Linear, nn.Conv2d)):
                 continue
-            if _number_of_outputs(layer) != _number_of_outputs(last):
-                continue
-            weights[f"{name}.weight"] = torch.randn_like(weight) * 0.01
-            if layer.bias is not None:
-                weights[f"{name}.bias"] = torch.zeros_like(weights[f"{name}.bias"])
+            if weight.shape[:1] == last.shape[:1]:
+                weights[f"{name}.weight"] = torch.randn_like(weight) * 0.01
+                if layer.bias is not None:
+                    weights[f"{name}.bias"] = torch.zeros_like(layer.bias)
     return weights
-
-
-def _number_of_outputs(layer: nn.Module) -> int | None:
-    """How many features or channels a linear layer or convolution gives; None for another layer."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else None
 
 
 def freeze_all_but_last_layer(network: nn.Module) -> None:
