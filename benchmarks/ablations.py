@@ -13,7 +13,6 @@ easiest fifth of the images left out" saved 14 % of the time for 0.4 points (ben
 """
 
 import argparse
-import functools
 import math
 import statistics
 from typing import Any, NamedTuple
@@ -209,15 +208,18 @@ VARIANTS = {
 # ---- Runs, table and figure ----------------------------------------------------------------------
 
 
-def train(name: str, seed: int, data_dir: str, epochs: int) -> dict[str, Any]:
-    """Train once: seconds of training, and the validation accuracy after the last epoch."""
-    options, snippet, environment = VARIANTS[name]
-    result = harness.run(
-        f"default --epochs {epochs} {options}", seed, data_dir, snippet, environment
-    )
+def train(
+    variant: Variant, seed: int, data_dir: str, options: str = "--epochs 5"
+) -> dict[str, Any]:
+    """Train once: seconds of training, and the validation accuracy after the last epoch.
+
+    options: of all variants; those of this one come after them.
+    """
+    command = f"default {options} {variant.options}"
+    result = harness.run(command, seed, data_dir, variant.snippet, variant.environment)
     last_epoch = result["epochs"][-1]
     return {
-        "variant": name,
+        "options": options,
         "seed": seed,
         "seconds": last_epoch["seconds"],
         "valid_accuracy": last_epoch["valid_accuracy"],
@@ -295,32 +297,43 @@ def draw(summaries: dict[str, Summary]) -> Figure:
     return figure
 
 
-def parse_options() -> argparse.Namespace:
-    parser = harness.new_parser(__doc__, runs=2)
+def parse_options(
+    description: str | None, variants: dict[str, Variant], name: str
+) -> argparse.Namespace:
+    parser = harness.new_parser(description, runs=2)
     parser.add_argument(
         "--only",
         nargs="+",
-        default=list(VARIANTS),
-        choices=list(VARIANTS),
+        default=list(variants),
+        choices=list(variants),
         metavar="NAME",
         help=f"variants to run besides {BASE!r} (default: all)",
     )
     epochs = "of each run (default: 5)"
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help=epochs)
-    name = "of the result files (default: ablations)"
-    parser.add_argument("--name", default="ablations", help=name)
+    options = 'further options of each run: --options "--width 0.5"'
+    parser.add_argument("--options", default="", metavar="OPTIONS", help=options)
+    parser.add_argument("--name", default=name, help=f"of the result files (default: {name})")
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parse_options()
+def main(description: str | None, variants: dict[str, Variant], name: str) -> None:
+    """Run variants in turns, print a table and write results/NAME.json and NAME.png.
+
+    description: for --help. name: the default of --name.
+    """
+    options = parse_options(description, variants, name)
     names = [BASE, *(name for name in options.only if name != BASE)]
-    run = functools.partial(train, data_dir=options.data_dir, epochs=options.epochs)
-    results = harness.run_in_turns(options.name, names, options.runs, run)
+
+    def train_variant(name: str, seed: int) -> dict[str, Any]:
+        common = f"--epochs {options.epochs} {options.options}"
+        return {"variant": name, **train(variants[name], seed, options.data_dir, common)}
+
+    results = harness.run_in_turns(options.name, names, options.runs, train_variant)
     summaries = summarize(results)
     print(table(summaries))
     draw(summaries).savefig(harness.RESULTS / f"{options.name}.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, VARIANTS, "ablations")

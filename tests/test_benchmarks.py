@@ -24,6 +24,7 @@ import growth
 import harness
 import imbalance
 import large
+import learning_ideas
 import numpy as np
 import pytest
 import records
@@ -53,6 +54,7 @@ SAME_STEPS = {
     "first stage fixed in the last 30 %",  # the test stops before
 }
 SNIPPETS = {name: each.snippet for name, each in ablations.VARIANTS.items() if each.snippet}
+IDEAS = {name: each.snippet for name, each in learning_ideas.VARIANTS.items() if each.snippet}
 DIGITS = "default --dataset digits --width 0.25 --image-size 16"
 
 
@@ -87,7 +89,7 @@ def base_weights():
 
 
 def test_text_of_every_variant_is_a_program():
-    snippets = [*SNIPPETS.values(), scaling.SILENT, gpu_parts.LITTLE_MEMORY]
+    snippets = [*SNIPPETS.values(), *IDEAS.values(), scaling.SILENT, gpu_parts.LITTLE_MEMORY]
     snippets.append(imbalance.LOAD_IMBALANCED.format(share=0.05))
     classes = {"first": 5, "end": 10, "count": 50, "on_test_images": False}
     snippets.append(finetune.LOAD_CLASSES.format(**classes))
@@ -97,18 +99,18 @@ def test_text_of_every_variant_is_a_program():
     for snippet in snippets:
         text = harness.variant_program(snippet)
         compile(text, snippet, "exec")
-        assert "{" not in snippet
         assert text.startswith(harness.BEFORE_SNIPPET)
         assert text.endswith(harness.AFTER_SNIPPET)
 
 
-def test_options_of_every_variant_exist():
+@pytest.mark.parametrize("variants", [ablations.VARIANTS, learning_ideas.VARIANTS])
+def test_options_of_every_variant_exist(variants):
     parser = ic.cli.build_parser("", ic.DEFAULT_RECIPE, "")
-    for name, variant in ablations.VARIANTS.items():
+    for name, variant in variants.items():
         given = ic.cli.parse_settings(parser, variant.options.split())
         ic.configure(**given)
         assert variant.options or variant.snippet or variant.environment or name == ablations.BASE
-    assert ablations.VARIANTS[ablations.BASE] == ablations.Variant()
+    assert variants[ablations.BASE] == ablations.Variant()
 
 
 def test_names_of_variants_stay_those_of_the_result_files():
@@ -129,6 +131,51 @@ def test_snippet_changes_what_is_learned(name, apply_snippet, base_weights):
             torch.testing.assert_close(weights[key], base_weights[key], rtol=0.02, atol=1e-3)
     else:
         assert not same(weights, base_weights)
+
+
+def train_four_steps():
+    """The weights after a whole run, of four steps on digits that become larger."""
+    trainer = trainer_of(precision="fp32", progressive_resizing=0.7, width=0.25, batch_size=20)
+    trainer.state.progress.total_steps = 4
+    plan = trainer.plan(0)
+    for batch_slice in trainer.batch_slices[:4]:
+        trainer.train_step(plan.take(batch_slice))
+    assert trainer.state.progress.done
+    return trainer.state.model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def weights_without_ideas():
+    return train_four_steps()
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_idea_changes_what_is_learned(name, apply_snippet, weights_without_ideas):
+    apply_snippet(IDEAS[name])
+    changed = train_four_steps()
+    assert all(value.isfinite().all() for value in changed.values())
+    assert not same(changed, weights_without_ideas)
+
+
+def test_soap_moves_weights_as_far_as_muon_does(apply_snippet):
+    weight = torch.nn.Parameter(torch.randn(4, 12))
+    weight.grad = torch.randn(4, 12)
+    before = weight.detach() * (2 / weight.detach().norm())
+    apply_snippet(learning_ideas.SOAP)
+    ic.Muon([weight], lr=0.1, momentum=0.6, dtype=torch.float32).step()
+    assert (weight.detach() - before).norm().item() == pytest.approx(0.1 * 4**0.5, rel=1e-3)
+
+
+def test_mean_of_the_last_weights(apply_snippet, monkeypatch):
+    trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
+    trainer.state.progress.total_steps = 4
+    weight = trainer.state.model.classifier.weight.data.zero_()
+    monkeypatch.setattr(ic.Trainer, "compute_step", lambda *arguments: weight.add_(1))
+    apply_snippet(learning_ideas.LAST_WEIGHTS.format(steps=2, floor=0))
+    plan = trainer.plan(0)
+    for batch_slice in trainer.batch_slices[:4]:
+        trainer.train_step(plan.take(batch_slice))
+    assert torch.all(weight == 3.5)
 
 
 @pytest.mark.parametrize("name", ["no_such_name", "set_whitenings"])
@@ -327,11 +374,10 @@ def test_run_tells_what_it_did(folder):
 
 
 @pytest.mark.slow
-def test_ablation_with_a_snippet_and_options(monkeypatch, cifar10):
+def test_ablation_with_a_snippet_and_options(cifar10):
     variant = ablations.Variant("--fast-dev-run", ablations.NOT_RESIDUAL, {"OMP_NUM_THREADS": "1"})
-    monkeypatch.setitem(ablations.VARIANTS, "tried", variant)
-    result = ablations.train("tried", 0, str(cifar10), 1)
-    assert result["variant"] == "tried" and result["seconds"] > 0
+    result = ablations.train(variant, 0, str(cifar10), "--epochs 1 --width 0.5")
+    assert result["options"] == "--epochs 1 --width 0.5" and result["seconds"] > 0
     assert 0 <= result["valid_accuracy"] <= 1
     assert result["hardware"].endswith(", 1 threads")
 

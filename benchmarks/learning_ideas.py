@@ -1,0 +1,256 @@
+"""Ideas of other programs and papers about learning, each tried in the default recipe.
+
+    python benchmarks/learning_ideas.py --runs 3
+    python benchmarks/learning_ideas.py --only NorMuon SOAP --runs 3 --options "--width 0.5"
+
+Runs, table and figure are those of ablations.py; results/learning_ideas.json has every run. Nothing
+of this is in the program: see "Tried and left out" in benchmarks/README.md.
+"""
+
+import ablations
+from ablations import BASE, Variant
+
+# ---- Snippets: learning rates --------------------------------------------------------------------
+
+# AdamW gets a second group, of the weights that `is_chosen`, with a learning rate of its own.
+OWN_RATE = """
+build_optimizers = ic.build_optimizers
+
+def with_own_rate(model, config, dtype, device):
+    optimizers = build_optimizers(model, config, dtype, device)
+    adamw = optimizers[1]
+    names = {{id(weight): name for name, weight in model.named_parameters()}}
+
+    def is_chosen(weight):
+        name = names[id(weight)]
+        return {condition}
+
+    group = adamw.param_groups[0]
+    chosen = [weight for weight in group["params"] if is_chosen(weight)]
+    group["params"] = [weight for weight in group["params"] if not is_chosen(weight)]
+    adamw.add_param_group({{"params": chosen, "lr": group["lr"] * {factor}}})
+    return optimizers
+
+replace(ic, "build_optimizers", with_own_rate)
+"""
+IS_BIAS = 'name.endswith("bias")'
+IS_NORM_WEIGHT = '"norm" in name and name.endswith("weight")'
+IS_CLASSIFIER = 'name == "classifier.weight"'
+
+POWER = """
+def with_power(scheduler, fraction, losses):
+    warm_up = 0.1 + 9 * fraction
+    decay = (1 - fraction) / 0.9
+    return min(warm_up, max(decay, 0) ** {power})
+
+replace(ic, "lr_factor", with_power)
+"""
+
+# ---- Snippets: the optimiser ---------------------------------------------------------------------
+
+# Those of https://github.com/hiverge/cifar10-speedrun.
+COEFFICIENTS = """
+import inspect
+source = inspect.getsource(ic.newton_schulz)
+assert "3.4445, -4.7750, 2.0315" in source
+exec(source.replace("3.4445, -4.7750, 2.0315", "3.4576, -4.7391, 2.0843"), ic.__dict__)
+"""
+
+# Li et al., 2025, https://arxiv.org/abs/2510.05491: each row of an update is divided by the root of
+# its mean square, averaged over the steps; the norm of the update stays the same.
+NORMUON = """
+newton_schulz = ic.newton_schulz
+mean_squares = {}
+
+def with_row_scales(matrices):
+    results = []
+    for number, update in enumerate(newton_schulz(matrices)):
+        update = update.float()
+        mean_square = update.square().mean(1)
+        if number in mean_squares:
+            mean_square = torch.lerp(mean_squares[number], mean_square, 0.05)
+        mean_squares[number] = mean_square
+        scaled = update / (mean_square.sqrt()[:, None] + 1e-7)
+        results.append(scaled * (update.norm() / scaled.norm()))
+    return results
+
+replace(ic, "newton_schulz", with_row_scales)
+"""
+
+# Vyas et al., 2024, https://arxiv.org/abs/2409.11321, on the smaller side of each matrix only: Adam
+# in the eigenvectors of the gradients' mean Gram matrix. Norms of weights and updates are Muon's.
+SOAP = """
+BETA1, BETA2 = 0.8, 0.95
+
+def soap_update(state, grad):
+    gram = grad @ grad.T
+    if not state:
+        state.update(gram=gram, m=torch.zeros_like(grad), v=torch.zeros_like(grad), t=0)
+    state["gram"] = torch.lerp(state["gram"], gram, 0.05)
+    if state["t"] % 10 == 0:
+        basis = torch.linalg.eigh(state["gram"]).eigenvectors
+        if "basis" in state:
+            state["m"] = basis.T @ state["basis"] @ state["m"]
+        state["basis"] = basis
+    state["t"] += 1
+    rotated = state["basis"].T @ grad
+    state["m"] = torch.lerp(state["m"], rotated, 1 - BETA1)
+    state["v"] = torch.lerp(state["v"], rotated.square(), 1 - BETA2)
+    m = state["m"] / (1 - BETA1 ** state["t"])
+    v = state["v"] / (1 - BETA2 ** state["t"])
+    update = state["basis"] @ (m / (v.sqrt() + 1e-10))
+    return update * (len(grad) ** 0.5 / update.norm())
+
+soap_states = {}
+
+@torch.no_grad()
+def step(self, closure=None):
+    for group in self.param_groups:
+        for weight in group["params"]:
+            grad = weight.grad.flatten(1)
+            is_tall = grad.shape[0] > grad.shape[1]
+            state = soap_states.setdefault(id(weight), {})
+            update = soap_update(state, grad.T if is_tall else grad)
+            update = update.T if is_tall else update
+            weight.mul_(len(weight) ** 0.5 / weight.norm())
+            weight.sub_(update.reshape(weight.shape) * group["lr"])
+
+replace(ic.Muon, "step", step)
+"""
+
+# Zhang et al., 2019, https://arxiv.org/abs/1907.08610; airbench94 does this every five steps.
+LOOKAHEAD = """
+train_step = ic.Trainer.train_step
+slow = []
+
+@torch.no_grad()
+def pull_back(weights, share):
+    if not slow:
+        slow.extend(weight.clone() for weight in weights)
+    for kept, weight in zip(slow, weights):
+        kept.lerp_(weight, share)
+        weight.copy_(kept)
+
+def train_step_then_pull_back(self, *arguments, **options):
+    stats = train_step(self, *arguments, **options)
+    progress = self.state.progress
+    if progress.step % 5 == 0 or progress.done:
+        weights = [w for w in self.state.model.parameters() if w.requires_grad]
+        pull_back(weights, 1.0 if progress.done else 0.7)
+    return stats
+
+replace(ic.Trainer, "train_step", train_step_then_pull_back)
+"""
+
+# The mean of the weights after each of the last steps becomes the result. `floor` is the smallest
+# learning rate in the second half of the run, as a share of the peak.
+LAST_WEIGHTS = """
+train_step, lr_factor = ic.Trainer.train_step, ic.lr_factor
+sums = {{}}
+
+def train_step_then_add(self, *arguments, **options):
+    stats = train_step(self, *arguments, **options)
+    progress, state = self.state.progress, self.state.model.state_dict()
+    if progress.total_steps - progress.step >= {steps}:
+        return stats
+    for name, value in state.items():
+        if value.is_floating_point():
+            sums[name] = sums.get(name, 0) + value
+    if progress.done:
+        for name, total in sums.items():
+            state[name].copy_(total / {steps})
+    return stats
+
+def with_floor(scheduler, fraction, losses):
+    factor = lr_factor(scheduler, fraction, losses)
+    return max(factor, {floor}) if fraction > 0.5 else factor
+
+replace(ic.Trainer, "train_step", train_step_then_add)
+replace(ic, "lr_factor", with_floor)
+"""
+
+# ---- Snippets: images ----------------------------------------------------------------------------
+
+# One brightness and one contrast for the whole batch, as in cifar10-speedrun.
+COLOURS = """
+gather = ic.gather_augmented
+generator = torch.Generator().manual_seed(7)
+
+def with_colours(images, batch):
+    x = gather(images, batch)
+    brightness, contrast = (torch.rand(2, generator=generator) * 2 - 1).tolist()
+    mean = x.float().mean()
+    x = (x - mean) * (1 + 0.13 * contrast) + mean
+    return x + 0.14 * brightness * x.std()
+
+replace(ic, "gather_augmented", with_colours)
+"""
+
+CROPS = """
+resize = ic.resize
+generator = torch.Generator().manual_seed(9)
+
+def crop_at_first(images, scale):
+    is_training = torch.is_grad_enabled()
+    if scale > {largest_scale} or not is_training:
+        return resize(images, scale)
+    size = round(images.shape[-1] * scale)
+    positions = images.shape[-1] - size + 1
+    top, left = torch.randint(positions, (2,), generator=generator).tolist()
+    return images[:, :, top : top + size, left : left + size]
+
+replace(ic, "resize", crop_at_first)
+"""
+
+HALF_BATCHES = """
+compute_step = ic.Trainer.compute_step
+
+def in_two_steps(self, batch, scale):
+    if scale > {largest_scale}:
+        return compute_step(self, batch, scale)
+    half = len(batch.order) // 2
+    stats = compute_step(self, batch.take(slice(half)), scale)
+    return stats + compute_step(self, batch.take(slice(half, None)), scale)
+
+replace(ic.Trainer, "compute_step", in_two_steps)
+"""
+
+# ---- The variants --------------------------------------------------------------------------------
+
+VARIANTS = {
+    BASE: Variant(),
+    "rate of batch norm's biases x 4": Variant(
+        snippet=OWN_RATE.format(condition=IS_BIAS, factor=4)
+    ),
+    "rate of batch norm's biases x 16": Variant(
+        snippet=OWN_RATE.format(condition=IS_BIAS, factor=16)
+    ),
+    "rate of batch norm's weights / 4": Variant(
+        snippet=OWN_RATE.format(condition=IS_NORM_WEIGHT, factor=0.25)
+    ),
+    "rate of the last layer x 3": Variant(
+        snippet=OWN_RATE.format(condition=IS_CLASSIFIER, factor=3)
+    ),
+    "rate of the last layer / 3": Variant(
+        snippet=OWN_RATE.format(condition=IS_CLASSIFIER, factor=1 / 3)
+    ),
+    "the rate falls with the power 1.2": Variant(snippet=POWER.format(power=1.2)),
+    "cifar10-speedrun's coefficients": Variant(snippet=COEFFICIENTS),
+    "NorMuon": Variant(snippet=NORMUON),
+    "SOAP": Variant(snippet=SOAP),
+    "lookahead": Variant(snippet=LOOKAHEAD),
+    "mean of the last 50 steps": Variant(snippet=LAST_WEIGHTS.format(steps=50, floor=0)),
+    "mean of the last 50 steps, rate above 0.2": Variant(
+        snippet=LAST_WEIGHTS.format(steps=50, floor=0.2)
+    ),
+    "smoothing 0.09": Variant("--label-smoothing 0.09"),
+    "smoothing 0.09, brightness and contrast": Variant("--label-smoothing 0.09", COLOURS),
+    "crops instead of smaller images at first": Variant(snippet=CROPS.format(largest_scale=0.5)),
+    "crops instead of smaller images": Variant(snippet=CROPS.format(largest_scale=0.75)),
+    "batches of 250 at first": Variant(snippet=HALF_BATCHES.format(largest_scale=0.5)),
+    "batches of 250 on smaller images": Variant(snippet=HALF_BATCHES.format(largest_scale=0.75)),
+}
+
+
+if __name__ == "__main__":
+    ablations.main(__doc__, VARIANTS, "learning_ideas")
