@@ -225,6 +225,7 @@ def train(
         "valid_accuracy": last_epoch["valid_accuracy"],
         "hardware": result["hardware"],
         "versions": result["versions"],
+        "commit": result["commit"],
     }
 
 

@@ -117,8 +117,8 @@ RECIPES: dict[str, Settings] = {
         "augment": "flip,crop=4",
     },
     # Reference 000: coursework of 10 epochs, training loss 2.23 to 1.69, validation loss 2.10 to
-    # 1.64. Chosen: all but the network and the epochs, so that the losses come near: 2.25 to 1.68
-    # and 2.18 to 1.60.
+    # 1.64. Chosen: all but the network and the epochs, so that the losses come near: 2.25 to 1.69
+    # and 2.18 to 1.61 (docs/references.md).
     "coursework": {
         **PLAIN,
         "model": "coursework-cnn",

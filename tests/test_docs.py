@@ -1,6 +1,7 @@
 """The documents: links lead somewhere, pictures exist, and the script is as they say."""
 
 import importlib.util
+import json
 import re
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ PAGES = [
     REPOSITORY / "benchmarks" / "README.md",
 ]
 TOOLS = ["inference", "explain", "export", "app", "tune", "compare"]
+RESULTS = sorted((REPOSITORY / "benchmarks" / "results").glob("*.json"))
 DRAWN = ("stages", "receptive_fields", "learning_rate", "whitening")  # by draw_pictures.py
 
 
@@ -49,6 +51,16 @@ def draw_pictures():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def values_of(content, key):
+    """All values under this key, anywhere in the content of a JSON file."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from [value] if name == key else values_of(value, key)
+    if isinstance(content, list):
+        for value in content:
+            yield from values_of(value, key)
 
 
 # ---- Pages ----
@@ -117,6 +129,13 @@ def test_sections_of_the_script_are_explained_in_their_order():
     page = (DOCS / "how-it-works.md").read_text(encoding="utf-8")
     explained = [title for title in re.findall(r"^## (.+)$", page, re.MULTILINE) if title in story]
     assert explained == story
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_commits_of_the_measured_results_are_named(file):
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for commit in values_of(json.loads(file.read_text(encoding="utf-8")), "commit"):
+        assert commit is None or commit[:7] in text
 
 
 def test_functions_that_are_explained_exist():
