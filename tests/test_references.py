@@ -32,6 +32,12 @@ STATE_DICTS = {
     "airbench94": "b52ff7528aeb",
 }
 
+# the deepest take seconds for what the others show as well
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("resnet101", "resnet152") else name
+    for name in FACTORIES
+]
+
 
 def num_parameters(network):
     return sum(weight.numel() for weight in network.parameters())
@@ -57,7 +63,7 @@ def test_sizes_of_the_networks_that_have_no_table():
     assert nn.Conv2d not in kinds and nn.Linear in kinds
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_table_counts_every_weight(name, capsys):
     network = FACTORIES[name]()
     print_summary(network, (3, 32, 32))
@@ -81,7 +87,7 @@ def test_resnet18_dropout_has_the_table_of_the_reference(capsys):
     assert row.findall(capsys.readouterr().out) == expected
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_network_takes_other_classes_channels_and_sizes(name):
     network = FACTORIES[name](classes=7, channels=1, image_size=28)
     logits = network(torch.rand(4, 1, 28, 28))

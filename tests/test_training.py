@@ -297,7 +297,8 @@ atexit.register(check_modules)
 """
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["cifar10", "digits"])
 def test_slow_imports_wait_until_they_are_needed(program, cifar10, dataset):
     options = ["--dataset", dataset, "--width", "0.25", "--fast-dev-run"]
     out, _ = program("--data-dir", cifar10, *options, patch=NO_SLOW_IMPORTS)
