@@ -234,6 +234,11 @@ VARIANTS = {
     "rate of the last layer / 3": Variant(
         snippet=OWN_RATE.format(condition=IS_CLASSIFIER, factor=1 / 3)
     ),
+    "rate of the last layer x 10": Variant(
+        snippet=OWN_RATE.format(condition=IS_CLASSIFIER, factor=10)
+    ),
+    "AdamW's rate x 2": Variant(snippet=OWN_RATE.format(condition="True", factor=2)),
+    "AdamW's rate x 4": Variant(snippet=OWN_RATE.format(condition="True", factor=4)),
     "the rate falls with the power 1.2": Variant(snippet=POWER.format(power=1.2)),
     "cifar10-speedrun's coefficients": Variant(snippet=COEFFICIENTS),
     "NorMuon": Variant(snippet=NORMUON),
