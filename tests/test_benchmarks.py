@@ -133,12 +133,12 @@ def test_snippet_changes_what_is_learned(name, apply_snippet, base_weights):
         assert not same(weights, base_weights)
 
 
-def train_four_steps():
-    """The weights after a whole run, of four steps on digits that become larger."""
+def train_eleven_steps():
+    """The weights after a whole run, of eleven steps on digits that become larger."""
     trainer = trainer_of(precision="fp32", progressive_resizing=0.7, width=0.25, batch_size=20)
-    trainer.state.progress.total_steps = 4
+    trainer.state.progress.total_steps = 11
     plan = trainer.plan(0)
-    for batch_slice in trainer.batch_slices[:4]:
+    for batch_slice in trainer.batch_slices[:11]:
         trainer.train_step(plan.take(batch_slice))
     assert trainer.state.progress.done
     return trainer.state.model.state_dict()
@@ -146,13 +146,13 @@ def train_four_steps():
 
 @pytest.fixture(scope="module")
 def weights_without_ideas():
-    return train_four_steps()
+    return train_eleven_steps()
 
 
 @pytest.mark.parametrize("name", IDEAS)
 def test_idea_changes_what_is_learned(name, apply_snippet, weights_without_ideas):
     apply_snippet(IDEAS[name])
-    changed = train_four_steps()
+    changed = train_eleven_steps()
     assert all(value.isfinite().all() for value in changed.values())
     assert not same(changed, weights_without_ideas)
 
