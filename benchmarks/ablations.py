@@ -208,9 +208,7 @@ VARIANTS = {
 # ---- Runs, table and figure ----------------------------------------------------------------------
 
 
-def train(
-    variant: Variant, seed: int, data_dir: str, options: str = "--epochs 5"
-) -> dict[str, Any]:
+def train(variant: Variant, seed: int, data_dir: str, options: str) -> dict[str, Any]:
     """Train once: seconds of training, and the validation accuracy after the last epoch.
 
     options: of all variants; those of this one come after them.
@@ -299,7 +297,7 @@ def draw(summaries: dict[str, Summary]) -> Figure:
 
 
 def parse_options(
-    description: str | None, variants: dict[str, Variant], name: str
+    description: str | None, variants: dict[str, Variant], results_name: str
 ) -> argparse.Namespace:
     parser = harness.new_parser(description, runs=2)
     parser.add_argument(
@@ -314,16 +312,17 @@ def parse_options(
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help=epochs)
     options = 'further options of each run: --options "--width 0.5"'
     parser.add_argument("--options", default="", metavar="OPTIONS", help=options)
-    parser.add_argument("--name", default=name, help=f"of the result files (default: {name})")
+    name = f"of the result files (default: {results_name})"
+    parser.add_argument("--name", default=results_name, help=name)
     return parser.parse_args()
 
 
-def main(description: str | None, variants: dict[str, Variant], name: str) -> None:
+def main(description: str | None, variants: dict[str, Variant], results_name: str) -> None:
     """Run variants in turns, print a table and write results/NAME.json and NAME.png.
 
-    description: for --help. name: the default of --name.
+    description: for --help. results_name: the default of --name.
     """
-    options = parse_options(description, variants, name)
+    options = parse_options(description, variants, results_name)
     names = [BASE, *(name for name in options.only if name != BASE)]
 
     def train_variant(name: str, seed: int) -> dict[str, Any]:

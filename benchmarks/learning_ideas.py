@@ -19,7 +19,7 @@ build_optimizers = ic.build_optimizers
 def with_own_rate(model, config, dtype, device):
     optimizers = build_optimizers(model, config, dtype, device)
     adamw = optimizers[1]
-    names = {{id(weight): name for name, weight in model.named_parameters()}}
+    names = dict((id(weight), name) for name, weight in model.named_parameters())
 
     def is_chosen(weight):
         name = names[id(weight)]
@@ -28,7 +28,7 @@ def with_own_rate(model, config, dtype, device):
     group = adamw.param_groups[0]
     chosen = [weight for weight in group["params"] if is_chosen(weight)]
     group["params"] = [weight for weight in group["params"] if not is_chosen(weight)]
-    adamw.add_param_group({{"params": chosen, "lr": group["lr"] * {factor}}})
+    adamw.add_param_group(dict(params=chosen, lr=group["lr"] * {factor}))
     return optimizers
 
 replace(ic, "build_optimizers", with_own_rate)
@@ -60,7 +60,7 @@ exec(source.replace("3.4445, -4.7750, 2.0315", "3.4576, -4.7391, 2.0843"), ic.__
 # its mean square, averaged over the steps; the norm of the update stays the same.
 NORMUON = """
 newton_schulz = ic.newton_schulz
-mean_squares = {}
+mean_squares = dict()
 
 def with_row_scales(matrices):
     results = []
@@ -101,7 +101,7 @@ def soap_update(state, grad):
     update = state["basis"] @ (m / (v.sqrt() + 1e-10))
     return update * (len(grad) ** 0.5 / update.norm())
 
-soap_states = {}
+soap_states = dict()
 
 @torch.no_grad()
 def step(self, closure=None):
@@ -109,7 +109,7 @@ def step(self, closure=None):
         for weight in group["params"]:
             grad = weight.grad.flatten(1)
             is_tall = grad.shape[0] > grad.shape[1]
-            state = soap_states.setdefault(id(weight), {})
+            state = soap_states.setdefault(id(weight), dict())
             update = soap_update(state, grad.T if is_tall else grad)
             update = update.T if is_tall else update
             weight.mul_(len(weight) ** 0.5 / weight.norm())
@@ -125,17 +125,17 @@ slow = []
 
 @torch.no_grad()
 def pull_back(weights, share):
-    if not slow:
-        slow.extend(weight.clone() for weight in weights)
     for kept, weight in zip(slow, weights):
         kept.lerp_(weight, share)
         weight.copy_(kept)
 
 def train_step_then_pull_back(self, *arguments, **options):
+    weights = [weight for weight in self.state.model.parameters() if weight.requires_grad]
+    if not slow:
+        slow.extend(weight.detach().clone() for weight in weights)
     stats = train_step(self, *arguments, **options)
     progress = self.state.progress
     if progress.step % 5 == 0 or progress.done:
-        weights = [w for w in self.state.model.parameters() if w.requires_grad]
         pull_back(weights, 1.0 if progress.done else 0.7)
     return stats
 
@@ -146,7 +146,7 @@ replace(ic.Trainer, "train_step", train_step_then_pull_back)
 # learning rate in the second half of the run, as a share of the peak.
 LAST_WEIGHTS = """
 train_step, lr_factor = ic.Trainer.train_step, ic.lr_factor
-sums = {{}}
+sums = dict()
 
 def train_step_then_add(self, *arguments, **options):
     stats = train_step(self, *arguments, **options)

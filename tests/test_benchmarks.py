@@ -99,12 +99,14 @@ def test_text_of_every_variant_is_a_program():
     for snippet in snippets:
         text = harness.variant_program(snippet)
         compile(text, snippet, "exec")
+        assert "{" not in snippet
         assert text.startswith(harness.BEFORE_SNIPPET)
         assert text.endswith(harness.AFTER_SNIPPET)
 
 
-@pytest.mark.parametrize("variants", [ablations.VARIANTS, learning_ideas.VARIANTS])
-def test_options_of_every_variant_exist(variants):
+@pytest.mark.parametrize("benchmark", [ablations, learning_ideas])
+def test_options_of_every_variant_exist(benchmark):
+    variants = benchmark.VARIANTS
     parser = ic.cli.build_parser("", ic.DEFAULT_RECIPE, "")
     for name, variant in variants.items():
         given = ic.cli.parse_settings(parser, variant.options.split())
