@@ -53,7 +53,9 @@ COEFFICIENTS = """
 import inspect
 source = inspect.getsource(ic.newton_schulz)
 assert "3.4445, -4.7750, 2.0315" in source
-exec(source.replace("3.4445, -4.7750, 2.0315", "3.4576, -4.7391, 2.0843"), ic.__dict__)
+names = dict(vars(ic))
+exec(source.replace("3.4445, -4.7750, 2.0315", "3.4576, -4.7391, 2.0843"), names)
+replace(ic, "newton_schulz", names["newton_schulz"])
 """
 
 # Li et al., 2025, https://arxiv.org/abs/2510.05491: each row of an update is divided by the root of

@@ -59,14 +59,22 @@ DIGITS = "default --dataset digits --width 0.25 --image-size 16"
 
 
 @pytest.fixture
-def apply_snippet(monkeypatch):
-    """A function that executes a snippet in this process, until the end of the test."""
+def apply_snippet():
+    """A function that executes a snippet in this process, until the end of the test.
 
-    def apply(snippet):
-        names = {"ic": ic, "torch": torch, "F": F, "replace": monkeypatch.setattr}
-        exec(snippet, names)
+    Fails if the snippet changed a name of the script otherwise than by `replace`, for later tests
+    would go on with the change.
+    """
+    before = dict(vars(ic))
+    with pytest.MonkeyPatch.context() as patch:
 
-    return apply
+        def apply(snippet):
+            names = {"ic": ic, "torch": torch, "F": F, "replace": patch.setattr}
+            exec(snippet, names)
+
+        yield apply
+    changed = [name for name, value in vars(ic).items() if before.get(name) is not value]
+    assert not changed
 
 
 def train_two_steps():
