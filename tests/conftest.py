@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import gc
 import importlib
 import json
 import os
@@ -48,6 +49,10 @@ def pytest_xdist_auto_num_workers():
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # in the first process only
         fork_server.start(REPOSITORY)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # train() collects garbage at its end, which takes 0.3 s otherwise
 
 
 # ---- What a run has written ----------------------------------------------------------------------
@@ -250,6 +255,7 @@ class Inside:
     def __call__(self, *arguments, status=0):
         module = importlib.import_module(self.name)
         self.monkeypatch.setattr(sys, "argv", [f"{self.name}.py", *map(str, arguments)])
+        self.monkeypatch.setattr(gc, "freeze", lambda: None)  # it would keep the garbage of tests
         self.capsys.readouterr()
         try:
             returned = module.main() if module is ic else run_tool(module.main)

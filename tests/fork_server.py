@@ -9,6 +9,7 @@ fork cannot show (other environment variables, a launcher), programs are started
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -200,6 +201,7 @@ def serve(address):
         connection, _ = listener.accept()
         for name in PRELOADED:
             importlib.import_module(name)
+        gc.freeze()  # in the programs, the garbage collector passes over what is there so far
         if os.fork() == 0:
             listener.close()
             selector.close()
