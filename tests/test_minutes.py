@@ -33,14 +33,14 @@ def slow(classes=10, channels=3, image_size=32):
 def test_minutes_are_kept(program, folder):
     began = time.monotonic()
     # the epochs would take far longer
-    process = program.start(*QUICK, "--image-size", "32", "--epochs", "10000", "--minutes", "0.4")
+    process = program.start(*QUICK, "--image-size", "32", "--epochs", "10000", "--minutes", "0.3")
     seconds = {}
     for line in process.stdout:
         seconds[line.partition(" ")[0]] = time.monotonic() - began
     assert process.wait() == 0
     assert len(epochs_of(only_run(folder))) > 1
-    assert seconds["Finished"] < 30
-    assert 16 < seconds["Done"] < 55  # a busy machine reports slowly
+    assert seconds["Finished"] < 24
+    assert 11 < seconds["Done"] < 50  # a busy machine reports slowly
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_two_processes_train_the_default_network_as_well(inside, together, folde
 
 
 # of ten steps each
-LONG = [*QUICK, "--device", "cpu", "--epochs", "9", "--batch-size", "40"]
+LONG = [*QUICK, "--device", "cpu", "--epochs", "7", "--batch-size", "40"]
 
 
 def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(

@@ -305,6 +305,26 @@ def test_slow_imports_wait_until_they_are_needed(program, cifar10, dataset):
     assert "imported: []" in out
 
 
+COUNT_FROZEN = """
+import gc
+
+gc.unfreeze()
+train_one_epoch = ic.train_one_epoch
+
+def count_frozen(*arguments):
+    print("frozen:", gc.get_freeze_count())
+    return train_one_epoch(*arguments)
+
+ic.train_one_epoch = count_frozen
+"""
+
+
+def test_garbage_collector_passes_over_what_is_imported(program):
+    out, _ = program(*QUICK, "--epochs", "1", patch=COUNT_FROZEN)
+    (count,) = re.findall("^frozen: ([0-9]+)$", out, re.MULTILINE)
+    assert int(count) > 100_000
+
+
 @pytest.mark.slow
 def test_temperature_is_fitted_to_logits_of_the_best_weights(folder, monkeypatch):
     """They are known from the epoch's validation, and not computed again."""
@@ -457,7 +477,7 @@ def test_class_balance_helps_the_rare_class(folder):
     data.train = data.train.select((data.train.labels != 8) | every_12th)
     recalls = {}
     for class_balance in ("none", "weights", "oversample"):
-        config = ic.Config(dataset="digits", width=0.25, epochs=4, batch_size=50)
+        config = ic.Config(dataset="digits", width=0.25, epochs=4, batch_size=50, image_size=16)
         report = ic.train(replace(config, class_balance=class_balance), data)
         recalls[class_balance] = report.results["recall"]["8"]
     assert recalls["weights"] > recalls["none"]
