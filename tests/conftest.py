@@ -38,7 +38,7 @@ from classifier.datasets.load import find_source
 from classifier.resolve import resolve_defaults
 
 # Settings under which the digits train in a second or two, for tests of everything but accuracy.
-SMALL = ["--dataset", "digits", "--subset", "400", "--epochs", "2", "--image-size", "16"]
+SMALL = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--image-size", "16"]
 QUICK = [*SMALL, "--width", "0.25"]
 
 

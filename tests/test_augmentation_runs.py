@@ -37,7 +37,7 @@ def test_each_step_has_a_row_in_the_picture_of_samples(inside, folder):
 
 @pytest.mark.slow
 def test_augmented_run_resumes_bit_for_bit(inside, folder):
-    options = [*QUICK, "--subset", "200", "--device", "cpu"]
+    options = [*QUICK, "--device", "cpu"]
     options += ["--augment", "crop,rotate,randaugment,trivialaugment,mixup"]
     options += ["--ema", "--class-balance", "oversample"]
     # what follows would depend on the number of epochs to come

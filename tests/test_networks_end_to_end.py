@@ -46,7 +46,7 @@ def slow_unless(quick, names):
 
 def test_small_run_with_another_network(inside, folder):
     """It has its own optimiser and learning rate, and its name is in the name of the file."""
-    out, _ = inside(*SMALL, "--subset", "200", "--model", "fcn", "--image-size", "8")
+    out, _ = inside(*SMALL, "--model", "fcn", "--image-size", "8")
     assert "smaller images" not in out  # progressive resizing is for the default network
     model, content = ic.load_checkpoint(folder / "model_fcn_digits.pth")
     assert content["config"]["optimizer"] == "adamw" and content["image_size"] == 8

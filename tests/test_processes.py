@@ -108,7 +108,7 @@ def test_two_processes_train_the_default_network_as_well(inside, together, folde
 
 
 # of ten steps each
-LONG = [*QUICK, "--device", "cpu", "--epochs", "7", "--batch-size", "40"]
+LONG = [*QUICK, "--device", "cpu", "--epochs", "7", "--batch-size", "20"]
 
 
 def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(
@@ -130,12 +130,12 @@ def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(
     assert "Epoch 0000: " in first
     assert "Epoch 0000: " not in second and "Epoch 0004: " in second
     run = only_run(folder)
-    assert state_of(run)["step"] < 9 * 10
+    assert state_of(run)["step"] < 7 * 10
     together("--resume", "last")
     assert same(weights(undisturbed / "best.pth"), weights(run / "best.pth"))
     assert curve(undisturbed) == curve(run)
-    inside("--resume", "last", "--epochs", "10")  # goes on with one process, too
-    assert len(curve(run)) == 10
+    inside("--resume", "last", "--epochs", "8")  # goes on with one process, too
+    assert len(curve(run)) == 8
 
 
 def test_error_of_all_processes_is_one_line_of_the_program(together, folder):

@@ -58,7 +58,7 @@ def test_mean_spread_and_the_best_model(inside, folder):
 
 @pytest.mark.slow
 def test_seed_of_several_learns_what_it_learns_alone(inside, folder):
-    briefly = [*QUICK, "--subset", "200", "--epochs", "1", "--device", "cpu"]
+    briefly = [*QUICK, "--epochs", "1", "--device", "cpu"]
     inside(*briefly, "--repeat", "2", "--seed", "6", "--run-dir", "both")
     inside(*briefly, "--seed", "7", "--run-dir", "alone")
     alone = folder / "alone" / "best.pth"
@@ -90,14 +90,14 @@ def test_interrupted_seed_goes_on(inside, folder):
     steps = itertools.count(1)
 
     def interrupt(*_):
-        if next(steps) == 20:  # in the second seed: each has 16
+        if next(steps) == 10:  # in the second seed: each has 8
             signal.raise_signal(signal.SIGINT)
 
     with beforehand(ic.Trainer, "train_step", interrupt):
         inside(*QUICK, "--repeat", "3", status=130)
     run = only_run(folder)
     first = weights(run / "seed-0" / "best.pth")
-    assert state_of(run / "seed-1")["step"] == 4 and not (run / "seed-2").exists()
+    assert state_of(run / "seed-1")["step"] == 2 and not (run / "seed-2").exists()
     out, _ = inside("--resume", run)
     assert "Mean test accuracy of 3 seeds" in out
     assert [epochs_of(run / f"seed-{seed}") for seed in range(3)] == [[0, 1]] * 3

@@ -43,7 +43,7 @@ from classifier.time_budget import TimeBudget
 FIXTURES = Path(__file__).with_name("fixtures") / "0.9.1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 
-LONGER = [*QUICK, "--epochs", "4", "--batch-size", "20", "--device", "cpu"]  # 20 steps an epoch
+LONGER = [*QUICK, "--epochs", "4", "--batch-size", "10", "--device", "cpu"]  # 20 steps an epoch
 
 NETWORK = """
 from torch import nn
@@ -254,8 +254,8 @@ def test_stop_at_the_end_of_an_epoch_loses_none(inside, folder, stopped):
 @pytest.mark.slow
 def test_interrupted_extension_goes_on(inside, folder, stopped):
     inside(*QUICK)
-    stopped(3, "--resume", "last", "--epochs", "4")  # within an epoch of 8 steps
-    assert state_of(only_run(folder))["step"] == 16 + 3
+    stopped(3, "--resume", "last", "--epochs", "4")  # within an epoch of 4 steps
+    assert state_of(only_run(folder))["step"] == 8 + 3
     inside("--resume", "last")
     assert epochs_of(only_run(folder)) == [0, 1, 2, 3]
 
@@ -304,14 +304,14 @@ def test_resumed_epoch_is_once_in_tensorboard(inside, folder):
 
 
 def test_run_with_minutes_goes_on_with_its_number_of_steps(inside, folder, stopped):
-    stopped(15, *QUICK, "--minutes", "1000", "--progressive-resizing", "0")
+    stopped(7, *QUICK, "--minutes", "1000", "--progressive-resizing", "0")
     total_steps = state_of(only_run(folder))["total_steps"]
-    assert total_steps > 16
+    assert total_steps > 8
     path = only_run(folder) / "config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"minutes": 0.001}))  # not so long here
     out, _ = inside("--resume", "last")
-    assert f"Resuming after step 15 of {total_steps}\n" in out
+    assert f"Resuming after step 7 of {total_steps}\n" in out
     assert state_of(only_run(folder))["step"] < total_steps
 
 
@@ -319,7 +319,7 @@ def test_epoch_that_minutes_ended_early_goes_on_and_counts_all_its_steps(
     inside, folder, monkeypatch
 ):
     monkeypatch.setattr(TimeBudget, "total_steps", lambda *_: 10)
-    inside(*QUICK, "--minutes", "1", "--batch-size", "100")  # epochs are 4 steps here
+    inside(*QUICK, "--minutes", "1", "--batch-size", "50")  # epochs are 4 steps here
     assert len(rows_of(only_run(folder))) == 3
     stats = []
 
@@ -420,7 +420,7 @@ def test_offline_trains_on_digits_and_stays_with_them(inside, folder, monkeypatc
 
 def test_custom_network_is_named_in_the_resume_command(inside, folder, stopped):
     (folder / "mine.py").write_text(NETWORK)
-    out = stopped(10, *SMALL, "--model", "mine.py:small")
+    out = stopped(5, *SMALL, "--model", "mine.py:small")
     command = out.rpartition("Resume with: ")[2]
     options = command.partition("image_classification.py")[2].split()
     assert options[2:] == ["--model", "mine.py:small"]
@@ -537,7 +537,7 @@ def test_recordings_are_made_anew_in_a_resumed_run(inside, folder, stopped, monk
 def test_best_model_of_a_resumed_run_is_the_one_of_all_its_epochs(inside, folder, stopped):
     """A network that gets worse after it was resumed keeps the weights of before."""
     still = ["--optimizer", "sgd", "--lr", "1e-9", "--scheduler", "none"]
-    stopped(9, *QUICK, *still)
+    stopped(5, *QUICK, *still)
     run = only_run(folder)
     best = weights(run / "best.pth")
     with mock.patch.object(ic, "validate", worse(ic.validate)):
