@@ -181,7 +181,7 @@ def plan_epoch(
     device: torch.device,
     sample_indices: torch.Tensor | None = None,
 ) -> Batch:
-    """Draw everything that is random in an epoch from (seed, epoch) alone; steps take slices of it.
+    """Draw an epoch's order, flips and shifts from (seed, epoch) alone; steps take slices of it.
 
     So a run that is resumed sees the same batches as an unbroken one, and so do several processes.
     Each image is mirrored in every other epoch, the first time at random: both views come equally
@@ -244,9 +244,10 @@ def reflected_positions(size: int, shifts: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """uint8 (N, C, H, W) to float32 with mean 0 and standard deviation 1 in each channel.
+    """uint8 (N, C, H, W) to float32: subtract each channel's mean, divide by its deviation.
 
-    The statistics are those of the training images; the network carries them as buffers.
+    These are of the training images, or of those that published weights were trained on, and
+    buffers of the network.
     """
     return (images - model.get_buffer("pixel_mean")) * model.get_buffer("pixel_scale")
 
@@ -261,7 +262,7 @@ def resize(images: torch.Tensor, scale: float) -> torch.Tensor:
 def image_scale(fraction: float, progressive_resizing: float) -> float:
     """Size of the images at this point of a run: coarse features can be learned from fewer pixels.
 
-    A step at half the size costs a third of one on whole images (progressive resizing, Howard,
+    A step at half the size costs a third of one on full-size images (progressive resizing, Howard,
     2018). classifier/progress.py has the cost at each scale.
     """
     if fraction < progressive_resizing / 2:
@@ -618,7 +619,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype if is_low else None, enabled=is_low)
 
     def plan(self, epoch: int) -> Batch:
-        """Everything that is random in this epoch: see plan_epoch."""
+        """The order, flips and shifts of this epoch: see plan_epoch."""
         seed, labels = self.config.seed, self.train_set.labels
         augment = parse_augment(self.config.augment)
         balanced = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
@@ -803,8 +804,8 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
 def validate(trainer: Trainer) -> tuple[Row, torch.Tensor | None]:
     """Evaluate on the validation images; appends the epoch's row to the history.
 
-    They are as large as those in training: on larger ones than it has seen, the network fails.
-    Returns the row, and the logits of whole images; None for smaller ones.
+    They are as large as those in training: a network does poorly on larger ones than it has seen.
+    Returns the row and the logits; None instead of these for smaller images, and without images.
     """
     state = trainer.state
     started = time.perf_counter()
@@ -942,7 +943,8 @@ def train(
     Args:
         data: None: load_data(config).
         begun: when the job began, on time.perf_counter(), for --minutes. None: now.
-        before_training: called when data and network are there, for what cannot be undone.
+        before_training: called before the first step, with the device. main() changes there what
+            cannot be undone.
         on_second_interrupt: called at a second Ctrl-C. None: raise KeyboardInterrupt.
 
     Raises:
@@ -958,7 +960,7 @@ def train(
         data = distributed.load_once_per_machine(lambda: load_data(config))
     if data.report:
         print(*data.report["words"], sep="\n")
-    data = seen_images.with_starting_weights(data, config)
+    data = seen_images.check_initial_weights(data, config)
     config = resolve.resolve_defaults(config, data, DEFAULT_RECIPE)
     if config.fast_dev_run:
         data = data.first(config.batch_size)
@@ -994,7 +996,7 @@ def train(
             finished = group.broadcast_from_rank0(export)
             run.finish(finished.results)
             if stop.requested:
-                print("note: the run was finished when it was asked to stop")
+                print("note: the request to stop came too late: the run is complete")
     console.print_end(time.perf_counter() - begun, config.minutes)
     return finished
 

@@ -190,4 +190,4 @@ def utilisation(session: Session) -> Result:
         options += ["--recipe", "accuracy94", "--seconds", "0.5"]
     raw = benchmark(session, "utilisation", *options)
     share = statistics.median(raw["steps"][0]["shares"])
-    return Result(f"{100 * share:.0f} % of the matrices' rate, on whole images", None, raw)
+    return Result(f"{100 * share:.0f} % of the matrices' rate, on full-size images", None, raw)

@@ -182,7 +182,7 @@ def read_epochs(metrics_file: Path) -> list[dict[str, float]]:
         epoch = {"seconds": elapsed}
         for name in ("train_loss", "valid_loss", "valid_accuracy"):
             epoch[name] = float(row[name] or "nan")
-        if float(row.get("image_scale", 1)) < 1:  # version 0.9 validated on whole images
+        if float(row.get("image_scale", 1)) < 1:  # version 0.9 validated on full-size images
             epoch["valid_loss"] = epoch["valid_accuracy"] = math.nan
         epochs.append(epoch)
     return epochs

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --runs 3
 
-Each variant trains the default network on whole images for two epochs, alternating, with as many
-threads in all as there are cores; the second epoch counts. The share of communication follows from
-how much faster the same processes are if each keeps its gradients to itself. Prints a Markdown
+Each variant trains the default network on full-size images for two epochs, alternating, with as
+many threads in all as there are cores; the second epoch counts. The share of communication follows
+from how much faster the same processes are if each keeps its gradients to itself. Prints a Markdown
 table; writes results/scaling.json with every run.
 """
 

@@ -88,8 +88,8 @@ def read_checkpoint(path: Path | str, classes: list[str] | None = None) -> dict[
 def _load(path: Path) -> Any:
     """What torch.save or `to_safetensors` wrote, or None if it cannot be read safely.
 
-    Raises OSError, which names the file, if the disk fails, and the error of a memory that is too
-    small; UserError as `read_safetensors` does.
+    Raises OSError, which names the file, if the disk fails, and torch's error if memory runs out;
+    UserError as `read_safetensors` does.
     """
     if path.suffix.lower() == SAFETENSORS:
         return _from_safetensors(*read_safetensors(path))
@@ -107,10 +107,10 @@ def _load(path: Path) -> Any:
             file.seek(0)
             return torch.load(file, weights_only=True, map_location="cpu")
         except Exception as error:  # torch may raise anything for a damaged file
-            # of a damaged file the system is asked for places before its beginning
+            # EINVAL: the offsets in a damaged file may be negative
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            # in the format before the ZIP file, a damaged file may ask for any amount
+            # a damaged file in the older format, which is no ZIP file, may ask for any amount
             if is_zip and is_out_of_memory(error):
                 raise
             return None
@@ -175,7 +175,9 @@ def to_safetensors(content: dict[str, Any]) -> bytes:
             if name in content and name != "model":
                 metadata[name] = json.dumps(content[name])
     except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{name} in the model file is not what a model file holds there") from None
+        raise UserError(
+            f"{name!r} in the model file cannot be written to a safetensors file"
+        ) from None
     for name in DIGESTS:
         digests = content.get(name)
         if isinstance(digests, torch.Tensor):
@@ -258,8 +260,8 @@ def bare_weights_error(path: Path | str, weights: dict[str, torch.Tensor]) -> Us
     """The error for a file that holds weights and nothing else that is needed."""
     command = program("image_classification.py") or ["python", "image_classification.py"]
     return UserError(
-        f"{path} is a state dict of {len(weights)} tensors: it does not tell the names of the "
-        "classes, nor how the images are normalised; a training can start from it: "
+        f"{path} is a state dict of {len(weights)} tensors: it holds no names of classes, and "
+        "not how images are normalised; to train from it: "
         + command_line([*command, "--model", "NAME", "--init-from", str(path)])
     )
 
@@ -360,7 +362,9 @@ def _compare_on_meta(
     Meta tensors have shapes but no values: a damaged or hostile file may describe a network of any
     size, and only one with weights of these shapes is allocated afterwards.
 
-    Returns True if the real network need not be checked again. Raises UserError if names or shapes
+    Returns True if the real network's forward pass need not be checked: here it was, or the network
+    cannot be built on the meta device. In that case the weights are compared when they are loaded.
+    Raises UserError if names or shapes
     of the weights differ.
     """
     network = _build_on_meta(build, skip_check=False)

@@ -163,7 +163,7 @@ class Config:
     )
     early_stopping: int = setting(
         0,
-        "stop after N epochs on whole images without a lower validation loss; 0: never",
+        "stop after N epochs on full-size images without a lower validation loss; 0: never",
         minimum=0,
     )
 

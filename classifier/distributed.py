@@ -1,8 +1,8 @@
 """Several processes that train one network together, started by torchrun on one or more machines.
 
 Every function, and every method of a `Group` of one process, also works without torchrun: it then
-does what a single process needs, which is mostly nothing. Only rendezvous.py, which this module
-uses, asks torch.distributed as well.
+does what a single process needs, which is mostly nothing. Besides this module, only rendezvous.py
+uses torch.distributed.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from torch import nn
 from classifier import rendezvous
 from classifier.errors import Stopped, UserError
 from classifier.foreign_paths import settings_to_type_again
+from classifier.text import pluralize
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # did torchrun start this process?
 TIMEOUT = timedelta(minutes=30)  # for which processes wait for each other
@@ -64,12 +65,12 @@ def wait_for_first_error() -> None:
 
     When that one has ended, torchrun ends the others: their errors are the same, or follow from it.
     """
-    if LAUNCHED and not _failed_first():
+    if LAUNCHED and not _claim_first_failure():
         time.sleep(30)  # on a busy machine a process takes many seconds to end
 
 
-def _failed_first() -> bool:
-    """Whether this process was the first to ask this, of those of one start of torchrun."""
+def _claim_first_failure() -> bool:
+    """Note that this process has failed; True if it is the first one of this start of torchrun."""
     rank = os.environ["RANK"]
     with contextlib.suppress(RuntimeError):  # torchrun itself has ended
         store = _agent_store(timedelta(seconds=10))
@@ -135,10 +136,12 @@ def device_name(name: str) -> str:
         return name
     local_rank = int(os.environ["LOCAL_RANK"])
     num_gpus = torch.cuda.device_count()
+    if num_gpus == 0:
+        raise UserError(f"--device {name}: this machine has no CUDA GPU: use --device cpu")
     if local_rank >= num_gpus:
         raise UserError(
-            f"--device {name}: {local_world_size} processes, but {num_gpus} GPUs on this machine: "
-            "use a smaller --nproc-per-node"
+            f"--device {name}: {local_world_size} processes, but {pluralize(num_gpus, 'GPU')} on "
+            "this machine: use a smaller --nproc-per-node"
         )
     return f"cuda:{local_rank}"
 
@@ -177,6 +180,7 @@ def resume_command(command: list[str]) -> list[str]:
     launcher = ["torchrun"]
     if world_size > local_world_size:
         launcher.append(f"--nnodes={world_size // local_world_size}")
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:PORT"]
     launcher.append(f"--nproc-per-node={local_world_size}")
     return [*launcher, *command[1:]]
 
@@ -256,7 +260,7 @@ class Group:
     def accumulate(self, forward: Callable[..., Any], last: bool) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of one micro-batch.
 
-        Only in the `last` one of a step the processes exchange gradients.
+        Gradients are synchronised only in the `last` micro-batch of a step (DDP's no_sync).
         """
         if last:
             return contextlib.nullcontext()
@@ -366,7 +370,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     except BaseException as error:
         is_stopped = isinstance(error, Stopped)  # as all processes are, at the same step
         if LAUNCHED and not is_stopped:
-            _failed_first()  # before the others lose this process, and fail as well
+            _claim_first_failure()  # before the others lose this process, and fail as well
         with contextlib.suppress(RuntimeError):  # the first error is the one to report
             group.leave(after_error=not is_stopped)
         raise

@@ -17,13 +17,13 @@ from classifier.config import Config
 from classifier.errors import UsageError
 from classifier.networks.pretrained import last_layers, layers_with_weights
 
-# Into so many groups the layers before the last one are divided: an optimiser computes a group at a
-# time, which is slow with many of them.
+# Number of parameter groups for the layers before the last one. An optimiser computes one group at
+# a time, so many of them are slow.
 BODY_GROUPS = 7
 
 
 def has_groups(config: Config) -> bool:
-    """Whether some layers are trained otherwise than others."""
+    """Whether some layers are trained differently from others."""
     return config.head_first > 0 or config.first_layer_lr != 1
 
 
@@ -86,24 +86,24 @@ def enter_phase(
     layer is trained; with 0 there is only one phase, and nothing is changed.
     """
     if head_first:
-        train_last_layer_only(model, optimizers, only=fraction < head_first)
+        set_trained_layers(model, optimizers, head_only=fraction < head_first)
     return phase_fraction(fraction, head_first)
 
 
-def train_last_layer_only(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], only: bool
+def set_trained_layers(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], head_only: bool
 ) -> None:
     """Train only the last layer from now on, or all layers again.
 
     While the others wait, batch norm keeps the statistics of the weights that were loaded, as with
-    --freeze. The weights of the optimisers come in layer_groups.
+    --freeze. The optimisers must have been built from layer_groups.
     """
-    model.train(not only)
+    model.train(not head_only)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if not group["is_last_layer"]:
                 for weight in group["params"]:
-                    weight.requires_grad_(not only)
+                    weight.requires_grad_(not head_only)
 
 
 def phase_fraction(fraction: float, head_first: float) -> float:

@@ -1,7 +1,7 @@
-"""Paths that a file names: a model file, a run folder, a recipe. It may be somebody else's.
+"""Paths in untrusted files: model files, run folders and recipes may come from other people.
 
-What the user types is done; what a file names is only looked at. Nothing is written, made or
-downloaded there, and no other machine is asked.
+Paths that the user types are used as given. Those in a file are only read: nothing is written or
+downloaded there, and no other machine is contacted.
 """
 
 import os
@@ -21,7 +21,7 @@ PLACES_TO_READ = ("dataset", "labels", "data_dir", "init_from")
 def is_network_path(path: str) -> bool:
     """Whether a path looks like one on another machine: \\\\server\\share, as Windows writes it.
 
-    Only to look whether it exists would send the user's name and a hash of the password there.
+    Merely checking whether it exists would send the user's name and a hash of the password there.
     Windows takes both kinds of slashes. Elsewhere //folder is on this machine, but is treated
     alike, as a file may go from one system to another.
     """
@@ -60,8 +60,8 @@ def full_path(folder: str) -> str:
     return os.path.abspath(path) if is_network_path(resolved) else resolved
 
 
-def to_type(name: str, value: str) -> str:
-    """An option and its value as one types them: --out 'my model.pth'."""
+def format_option(name: str, value: str) -> str:
+    """An option and its value, quoted for the shell: --out 'my model.pth'."""
     return command_line([flag(name), value])
 
 
@@ -72,8 +72,8 @@ def refuse_network_path(path: str, source: str, name: str) -> None:
     """
     if is_network_path(path):
         raise UserError(
-            f"{source} names {path}, which looks like a network path: add {to_type(name, path)} if "
-            "you know it"
+            f"{source} names {path}, which looks like a network path: add "
+            f"{format_option(name, path)} if you know it"
         )
 
 
@@ -81,7 +81,8 @@ def settings_to_type_again(settings: Mapping[str, Any]) -> dict[str, str]:
     """Those of a run's settings that resuming takes only from the command line, if at all.
 
     The run folder may be somebody else's, and does not decide on them: the file of a custom
-    network, network paths, and the file that the model is written to.
+    network, network paths, and the file that the model is written to. (A plain file name for the
+    model would do without; it is repeated so that the command shows where the model goes.)
 
     settings: by name; missing ones count as empty.
     """

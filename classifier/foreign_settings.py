@@ -5,7 +5,7 @@ from pathlib import Path
 from classifier.config import Config, flag, is_custom_model
 from classifier.datasets.load import NAMES, data_dir_to_reuse, dataset_available
 from classifier.errors import UserError
-from classifier.foreign_paths import refuse_network_path, to_type
+from classifier.foreign_paths import format_option, refuse_network_path
 from classifier.recipes import Settings
 
 
@@ -27,7 +27,7 @@ def without_foreign_places(settings: Settings, typed: Settings, source: str) -> 
     settings = dict(settings)
     model = settings.get("model", Config.model)
     if is_custom_model(model) and "model" not in typed:
-        raise UserError(f"{source} uses a network of your own: add {to_type('model', model)}")
+        raise UserError(f"{source} uses a network of your own: add {format_option('model', model)}")
     for name in ("dataset", "labels", "init_from"):
         if name not in typed:
             refuse_network_path(settings.get(name) or "", source, name)
@@ -35,7 +35,8 @@ def without_foreign_places(settings: Settings, typed: Settings, source: str) -> 
     is_plain_name = Path(out).name == out and Path(out).suffix == ".pth"
     if out and not is_plain_name and "out" not in typed:
         raise UserError(
-            f"{source} writes its model to {out}: add {to_type('out', out)}, or another FILE.pth"
+            f"{source} writes its model to {out}: add {format_option('out', out)}, or another "
+            "FILE.pth"
         )
 
     dataset = str(typed.get("dataset", settings.get("dataset", Config.dataset)))

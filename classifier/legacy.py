@@ -76,7 +76,7 @@ def translate_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
     translated = {_RENAMED_STATE.get(name, name): value for name, value in content.items()}
     translated["config"] = translate_settings(content["config"])
     if "parts" in content:
-        parts = translated.pop("parts")  # for whole images; there were fewer for smaller ones
+        parts = translated.pop("parts")  # for full-size images; there were fewer for smaller ones
         translated["micro_batches"] = {scale: math.ceil(parts * scale**2) for scale in STEP_COST}
     if translated["config"].get("model", "cnn") == "cnn":
         translated["model"] = _translate_weights(content["model"])

@@ -1,4 +1,4 @@
-"""Batches that are computed in several micro-batches, whose gradients add up, to save memory."""
+"""Gradient accumulation: a batch is computed in several micro-batches to save memory."""
 
 import copy
 import math
@@ -13,8 +13,10 @@ from classifier.errors import UsageError, UserError, is_out_of_memory
 from classifier.progress import STEP_COST
 from classifier.text import pluralize
 
-MIN_MICRO_BATCH = 16  # images: batch norm needs some
-SMALL_IMAGE, SMALL_MICRO_BATCH = 32, 500  # pixels and images for which memory is not measured
+MIN_MICRO_BATCH = 16  # images, on a CPU: batch norm needs some
+# Up to these, memory is not measured for the default network on a CPU.
+SMALL_IMAGE = 32  # pixels
+SMALL_MICRO_BATCH = 500  # images
 CPU_BYTES = 2 * 2**30  # that a CPU may keep for the backward pass: laptops have 8 GiB
 
 
@@ -112,9 +114,10 @@ def fit(
     """Find how many micro-batches of --micro-batch images, or of fewer, fit into memory.
 
     Tries steps on copies of the network, which draw random numbers as a step does, and prints a
-    note if the micro-batches have to be smaller than asked for. On a CPU the default network is not
-    tried: as it is by default it fits every machine that torch fits, and larger it is measured.
-    Raises UserError if not even one image fits, or two where the network needs as many.
+    note if the micro-batches have to be smaller than asked for. There is no trial step for the
+    default network on a CPU: at its default size it fits any machine that runs PyTorch, and at
+    larger sizes its memory is measured. Raises UserError if not even one image fits (two, if batch
+    norm needs two).
 
     batch: the first batch of the run, for all processes; no later one is smaller. image_shape:
     (C, H, W).
@@ -212,6 +215,6 @@ def _bytes_kept(forward_backward: ForwardBackward[BatchT], model: nn.Module, bat
 def _print_note(reason: str, count: int, local_batch_size: int) -> None:
     images = math.ceil(local_batch_size / count)
     print(
-        f"note: {reason}: each batch is now computed as {count} micro-batches of {images} images "
-        "whose gradients add up; batch norm sees the micro-batch"
+        f"note: {reason}: gradients are accumulated over {count} micro-batches of {images} images, "
+        "and batch norm sees one micro-batch at a time"
     )

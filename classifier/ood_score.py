@@ -173,23 +173,27 @@ def recorded(network: nn.Module, score: OodScore | None) -> Iterator[Recorded]:
 
 
 def fit(network: nn.Module, evaluate: Evaluate, data: Dataset, num_seen: int) -> OodScore | None:
-    """The score of a trained network, or None, with a note, where it is not possible.
+    """The score of a trained network, or None where it is not possible.
 
     The training images say what is usual. Validation images, which the network has not learned,
-    say how high the scores of ordinary images are; without them there is no score. Takes no random
-    numbers from anybody, and leaves the network as it was.
+    say how high the scores of ordinary images are; without them there is no score. Prints a note if
+    there are too few images, or the network has no features to be read. Uses no global random
+    generator, and leaves the network as it was.
 
     Args:
         evaluate: the function of that name in the script.
-        num_seen: number of images that the network was trained on, each time counted: a short
-            training is not followed by a long fit.
+        num_seen: number of training images processed, counting repeats: after a short run the
+            score is fitted to fewer images.
     """
     num_train = min(NUM_TRAIN, max(num_seen // 10, MIN_IMAGES))
     train, valid = _sample(data.train, num_train), _sample(data.valid, NUM_VALID)
     if len(valid.labels) == 0:
         return None
     if min(len(train.labels), len(valid.labels)) < MIN_IMAGES:
-        print(f"note: no image will be called unknown: that takes {MIN_IMAGES} validation images")
+        print(
+            f"note: no image will be called unknown: that takes {MIN_IMAGES} training and "
+            f"{MIN_IMAGES} validation images"
+        )
         return None
     try:
         return _fit(network, evaluate, train, valid)
@@ -256,7 +260,7 @@ def with_score(content: dict[str, Any], score: OodScore | None) -> dict[str, Any
 def in_file(content: dict[str, Any], network: nn.Module) -> OodScore | None:
     """The score in a model file, on the network's device, or None if it holds none.
 
-    content: of the file. network: in eval mode. Raises ValueError if it is none for this network.
+    content: of the file. network: in eval mode. Raises ValueError if it does not fit this network.
     """
     saved = content.get(checkpoints.SCORE)
     if saved is None:
@@ -277,7 +281,7 @@ def in_file(content: dict[str, Any], network: nn.Module) -> OodScore | None:
 
 
 def _from_file(saved: Any) -> OodScore:
-    """The score that a file holds. Raises one of several errors if it is none."""
+    """The score that a file holds. Raises one of several errors if it is invalid."""
     stages = saved["stages"]
     if not isinstance(stages, list) or not all(isinstance(name, str) for name in stages):
         raise ValueError("no names of stages")

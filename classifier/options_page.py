@@ -16,7 +16,7 @@ After reading this page you know every option, what it does and what it is if yo
 
 `python image_classification.py --help` prints them in short. This page is generated from
 `classifier/config.py` and `classifier/recipes.py`. The defaults in these tables are for the network
-`cnn` on CIFAR-10.
+`cnn` on CIFAR-10. N stands for a whole number, F for a number such as 0.1.
 """
 # What the page says beyond the help, by setting.
 DETAILS = {
@@ -47,7 +47,7 @@ DETAILS = {
     "this model, and the mean over the seeds under names of its own.",
     "tta": "Not where mirroring changes what an image means. The views are averaged.",
     "out": "An older file of that name is replaced.",
-    "resume": "Trial runs are no candidates for `last`.",
+    "resume": "`last` ignores runs with `--fast-dev-run`.",
     "fast_dev_run": "It replaces no model.",
 }
 
@@ -63,7 +63,12 @@ def options_page(default_recipe: Settings) -> str:
         parts.append(_options_table(entries, default_recipe))
     parts += _defaults_section(default_recipe)
     parts.append("## Recipes\n")
-    parts.append(_settings_table("recipe", {**recipes.RECIPES, "default": default_recipe}))
+    parts.append(
+        "`--recipe default` sets nothing: all defaults hold. For `cnn` on CIFAR-10 they are\n"
+        f"`{_options(default_recipe)}`.\n"
+    )
+    others = {name: settings for name, settings in recipes.RECIPES.items() if settings}
+    parts.append(_settings_table("recipe", others))
     return "\n".join(parts)
 
 
@@ -79,16 +84,18 @@ def _defaults_section(default_recipe: Settings) -> list[str]:
     }
     return [
         "## Defaults\n",
-        "An explicit option overrides a recipe, and a recipe overrides the defaults of the\n"
-        "network, the optimiser and the data set, in this order. A network's learning rate is for\n"
-        "its own optimiser: with another one, that one's defaults come first.\n",
+        "An option overrides a recipe. A recipe overrides the network's defaults, these the\n"
+        "optimiser's, and these the data set's. With another optimiser than the network's own,\n"
+        "the optimiser's defaults override the network's. A network's epochs hold for CIFAR-10\n"
+        "and the digits only; the batch size is the smaller of the network's and the data set's.\n",
         _settings_table("data set", recipes.DATASET_DEFAULTS),
         "For other data sets, batch size and epochs depend on the number of images, and `crop` is\n"
         "a sixteenth of their size.\n",
         _settings_table("optimiser", of_optimizers),
         _settings_table("network", of_networks),
-        "For all networks but `cnn`, for images below 28 pixels and for runs of fewer than 20\n"
-        "steps, the default is `--progressive-resizing 0`.\n",
+        "The default is `--progressive-resizing 0` for all networks but `cnn`, for images below\n"
+        "28 pixels, for batches or micro-batches of fewer than 4 images and, without `--minutes`,\n"
+        "for runs of fewer than 20 steps.\n",
     ]
 
 
@@ -112,9 +119,13 @@ def _options_table(entries: Iterable[Field[Any]], default_recipe: Settings) -> s
 def _settings_table(title: str, table: dict[str, Settings]) -> str:
     lines = [f"| {title} | settings |", "| --- | --- |"]
     for key, settings in table.items():
-        options = " ".join(_option(name, value) for name, value in settings.items())
-        lines.append(f"| `{key}` | `{_escape(options)}` |")
+        lines.append(f"| `{key}` | `{_escape(_options(settings))}` |")
     return "\n".join(lines) + "\n"
+
+
+def _options(settings: Settings) -> str:
+    """Settings as they are typed on the command line."""
+    return " ".join(_option(name, value) for name, value in settings.items())
 
 
 def _option(name: str, value: Any) -> str:

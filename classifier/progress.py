@@ -84,7 +84,7 @@ class Progress:
         self.step = saved["step"]
         self.seconds = saved["seconds"]
         self.cost = saved["cost"]
-        # older versions always validated on whole images, and did not record it
+        # older versions always validated on full-size images, and did not record it
         self.history = [{"image_scale": 1.0, **row} for row in saved["history"]]
         if keep_total_steps:
             self.total_steps = saved["total_steps"]
@@ -92,7 +92,7 @@ class Progress:
             del self.history[self.epoch :]
 
     def losses(self) -> list[float]:
-        """Losses that can be compared: those of the epochs so far that ended on whole images.
+        """Losses that can be compared: those of the epochs so far that ended on full-size images.
 
         It is the validation loss, or without validation images the training loss.
         """
@@ -101,8 +101,8 @@ class Progress:
     def best_epoch(self) -> int:
         """The epoch whose weights to keep.
 
-        It has the lowest validation loss of those that ended on whole images. While there is none,
-        and without validation images, it is the latest epoch.
+        It has the lowest validation loss of those that ended on full-size images. While there is
+        none, and without validation images, it is the latest epoch.
         """
         rows = comparable_rows(self.history)
         if not rows or rows[0]["valid_loss"] is None:
@@ -124,10 +124,10 @@ class Progress:
 
 
 def comparable_rows(history: list[Row]) -> list[Row]:
-    """The epochs that ended on whole images.
+    """The epochs that ended on full-size images.
 
     On smaller ones (progressive resizing) the loss is another quantity, and it says nothing about
-    whole images, which the network has not seen yet.
+    full-size images, which the network has not seen yet.
     """
     return [row for row in history if row["image_scale"] == 1]
 

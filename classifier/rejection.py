@@ -21,7 +21,7 @@ NUM_QUANTILES = 201  # in steps of 0.5 %
 
 
 def check_reject(reject: float) -> float:
-    """The share, if it is one of images that may be refused. Raises ValueError."""
+    """Return the share of images to refuse; raises ValueError unless it is in [0, 1)."""
     if not 0 <= reject < 1:
         raise ValueError(f"reject has to be from 0 to below 1, not {reject:g}")
     return reject
@@ -43,7 +43,7 @@ def quantiles_of(scores: ArrayLike) -> list[float]:
 
 
 def read_quantiles(content: Any) -> list[float]:
-    """Quantiles in a file, which may hold anything there. Raises ValueError if they are none."""
+    """Quantiles in a file, which may hold anything there. Raises ValueError if they are invalid."""
     is_list = isinstance(content, list) and len(content) > 1
     if not is_list or any(type(value) not in (int, float) for value in content):
         raise ValueError("no list of numbers")

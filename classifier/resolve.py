@@ -26,7 +26,7 @@ from classifier.text import OTHER_MODELS, did_you_mean
 
 # Progressive resizing is off by default for smaller images, as half of their size is too little for
 # the network, for smaller batches, as batch norm needs several values for each channel, and for
-# shorter runs, as a few steps on whole images are too few.
+# shorter runs, as a few steps on full-size images are too few.
 MIN_IMAGE_SIZE = 28
 MIN_BATCH_SIZE = 4
 MIN_STEPS = 20
@@ -238,14 +238,14 @@ def _check_augment(text: str | None, data: Dataset) -> None:
 
 
 def _check_progressive_resizing(config: Config, data: Dataset) -> None:
-    """Raise UsageError if no step is left for whole images, on which the network is tested."""
+    """Raise UsageError if no step is left for full-size images, on which the network is tested."""
     if config.minutes or config.resume:
         return
     steps = _num_steps(data, config.batch_size, config.epochs, config.class_balance)
     if (steps - 1) / steps < config.progressive_resizing:
         raise UsageError(
             f"--progressive-resizing {config.progressive_resizing:g} leaves none of the {steps} "
-            "steps for whole images: use a smaller share, or 0"
+            "steps for full-size images: use a smaller share, or 0"
         )
 
 

@@ -22,7 +22,7 @@ from classifier.datasets import dataset
 from classifier.datasets.dataset import Dataset, same_images, same_training_images
 from classifier.errors import Stopped, UsageError, UserError
 from classifier.files import despite_trials, write_json
-from classifier.foreign_paths import full_path, to_type
+from classifier.foreign_paths import format_option, full_path
 from classifier.foreign_settings import without_foreign_places
 from classifier.seen_images import describe_changes
 from classifier.text import URL_REFUSED, is_url, printable
@@ -112,7 +112,9 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, Stopped):
-            self.discard_if_empty(error)  # by any process: the first to fail may be another one
+            self.forget_if_nothing_saved(
+                error
+            )  # by any process: the first to fail may be another one
         if self.is_main:
             self._lock.release()
 
@@ -183,7 +185,7 @@ class Run:
         if self.is_main:
             write_json(self.report_file, results)
 
-    def discard_if_empty(self, error: Exception) -> None:
+    def forget_if_nothing_saved(self, error: Exception) -> None:
         """Remove config.json after an error, if nothing was saved that the run could resume from.
 
         Without it `--resume last` does not find the run. After an OSError it stays: when there is
@@ -205,8 +207,8 @@ def new_run_folder(run_dir: str, dataset_name: str) -> Path:
         run = Path(run_dir)
         if (run / "config.json").exists():
             raise UserError(
-                f"{run} holds a run: go on with {to_type('resume', str(run))}, or name another "
-                "--run-dir"
+                f"{run} holds a run: go on with {format_option('resume', str(run))}, or name "
+                "another --run-dir"
             )
         despite_trials(partial(run.mkdir, parents=True, exist_ok=True))
         return run
@@ -303,8 +305,8 @@ def _find_resumable(resume: str, epochs: int) -> _SavedRun:
             return saved
     where = str(folder) if is_named else f"{folder} (not counting trial runs)"
     raise UserError(
-        f"--resume {resume}: no unfinished run in {where}; --epochs N trains a finished run, "
-        "unless it was a trial run, on to N epochs"
+        f"--resume {resume}: no unfinished run in {where}; to train a finished run further, "
+        "add --epochs N (not for trial runs)"
     )
 
 
@@ -356,7 +358,7 @@ def check_resumable(run: Path, data: Dataset, build_untrained: Callable[[], nn.M
     """
     states = saved_states(run)
     if not states and (run / "report.json").exists():
-        raise UserError(f"{run} is finished, and has no last.pth any more to go on from")
+        raise UserError(f"{run} is finished, and its last.pth is gone: start a new run")
     for path in states:
         content = read_checkpoint(path, data.classes)
         load_weights(build_untrained(), content["model"], path)
@@ -383,5 +385,5 @@ def _check_images(run: Path, content: dict[str, Any], data: Dataset) -> None:
         changes = describe_changes(content, data)
         has_checksums = len(saved) == len(fingerprint)
         if has_checksums and same_training_images(saved, fingerprint):
-            changes = " (those to train on are; those to validate on or to test with are others)"
+            changes = " (the training images are; the validation or test images differ)"
         raise UserError(f"the images are not those that {run} began with{changes}: start a new run")

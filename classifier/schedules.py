@@ -15,7 +15,7 @@ def lr_factor(name: str, fraction: float, losses: list[float]) -> float:
     Args:
         name: cosine, step, plateau or none.
         fraction: share of the run that is done, in [0, 1).
-        losses: validation loss of each epoch on whole images so far.
+        losses: validation loss of each epoch on full-size images so far.
     """
     if name == "cosine":
         return _cosine(fraction)

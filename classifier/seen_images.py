@@ -1,4 +1,4 @@
-"""Images that are held out now and that a network has been trained on nevertheless.
+"""Data leakage: held-out images that the initial weights of a network were trained on.
 
 A model file of a folder of images lists what it was trained on: a 64-bit digest of each file's
 content. So images are known wherever they have been moved or renamed to.
@@ -59,8 +59,8 @@ def describe_changes(content: dict[str, Any], data: Dataset) -> str:
     num_missing = int((~torch.isin(then, now)).sum())
     num_new = int((~torch.isin(now, then)).sum())
     if not num_missing and not num_new:
-        return " (their classes, their order or their pixels are others)"
-    return f" ({num_missing} of those {len(then)} are missing, {num_new} others are there)"
+        return " (their classes, order or pixels differ)"
+    return f" ({num_missing} of {len(then)} are missing, {num_new} are new)"
 
 
 def is_seen(data: Dataset, ids: ImageIds, digests: torch.Tensor) -> torch.Tensor:
@@ -88,8 +88,8 @@ def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
     return " and ".join(counts)
 
 
-def with_starting_weights(data: Dataset, config: Config) -> Dataset:
-    """The data set with what the weights of --init-from were trained on.
+def check_initial_weights(data: Dataset, config: Config) -> Dataset:
+    """Return the data set with the digests of what the weights of --init-from were trained on.
 
     Prints a note if they were trained on images that are held out now, unless the run is resumed,
     which has printed it already. A file that cannot be read is left to the code that loads the
@@ -118,5 +118,5 @@ def note_seen(model: Any, data: Dataset, digests: torch.Tensor) -> None:
     if seen:
         print(
             f"note: {model} was trained on {seen}, or on near-identical ones: "
-            "the accuracy on these looks better than it is"
+            "the accuracy on these is overestimated"
         )

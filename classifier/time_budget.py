@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
+from classifier import ood_score
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
 from classifier.distributed import Group
@@ -26,8 +27,8 @@ VALIDATION_COST = 1 / 3
 EPOCH_END_SECONDS = 0.3  # to write the files at the end of an epoch, until one has been timed
 
 MOST_STEPS = 10**9
-# Steps on whole images that a run gets in any case: the network is tested on these, and batch norm
-# has seen only smaller ones before.
+# Steps on full-size images that a run gets in any case: the network is tested on these, and batch
+# norm has seen only smaller ones before.
 WHOLE_STEPS = 5
 
 
@@ -128,7 +129,7 @@ class TimeBudget:
         """Take the mean of this probe and those before: the machine may have been busy meanwhile.
 
         seconds_per_step: at full resolution. From smaller images it is an estimate; the last part
-            of a run, on whole images, shows it.
+            of a run, on full-size images, shows it.
         """
         before = self.seconds_per_step or seconds_per_step
         self.seconds_per_step = (seconds_per_step + before) / 2
@@ -155,7 +156,7 @@ class TimeBudget:
         return max(progress.step + self._missing_whole_steps(), most_steps)
 
     def _missing_whole_steps(self) -> int:
-        """How many more steps on whole images the run needs, even if it will be late."""
+        """How many more steps on full-size images the run needs, even if it will be late."""
         if not self.progressive_resizing:
             return 0
         return max(0, WHOLE_STEPS - self.steps_at_scale[1.0])
@@ -164,7 +165,9 @@ class TimeBudget:
         """Time for the test; rank 0 tests alone, where all processes share a training step."""
         batches = self.num_test / self.batch_size
         one_pass = self.seconds_per_step * batches * TEST_COST * self.group.world_size
-        passes = 1 + self.num_valid / self.num_test  # validation images calibrate confidence
+        # the OOD score is fitted to validation images and about as many training images
+        num_scored = 2 * min(self.num_valid, ood_score.NUM_VALID)
+        passes = 1 + num_scored / self.num_test
         if self.tta > 1:
             passes += self.tta
         return one_pass * passes

@@ -118,8 +118,8 @@ class TrainState:
         epoch = step // progress.steps_per_epoch
         lower_lr = self.description["config"]["lr"] / 10
         raise Diverged(
-            f"the loss is no longer finite at step {step} (epoch {epoch}, lr "
-            f"{float(group['lr']):.3g}): try --lr {lower_lr:.2g} or --grad-clip 1"
+            f"training diverged at step {step} (epoch {epoch}, lr {float(group['lr']):.3g}): the "
+            f"loss or a weight is not finite: try --lr {lower_lr:.2g} or --grad-clip 1"
         )
 
     def end_epoch(self, valid_loss: float | None, valid_accuracy: float | None) -> Row:
@@ -146,7 +146,10 @@ class TrainState:
     # ---- files ----
 
     def num_images_seen(self) -> int:
-        """How many training images were used so far: all, once an epoch is over."""
+        """How many different training images were used so far: all, once an epoch is over.
+
+        Roughly, with --class-balance: an undersampled epoch leaves some out.
+        """
         num_images = self.description["train_images"]
         if self.progress.step >= self.progress.steps_per_epoch:
             return num_images
@@ -221,7 +224,7 @@ class TrainState:
                 f"note: {name} was {then[name]}, is {self.environment[name]}: "
                 "the last digits will differ from those of an unbroken run"
             )
-        # elsewhere there may be more memory; all processes decide alike
+        # here a batch needed more micro-batches, perhaps for want of memory; all processes agree
         if group.max(len(changed)) == 0:
             for scale, count in saved["micro_batches"].items():
                 self.micro_batches[scale] = max(count, self.micro_batches[scale])
@@ -256,7 +259,7 @@ def describe(
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's state, but for what depends on the device of this process."""
+    """Load an optimiser's state, but for the learning rates and what depends on the device."""
     for saved_group, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         for name in ("lr", "initial_lr", "capturable"):
             if name in group:

@@ -168,7 +168,10 @@ def test_timeout_of_the_store_can_be_changed(launched, monkeypatch):
 
 @pytest.mark.parametrize(
     ("world_size", "launcher"),
-    [(2, ["torchrun"]), (4, ["torchrun", "--nnodes=2"])],
+    [
+        (2, ["torchrun"]),
+        (4, ["torchrun", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:PORT"]),
+    ],
 )
 def test_resume_command(launched, world_size, launcher):
     launched(WORLD_SIZE=world_size)

@@ -75,14 +75,14 @@ def test_state_that_is_not_finite_is_not_saved(inside, folder, find):
 
     with beforehand(Heartbeat, "record", overflow):
         error = inside.error(*QUICK, "--epochs", "1", "--val-fraction", "0")
-    assert "no longer finite" in error and "--lr" in error
+    assert "diverged" in error and "--lr" in error
     assert not list(folder.rglob("*.pth"))
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run(inside, folder, monkeypatch):
     broken = ic.Evaluation(float("nan"), 0.1, torch.zeros(1, 10))
     monkeypatch.setattr(ic, "evaluate", lambda *_, **__: broken)
-    assert "no longer finite" in inside.error(*QUICK)
+    assert "diverged" in inside.error(*QUICK)
     assert not list(folder.rglob("*.pth"))
 
 

@@ -375,7 +375,7 @@ def test_processes_need_some_images_each(world_size, given, named):
 
 
 def test_runs_of_few_steps_are_not_resized():
-    """The network would hardly see whole images."""
+    """The network would hardly see full-size images."""
     shares = [
         resolved(batch_size=100, epochs=epochs).progressive_resizing  # 6 steps an epoch
         for epochs in (3, 4)

@@ -486,7 +486,7 @@ def test_run_of_version_0_9_1_goes_on_to_its_losses(inside, folder, name):
     for row, old in zip(rows, expected, strict=True):
         for column, value in old.items():
             if column.startswith("valid_") and float(row["image_scale"]) < 1:
-                continue  # version 0.9 validated on whole images
+                continue  # version 0.9 validated on full-size images
             # an image or two may fall on the other side of a decision
             tolerance = 0.02 if "accuracy" in column else 1e-3
             assert float(row[column]) == pytest.approx(value, abs=tolerance), column

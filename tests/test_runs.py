@@ -210,8 +210,8 @@ def test_run_that_failed_at_once_is_not_resumed(run, data, error, state, is_kept
     if state:
         (run.path / state).parent.mkdir(exist_ok=True)
         (run.path / state).touch()
-    run.discard_if_empty(error)
-    run.discard_if_empty(error)
+    run.forget_if_nothing_saved(error)
+    run.forget_if_nothing_saved(error)
     assert run.config_file.exists() == is_kept
 
 
@@ -467,7 +467,7 @@ def test_run_of_a_version_that_drew_otherwise_cannot_go_on(saved_run, data, fing
 @pytest.mark.parametrize(
     ("digests", "labels", "said"),
     [
-        ([1, 2, 3, 9], [0, 1, 0, 1], "1 of those 4 .*1 others"),
+        ([1, 2, 3, 9], [0, 1, 0, 1], "1 of 4 .*1 are new"),
         ([1, 2, 3, 4], [1, 0, 0, 1], "classes"),
     ],
 )
@@ -490,7 +490,7 @@ def test_how_the_images_differ_is_said(saved_run, data, digests, labels, said):
     with pytest.raises(UserError, match=f"images are not those .*{said}"):
         runs.check_resumable(saved_run.path, with_digests(digests, labels), make_network)
     valid = Split(data.valid.images, 1 - data.valid.labels)
-    with pytest.raises(UserError, match="images are not those .*to validate on"):
+    with pytest.raises(UserError, match="images are not those .*validation"):
         runs.check_resumable(saved_run.path, replace(then, valid=valid), make_network)
 
 

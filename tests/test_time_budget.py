@@ -98,7 +98,7 @@ def test_planned_to_the_step(clock, seconds_per_step, steps_per_epoch, tta):
     total = budget._plan(progress)
 
     cost = sum(STEP_COST[scale_at(step / total, 0.7)] for step in range(12, total))
-    tested = NUM_TEST * (7 if tta == 6 else 1) + NUM_VALID
+    tested = NUM_TEST * (7 if tta == 6 else 1) + 2 * NUM_VALID
     epoch_ends = -(-total // steps_per_epoch)
     taken = seconds_per_step * (cost + tested / batch_size / 2)
     taken += 0.9 * epoch_ends + time_budget.REPORT_SECONDS
@@ -113,7 +113,7 @@ def test_whole_run_ends_in_time(clock, steps_per_epoch, seconds_per_step, progre
     budget = budget_for(60, progressive_resizing=progressive_resizing)
     run = Run(clock, budget, steps_per_epoch, seconds_per_step)
     run.train()
-    test = (NUM_TEST + NUM_VALID) / 50 * seconds_per_step / 2
+    test = (NUM_TEST + 2 * NUM_VALID) / 50 * seconds_per_step / 2
     end = clock.now + test + time_budget.REPORT_SECONDS
     assert 60 - 3 * seconds_per_step - 0.6 - 0.05 * 60 < end < 60 + seconds_per_step + 0.6
 
