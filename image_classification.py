@@ -601,7 +601,7 @@ class Trainer:
             device=device,
             world_size=self.group.world_size,
         )
-        state.split_batches(self.group.max(fit.count))
+        state.split_batches(self.group.max(fit.num_micro_batches))
         if resume_from is not None:
             state.load(resume_from, self.group, keep_total_steps=config.minutes > 0)
         has_unused_params = fit.has_unused_params or config.head_first > 0
@@ -657,8 +657,9 @@ class Trainer:
         forward: Callable[..., torch.Tensor] = self.forward
         if self.compiled_forward is not None and scale > 0.5:
             forward = self.compiled_forward  # at half the size torch 2.11's compiler fails on CUDA
-        parts = min(state.micro_batches[scale], len(batch.order) // self.group.world_size)
-        stats = self.forward_backward(forward, batch, scale, parts)
+        smallest_share = len(batch.order) // self.group.world_size
+        num_micro_batches = min(state.num_micro_batches[scale], smallest_share)
+        stats = self.forward_backward(forward, batch, scale, num_micro_batches)
         if self.config.grad_clip:
             optimizers.clip_gradients(
                 state.model.parameters(), state.optimizers, state.scaler, self.config.grad_clip
@@ -670,14 +671,17 @@ class Trainer:
         return stats
 
     def forward_backward(
-        self, forward: Callable[..., torch.Tensor], batch: Batch, scale: float, parts: int
+        self,
+        forward: Callable[..., torch.Tensor],
+        batch: Batch,
+        scale: float,
+        num_micro_batches: int,
     ) -> torch.Tensor:
         """Compute the gradients of the mean loss over a batch, by gradient accumulation.
 
         Of several processes, each computes its share of the images. scale: scale factor of the
-        images. parts: number of micro-batches; batch norm sees one at a time. Returns float32 (2,):
-        the summed cross-entropy, without smoothing and weights, and the number of correct
-        predictions.
+        images. Batch norm sees one micro-batch at a time. Returns float32 (2,): the summed
+        cross-entropy, without smoothing and weights, and the number of correct predictions.
         """
         images, labels = self.train_set
         stats = torch.zeros(2, device=self.device)
@@ -687,7 +691,7 @@ class Trainer:
             batch_weight = self.class_weights[labels[batch.order]].sum()
 
         own_batch = batch.shard(self.group.rank, self.group.world_size)
-        for number, micro_batch in enumerate(own_batch.split(parts), 1):
+        for number, micro_batch in enumerate(own_batch.split(num_micro_batches), 1):
             # from uint8 images on the device to the input of the network
             y = labels[micro_batch.order]
             x = gather_augmented(images, micro_batch)
@@ -695,7 +699,7 @@ class Trainer:
             x = resize(normalise(x, self.state.model), scale)
 
             # DDP all-reduces the gradients in the backward pass of the last micro-batch
-            with self.group.accumulate(forward, last=number == parts):
+            with self.group.accumulate(forward, last=number == num_micro_batches):
                 with self.autocast():
                     logits = forward(x).float()
                 loss = F.cross_entropy(

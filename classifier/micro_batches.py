@@ -43,11 +43,11 @@ class Fit(NamedTuple):
     """What a trial step found.
 
     Attributes:
-        count: number of micro-batches in a batch.
+        num_micro_batches: in a batch.
         has_unused_params: True if the network has weights that get no gradient.
     """
 
-    count: int  # type: ignore[assignment]  # hides the method of tuples
+    num_micro_batches: int
     has_unused_params: bool
 
 
@@ -124,45 +124,48 @@ def fit(
     """
     local_batch_size = math.ceil(len(batch.order) / world_size)
     micro_batch = config.micro_batch or local_batch_size
-    count = math.ceil(local_batch_size / micro_batch)
+    num_micro_batches = math.ceil(local_batch_size / micro_batch)
     smallest_share = len(batch.order) // world_size  # of the process with the fewest images
-    if micro_batch > 1:
-        count = min(count, max(1, smallest_share // 2))  # leave no image alone: three instead
+    if micro_batch > 1:  # leave no image alone: three instead
+        num_micro_batches = min(num_micro_batches, max(1, smallest_share // 2))
     image_size = image_shape[-1]
     on_cpu = device.type == "cpu"
     is_default_network = config.model == "cnn"
     is_small = (config.width or 1.0) <= 1 and image_size <= SMALL_IMAGE
     if on_cpu and is_default_network and is_small and micro_batch <= SMALL_MICRO_BATCH:
-        return Fit(count, has_unused_params=False)
+        return Fit(num_micro_batches, has_unused_params=False)
     if on_cpu and local_batch_size >= 2 * MIN_MICRO_BATCH:
-        count = _fit_cpu(forward_backward, model, batch, count, world_size)
+        num_micro_batches = _fit_cpu(forward_backward, model, batch, num_micro_batches, world_size)
     if on_cpu and is_default_network:
-        return Fit(count, has_unused_params=False)
+        return Fit(num_micro_batches, has_unused_params=False)
     while True:
         try:
-            micro_batches = min(count, smallest_share)
-            has_unused_params = _trial_step(forward_backward, model, batch, micro_batches)
-            return Fit(count, has_unused_params)
+            tried = min(num_micro_batches, smallest_share)
+            has_unused_params = _trial_step(forward_backward, model, batch, tried)
+            return Fit(num_micro_batches, has_unused_params)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         most = local_batch_size
         if _needs_two_images(model, image_shape, config.progressive_resizing or 0.0):
             most = max(1, smallest_share // 2)
-        if count >= most:
+        if num_micro_batches >= most:
             images = math.ceil(local_batch_size / most)
             remedy = "--image-size or a smaller network" if on_cpu else "--device cpu"
             raise UserError(f"memory is too small for {pluralize(images, 'image')}: try {remedy}")
-        count = min(2 * count, most)
-        _print_note("out of memory", count, local_batch_size)
+        num_micro_batches = min(2 * num_micro_batches, most)
+        _print_note("out of memory", num_micro_batches, local_batch_size)
 
 
 def _trial_step(
-    forward_backward: ForwardBackward[BatchT], model: nn.Module, batch: BatchT, micro_batches: int
+    forward_backward: ForwardBackward[BatchT],
+    model: nn.Module,
+    batch: BatchT,
+    num_micro_batches: int,
 ) -> bool:
     """Compute gradients on a copy of the network; True if some trained weights got none."""
     trial = copy.deepcopy(model).train()
-    forward_backward(trial, batch, 1.0, micro_batches)
+    forward_backward(trial, batch, 1.0, num_micro_batches)
     trained = [weight for weight in trial.parameters() if weight.requires_grad]
     return any(weight.grad is None for weight in trained)
 
@@ -171,7 +174,7 @@ def _fit_cpu(
     forward_backward: ForwardBackward[BatchT],
     model: nn.Module,
     batch: BatchT,
-    count: int,
+    num_micro_batches: int,
     world_size: int,
 ) -> int:
     """The number of micro-batches by CPU_BYTES, with MIN_MICRO_BATCH images at least in each.
@@ -182,13 +185,13 @@ def _fit_cpu(
         bytes_of_8 = _bytes_kept(forward_backward, model, batch.take(slice(8 * world_size)))
         bytes_of_4 = _bytes_kept(forward_backward, model, batch.take(slice(4 * world_size)))
     except RuntimeError:
-        return count  # the trial step raises it again
+        return num_micro_batches  # the trial step raises it again
     bytes_per_image = (bytes_of_8 - bytes_of_4) / 4  # both include the weights
     local_batch_size = math.ceil(len(batch.order) / world_size)
     needed = math.ceil(local_batch_size * bytes_per_image / CPU_BYTES)
     needed = min(needed, local_batch_size // MIN_MICRO_BATCH)
-    if needed <= count:
-        return count
+    if needed <= num_micro_batches:
+        return num_micro_batches
     _print_note(f"an image takes {bytes_per_image / 2**20:.0f} MiB", needed, local_batch_size)
     return needed
 
@@ -212,9 +215,9 @@ def _bytes_kept(forward_backward: ForwardBackward[BatchT], model: nn.Module, bat
     return sum(storages.values())
 
 
-def _print_note(reason: str, count: int, local_batch_size: int) -> None:
-    images = math.ceil(local_batch_size / count)
+def _print_note(reason: str, num_micro_batches: int, local_batch_size: int) -> None:
+    images = math.ceil(local_batch_size / num_micro_batches)
     print(
-        f"note: {reason}: gradients are accumulated over {count} micro-batches of {images} images, "
-        "and batch norm sees one micro-batch at a time"
+        f"note: {reason}: gradients are accumulated over {num_micro_batches} micro-batches of "
+        f"{images} images, and batch norm sees one micro-batch at a time"
     )

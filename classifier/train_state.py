@@ -36,7 +36,7 @@ class TrainState:
             bit-identical to an unbroken one.
         step_stats: float32 (steps_per_epoch, 2), summed cross-entropy and number of hits of each
             step of this epoch.
-        micro_batches: in how many micro-batches each process computes a batch, for each image
+        num_micro_batches: in how many micro-batches each process computes a batch, for each image
             scale; the same at every scale, except in runs that version 0.9 began.
         nonfinite_buffers: names of the buffers that hold infinities on purpose, such as masks.
     """
@@ -50,7 +50,7 @@ class TrainState:
     description: dict[str, Any]
     environment: dict[str, str]
     step_stats: torch.Tensor = field(init=False)
-    micro_batches: dict[float, int] = field(init=False)
+    num_micro_batches: dict[float, int] = field(init=False)
     nonfinite_buffers: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,9 +73,9 @@ class TrainState:
         """The parameter groups of all optimisers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def split_batches(self, count: int) -> None:
+    def split_batches(self, num_micro_batches: int) -> None:
         """Compute each batch in this many micro-batches from now on."""
-        self.micro_batches = dict.fromkeys(STEP_COST, count)
+        self.num_micro_batches = dict.fromkeys(STEP_COST, num_micro_batches)
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -182,7 +182,7 @@ class TrainState:
             "cost": progress.cost,
             "history": progress.history,
             "step_stats": self.step_stats,
-            "micro_batches": self.micro_batches,
+            "micro_batches": self.num_micro_batches,
             "random": torch.get_rng_state(),
             "random_cuda": random_cuda,
             "environment": self.environment,
@@ -227,7 +227,7 @@ class TrainState:
         # here a batch needed more micro-batches, perhaps for want of memory; all processes agree
         if group.max(len(changed)) == 0:
             for scale, count in saved["micro_batches"].items():
-                self.micro_batches[scale] = max(count, self.micro_batches[scale])
+                self.num_micro_batches[scale] = max(count, self.num_micro_batches[scale])
 
 
 def describe(

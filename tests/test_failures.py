@@ -132,7 +132,7 @@ def test_out_of_memory_later_in_a_run_names_the_batch_size(inside, folder):
 def test_network_too_large_for_a_cpu_is_computed_in_micro_batches(monkeypatch):
     monkeypatch.setattr(micro_batches, "CPU_BYTES", 2**27)
     trainer = trainer_of(model="fftnet", batch_size=100, precision="fp32")
-    assert trainer.state.micro_batches[1.0] == 5  # 100 images keep 623 MiB
+    assert trainer.state.num_micro_batches[1.0] == 5  # 100 images keep 623 MiB
 
 
 # ---- Disks ---------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def fit(
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_micro_batches_have_at_most_so_many_images(images, micro_batch, expected, device):
     found = fit(Step(), Hungry(1000), images, micro_batch, device=torch.device(device))
-    assert found.count == expected
+    assert found.num_micro_batches == expected
 
 
 def test_default_network_is_not_tried_on_a_cpu():
@@ -105,7 +105,7 @@ def test_batch_is_divided_until_it_fits(capsys, limit, expected):
     """By doubling, to one image at most."""
     step = Step()
     found = fit(step, Hungry(limit), 100, device=torch.device("cuda"))
-    assert found.count == expected
+    assert found.num_micro_batches == expected
     counts = [count for _, _, count in step.calls]
     assert counts == [min(2**i, 100) for i in range(len(counts))] and counts[-1] == expected
     notes = capsys.readouterr().out.splitlines()
@@ -124,7 +124,7 @@ def test_not_even_one_image_fits(device):
 
 def test_error_of_mps_is_recognised():
     network = Hungry(5, message="MPS backend out of memory (MPS allocated: 3 GB)")
-    assert fit(Step(), network, 20, device=torch.device("mps")).count == 4
+    assert fit(Step(), network, 20, device=torch.device("mps")).num_micro_batches == 4
 
 
 @pytest.mark.parametrize(("images", "micro_batch"), [(3, 2), (5, 2), (7, 2), (9, 4), (7, 6)])
@@ -146,11 +146,11 @@ def test_memory_for_one_image_is_too_little_where_two_are_needed():
         network = Hungry(limit, needs_two=needs_two)
         return fit(Step(), network, images, device=torch.device("cuda"))
 
-    assert fit_on_gpu(2, 8).count == 4
-    assert fit_on_gpu(3, 9).count == 4
+    assert fit_on_gpu(2, 8).num_micro_batches == 4
+    assert fit_on_gpu(3, 9).num_micro_batches == 4
     with pytest.raises(UserError, match="2 images"):
         fit_on_gpu(1, 8)
-    assert fit_on_gpu(1, 8, needs_two=False).count == 8
+    assert fit_on_gpu(1, 8, needs_two=False).num_micro_batches == 8
 
 
 # ---- images that come one at a time ----
@@ -202,7 +202,7 @@ def test_other_errors_are_not_swallowed():
 
 def test_count_that_is_asked_for_is_the_least():
     step = Step()
-    assert fit(step, Hungry(1000), 100, 15, device=torch.device("cuda")).count == 7
+    assert fit(step, Hungry(1000), 100, 15, device=torch.device("cuda")).num_micro_batches == 7
     assert step.calls == [(100, 1.0, 7)]
 
 
@@ -211,7 +211,7 @@ def test_each_process_tries_its_share(rank):
     """51 images of two processes: the one with 26 needs two micro-batches of at most 25."""
     step = Step(rank, world_size=2)
     found = fit(step, Hungry(25), 51, device=torch.device("cuda"))
-    assert found.count == 1 + rank
+    assert found.num_micro_batches == 1 + rank
     # as many micro-batches as images, where one process has fewer images
     step = Step(rank, world_size=2)
     fit(step, Hungry(1000), 51, 1, device=torch.device("cuda"))
@@ -265,7 +265,7 @@ def test_large_network_is_divided_on_a_cpu(monkeypatch, capsys, mib, images, wor
     """By the bytes that are kept, to 16 images at least; few images are not counted at all."""
     monkeypatch.setattr(micro_batches, "CPU_BYTES", mib * 2**20)
     step = Step(world_size=world_size)
-    assert fit(step, Wide(), images).count == expected
+    assert fit(step, Wide(), images).num_micro_batches == expected
     out = capsys.readouterr().out
     assert ("an image takes 1 MiB" in out) == (expected > 1)
     assert step.calls[-1] == (images, 1.0, expected)
@@ -275,13 +275,13 @@ def test_large_network_is_divided_on_a_cpu(monkeypatch, capsys, mib, images, wor
 
 def test_bytes_are_not_counted_where_more_micro_batches_are_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(micro_batches, "CPU_BYTES", 40 * 2**20)
-    assert fit(Step(), Wide(), 100, 20).count == 5
+    assert fit(Step(), Wide(), 100, 20).num_micro_batches == 5
     assert capsys.readouterr().out == ""
 
 
 def test_memory_too_short_to_count_bytes(capsys):
     """Counting fails with 8 images, so the trial steps find the number."""
-    assert fit(Step(), Hungry(7), 64).count == 16
+    assert fit(Step(), Hungry(7), 64).num_micro_batches == 16
     assert "an image takes" not in capsys.readouterr().out
 
 
