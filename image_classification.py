@@ -1062,7 +1062,8 @@ def main(arguments: list[str] | None = None) -> int:
             devices.keep_freed_memory()
 
     def run() -> int:
-        config = configure(**distributed.begin(given))
+        distributed.take_share_of_cores()
+        config = configure(**distributed.settings_after_restart(given))
         cli.check_installed()
         try:
             train(

@@ -80,15 +80,28 @@ def _claim_first_failure() -> bool:
     return rank == "0"
 
 
-def begin(given: dict[str, Any]) -> dict[str, Any]:
-    """Take this process's share of the cores; returns the settings to use instead of `given`.
+def take_share_of_cores() -> None:
+    """Divide the cores among the processes of this machine, unless OMP_NUM_THREADS was set."""
+    if not LAUNCHED:
+        return
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if local_world_size == 1 or os.environ.get("OMP_NUM_THREADS") != "1":  # 1 is torchrun's choice
+        return
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // local_world_size))
+
+
+def settings_after_restart(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings to use instead of `given`, those of the command line.
 
     They differ where torchrun repeats the command line because it lost a process: then the run is
     resumed. Ends the program (SystemExit) if that run is finished.
     """
     if not LAUNCHED:
         return given
-    _take_share_of_cores()
     store = _agent_store()
     if store is None or not store.check([RUN_KEY]):
         return given  # not a restart
@@ -103,18 +116,6 @@ def begin(given: dict[str, Any]) -> dict[str, Any]:
     settings.update({name: given[name] for name in RESTART_OVERRIDES if name in given})
     settings["resume"] = str(run)
     return settings
-
-
-def _take_share_of_cores() -> None:
-    """Divide the cores among the processes of this machine, unless OMP_NUM_THREADS was set."""
-    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    if local_world_size == 1 or os.environ.get("OMP_NUM_THREADS") != "1":  # 1 is torchrun's choice
-        return
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // local_world_size))
 
 
 def device_name(name: str) -> str:

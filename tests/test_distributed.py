@@ -33,7 +33,8 @@ def alone(monkeypatch):
 def test_alone_nothing_happens(alone, folder):
     given = {"epochs": 3}
     assert distributed.is_main_process()
-    assert distributed.begin(given) is given
+    distributed.take_share_of_cores()
+    assert distributed.settings_after_restart(given) is given
     assert distributed.device_name("mps") == "mps"
     assert distributed.load_once_per_machine(lambda: "data") == "data"
     assert distributed.resume_command(["python", "x.py"]) == ["python", "x.py"]
@@ -221,8 +222,7 @@ def test_share_of_the_cores(launched, monkeypatch, local_world_size, omp_num_thr
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    given = {"seed": 1}
-    assert distributed.begin(given) is given
+    distributed.take_share_of_cores()
     assert threads == expected
 
 
@@ -240,7 +240,7 @@ GIVEN = {"epochs": 3, "data_dir": "images", "out": "there/model.pth", "debug": T
 
 def test_first_start_takes_the_command_line(launched, store):
     launched()
-    assert distributed.begin(GIVEN) is GIVEN
+    assert distributed.settings_after_restart(GIVEN) is GIVEN
 
 
 def test_restart_resumes_the_run(launched, store, run, monkeypatch):
@@ -250,7 +250,7 @@ def test_restart_resumes_the_run(launched, store, run, monkeypatch):
     monkeypatch.chdir(run)  # the folder is remembered by its absolute path
     expected = {name: GIVEN[name] for name in ("data_dir", "out", "debug")}
     expected["resume"] = str(run)
-    assert distributed.begin(GIVEN) == expected
+    assert distributed.settings_after_restart(GIVEN) == expected
 
 
 @pytest.mark.parametrize("model", ["mine.py:small", "torchvision:resnet18", "timm:resnet18"])
@@ -258,7 +258,9 @@ def test_restart_names_the_file_of_a_network(launched, store, run, model):
     launched()
     (run / "config.json").write_text(json.dumps({"model": model}))
     distributed.remember_run(run)
-    assert distributed.begin({}).get("model") == (model if model.startswith("mine") else None)
+    assert distributed.settings_after_restart({}).get("model") == (
+        model if model.startswith("mine") else None
+    )
 
 
 @pytest.mark.parametrize("name", ["dataset", "init_from"])
@@ -267,7 +269,7 @@ def test_restart_names_network_paths(launched, store, run, name):
     saved = {"model": "cnn", "dataset": "digits", "init_from": "", name: "//server/share"}
     (run / "config.json").write_text(json.dumps(saved))
     distributed.remember_run(run)
-    assert distributed.begin({}) == {name: "//server/share", "resume": str(run)}
+    assert distributed.settings_after_restart({}) == {name: "//server/share", "resume": str(run)}
 
 
 def test_restart_of_a_finished_run_ends(launched, store, run):
@@ -275,7 +277,7 @@ def test_restart_of_a_finished_run_ends(launched, store, run):
     distributed.remember_run(run)
     (run / "report.json").write_text("{}")
     with pytest.raises(SystemExit) as exit:
-        distributed.begin(GIVEN)
+        distributed.settings_after_restart(GIVEN)
     assert exit.value.code == 0
 
 
@@ -283,7 +285,7 @@ def test_restart_with_nothing_to_resume_starts_anew(launched, store, run):
     launched()
     distributed.remember_run(run)
     (run / "config.json").unlink()
-    assert distributed.begin(GIVEN) is GIVEN
+    assert distributed.settings_after_restart(GIVEN) is GIVEN
 
 
 def test_one_process_of_a_machine_loads_first(launched, store):
@@ -368,7 +370,7 @@ from torch import nn
 
 from classifier import distributed
 
-distributed.begin({})
+distributed.take_share_of_cores()
 group = distributed.join(torch.device("cpu"))
 rank = group.rank
 found = {"rank": rank, "world_size": group.world_size, "is_main": group.is_main}
@@ -482,7 +484,8 @@ import torch
 
 from classifier import distributed
 
-settings = distributed.begin({"epochs": 3, "data_dir": "images"})
+distributed.take_share_of_cores()
+settings = distributed.settings_after_restart({"epochs": 3, "data_dir": "images"})
 data = distributed.load_once_per_machine(lambda: "data")
 group = distributed.join(torch.device("cpu"))
 run = Path("run")
@@ -519,7 +522,7 @@ import torch.distributed as dist
 from classifier import distributed
 from classifier.errors import Stopped, UserError
 
-distributed.begin({})
+distributed.take_share_of_cores()
 found = {}
 
 
