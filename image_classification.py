@@ -181,7 +181,7 @@ def plan_epoch(
     device: torch.device,
     sample_indices: torch.Tensor | None = None,
 ) -> Batch:
-    """Draw an epoch's order, flips and shifts from (seed, epoch) alone; steps take slices of it.
+    """Draw an epoch's order, flips and shifts from (seed, epoch) alone; steps take slices.
 
     So a run that is resumed sees the same batches as an unbroken one, and so do several processes.
     Each image is mirrored in every other epoch, the first time at random: both views come equally
@@ -244,10 +244,10 @@ def reflected_positions(size: int, shifts: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """uint8 (N, C, H, W) to float32: subtract each channel's mean, divide by its deviation.
+    """uint8 (N, C, H, W) to float32: subtract a channel's mean, divide by its standard deviation.
 
-    These are of the training images, or of those that published weights were trained on, and
-    buffers of the network.
+    The network holds these as buffers. They are those of the training images or, with --pretrained,
+    of the images that the published weights were trained on.
     """
     return (images - model.get_buffer("pixel_mean")) * model.get_buffer("pixel_scale")
 
@@ -809,7 +809,7 @@ def validate(trainer: Trainer) -> tuple[Row, torch.Tensor | None]:
     """Evaluate on the validation images; appends the epoch's row to the history.
 
     They are as large as those in training: a network does poorly on larger ones than it has seen.
-    Returns the row and the logits; None instead of these for smaller images, and without images.
+    Returns the row, and the logits or None: for smaller images, and if there are none at all.
     """
     state = trainer.state
     started = time.perf_counter()

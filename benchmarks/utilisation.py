@@ -64,9 +64,9 @@ def time_work(work: Callable[[], object], device: torch.device, timed_seconds: f
 
 def count_operations(trainer: ic.Trainer, batch: ic.Batch, scale: float) -> int:
     """Floating-point operations of a forward and backward pass."""
-    parts = min(trainer.state.num_micro_batches[scale], len(batch.order))
+    num_micro_batches = min(trainer.state.num_micro_batches[scale], len(batch.order))
     with FlopCounterMode(display=False) as counter:
-        trainer.forward_backward(trainer.forward, batch, scale, parts)
+        trainer.forward_backward(trainer.forward, batch, scale, num_micro_batches)
     trainer.state.zero_grad()
     return counter.get_total_flops()
 

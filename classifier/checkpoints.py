@@ -260,8 +260,8 @@ def bare_weights_error(path: Path | str, weights: dict[str, torch.Tensor]) -> Us
     """The error for a file that holds weights and nothing else that is needed."""
     command = program("image_classification.py") or ["python", "image_classification.py"]
     return UserError(
-        f"{path} is a state dict of {len(weights)} tensors: it holds no names of classes, and "
-        "not how images are normalised; to train from it: "
+        f"{path} is a state dict of {len(weights)} tensors: it holds neither the names of the "
+        "classes nor the mean and standard deviation of the images; to train from it: "
         + command_line([*command, "--model", "NAME", "--init-from", str(path)])
     )
 
@@ -364,8 +364,7 @@ def _compare_on_meta(
 
     Returns True if the real network's forward pass need not be checked: here it was, or the network
     cannot be built on the meta device. In that case the weights are compared when they are loaded.
-    Raises UserError if names or shapes
-    of the weights differ.
+    Raises UserError if names or shapes of the weights differ.
     """
     network = _build_on_meta(build, skip_check=False)
     is_checked = network is not None

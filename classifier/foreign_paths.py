@@ -81,8 +81,8 @@ def settings_to_type_again(settings: Mapping[str, Any]) -> dict[str, str]:
     """Those of a run's settings that resuming takes only from the command line, if at all.
 
     The run folder may be somebody else's, and does not decide on them: the file of a custom
-    network, network paths, and the file that the model is written to. (A plain file name for the
-    model would do without; it is repeated so that the command shows where the model goes.)
+    network, network paths, and the file that the model is written to. (Resuming takes a
+    plain file name for the model from the run folder, too.)
 
     settings: by name; missing ones count as empty.
     """

@@ -79,7 +79,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def epoch(self) -> Iterator["Heartbeat"]:
-        """Time an epoch and show its bar; at its end check that all its values are finite."""
+        """Time an epoch and show its bar; at its end, check that all is finite."""
         self.started = time.perf_counter()
         self.loss_read_at = self.started
         self.saved_at = self.started  # the end of an epoch saves, too

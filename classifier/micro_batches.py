@@ -43,7 +43,7 @@ class Fit(NamedTuple):
     """What a trial step found.
 
     Attributes:
-        num_micro_batches: in a batch.
+        num_micro_batches: in how many micro-batches a batch is computed.
         has_unused_params: True if the network has weights that get no gradient.
     """
 

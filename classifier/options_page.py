@@ -84,10 +84,11 @@ def _defaults_section(default_recipe: Settings) -> list[str]:
     }
     return [
         "## Defaults\n",
-        "An option overrides a recipe. A recipe overrides the network's defaults, these the\n"
-        "optimiser's, and these the data set's. With another optimiser than the network's own,\n"
-        "the optimiser's defaults override the network's. A network's epochs hold for CIFAR-10\n"
-        "and the digits only; the batch size is the smaller of the network's and the data set's.\n",
+        "Each of these overrides those after it: an option, the recipe, the defaults of the\n"
+        "network, of the optimiser, of the data set. With another optimiser than the network's\n"
+        "own, the optimiser's defaults override the network's. A network's epochs hold for the\n"
+        "digits and CIFAR-10 only; the batch size is the smaller of the network's and the data\n"
+        "set's.\n",
         _settings_table("data set", recipes.DATASET_DEFAULTS),
         "For other data sets, batch size and epochs depend on the number of images, and `crop` is\n"
         "a sixteenth of their size.\n",

@@ -112,9 +112,8 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, Stopped):
-            self.forget_if_nothing_saved(
-                error
-            )  # by any process: the first to fail may be another one
+            # in any process: the first to fail may be another one than rank 0
+            self.forget_if_nothing_saved(error)
         if self.is_main:
             self._lock.release()
 

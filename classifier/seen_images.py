@@ -1,4 +1,4 @@
-"""Data leakage: held-out images that the initial weights of a network were trained on.
+"""Data leakage: images that are held out now, but that a network was trained on.
 
 A model file of a folder of images lists what it was trained on: a 64-bit digest of each file's
 content. So images are known wherever they have been moved or renamed to.

@@ -29,7 +29,7 @@ EPOCH_END_SECONDS = 0.3  # to write the files at the end of an epoch, until one 
 MOST_STEPS = 10**9
 # Steps on full-size images that a run gets in any case: the network is tested on these, and batch
 # norm has seen only smaller ones before.
-WHOLE_STEPS = 5
+FULL_SIZE_STEPS = 5
 
 
 class NoBudget:
@@ -153,13 +153,13 @@ class TimeBudget:
             return fitting - 1
 
         most_steps = self.group.broadcast_from_rank0(find_most_steps)
-        return max(progress.step + self._missing_whole_steps(), most_steps)
+        return max(progress.step + self._missing_full_size_steps(), most_steps)
 
-    def _missing_whole_steps(self) -> int:
+    def _missing_full_size_steps(self) -> int:
         """How many more steps on full-size images the run needs, even if it will be late."""
         if not self.progressive_resizing:
             return 0
-        return max(0, WHOLE_STEPS - self.steps_at_scale[1.0])
+        return max(0, FULL_SIZE_STEPS - self.steps_at_scale[1.0])
 
     def _test_seconds(self) -> float:
         """Time for the test; rank 0 tests alone, where all processes share a training step."""

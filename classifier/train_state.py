@@ -224,7 +224,8 @@ class TrainState:
                 f"note: {name} was {then[name]}, is {self.environment[name]}: "
                 "the last digits will differ from those of an unbroken run"
             )
-        # here a batch needed more micro-batches, perhaps for want of memory; all processes agree
+        # in the same environment no fewer micro-batches than before, when memory may have run out;
+        # all processes decide alike
         if group.max(len(changed)) == 0:
             for scale, count in saved["micro_batches"].items():
                 self.num_micro_batches[scale] = max(count, self.num_micro_batches[scale])

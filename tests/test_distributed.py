@@ -205,6 +205,14 @@ def test_device_of_a_process(launched, monkeypatch, name, gpus, expected):
             distributed.device_name(name)
 
 
+@pytest.mark.parametrize(("gpus", "advice"), [(0, "--device cpu"), (1, "--nproc-per-node")])
+def test_advice_where_gpus_are_missing(launched, monkeypatch, gpus, advice):
+    launched(LOCAL_RANK=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=advice):
+        distributed.device_name("cuda")
+
+
 def test_single_process_of_torchrun_may_name_its_device(launched):
     launched(LOCAL_WORLD_SIZE=1)
     assert distributed.device_name("cuda:3") == "cuda:3"

@@ -194,7 +194,7 @@ class Caller:
         ic.train(ic.Config(**self.settings | settings), self.data)
 
     def train_with_an_error(self):
-        self.train(optimizer="sgd", lr=1e30)  # the loss is no longer finite
+        self.train(optimizer="sgd", lr=1e30)  # diverges
 
     def train_with_one_ctrl_c(self):
         interrupt_training(times=1)

@@ -105,6 +105,17 @@ def test_planned_to_the_step(clock, seconds_per_step, steps_per_epoch, tta):
     assert taken == pytest.approx(60, abs=0.9 + 2 * seconds_per_step + 0.5)
 
 
+def test_many_validation_images_do_not_lengthen_the_test(clock):
+    """The score of unlike images is fitted to no more than 2,500 of them."""
+    seconds = []
+    for num_valid in (2500, 50_000):
+        budget = budget_for(60)
+        budget.num_valid = num_valid
+        budget._note_speed(0.05)
+        seconds.append(budget._test_seconds())
+    assert seconds[0] == seconds[1] > 0
+
+
 @pytest.mark.parametrize("progressive_resizing", [0.0, 0.7])
 @pytest.mark.parametrize(
     ("steps_per_epoch", "seconds_per_step"), [(100, 0.02), (10, 0.02), (5, 1.0)]
@@ -123,7 +134,7 @@ def test_total_never_falls_below_the_steps_done(clock):
     run.train()
     assert all(total >= step for step, total in enumerate(run.planned, 1))
     # the first look would end the run, but the network has seen only small images
-    assert run.progress.step == time_budget.PROBE_STEPS + time_budget.WHOLE_STEPS
+    assert run.progress.step == time_budget.PROBE_STEPS + time_budget.FULL_SIZE_STEPS
     assert run.progress.image_scale == 1
 
 

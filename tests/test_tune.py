@@ -382,7 +382,7 @@ def test_search_does_not_go_on_when_its_folder_has_changed(here, folder):
 
 def test_trial_that_finished_no_epoch_has_no_accuracy(here, folder, monkeypatch):
     def diverge(trainer, batch):
-        raise Diverged("the loss is no longer finite")
+        raise Diverged("training diverged")
 
     monkeypatch.setattr(ic.Trainer, "train_step", diverge)
     error = here.error(*FAST, "--trials", "1")
