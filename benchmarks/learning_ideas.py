@@ -171,6 +171,70 @@ replace(ic.Trainer, "train_step", train_step_then_add)
 replace(ic, "lr_factor", with_floor)
 """
 
+# ---- Snippets: the network -----------------------------------------------------------------------
+
+# Hu et al., 2017, https://arxiv.org/abs/1709.01507: the mean of each channel decides how much of
+# each channel a stage passes on.
+SQUEEZE_EXCITATION = """
+build_stage, stage_forward = ic.Stage.__init__, ic.Stage.forward
+
+def with_gates(self, in_channels, out_channels):
+    build_stage(self, in_channels, out_channels)
+    self.squeeze = torch.nn.Linear(out_channels, 16, bias=False)
+    self.excite = torch.nn.Linear(16, out_channels, bias=False)
+    torch.nn.init.zeros_(self.excite.weight)  # so that all is passed on at first
+
+def gated(self, x):
+    x = stage_forward(self, x)
+    gates = self.excite(F.silu(self.squeeze(x.mean((2, 3)))))
+    return x * (2 * gates.sigmoid())[:, :, None, None]
+
+replace(ic.Stage, "__init__", with_gates)
+replace(ic.Stage, "forward", gated)
+"""
+
+TWO_STAGES = """
+instantiate = ic.instantiate
+
+def with_wider_classifier(*arguments, **options):
+    model = instantiate(*arguments, **options)
+    features = sum(stage.conv1.out_channels for stage in model.stages[1:])
+    classes = model.classifier.out_features
+    model.classifier = torch.nn.Linear(features, classes, bias=False)
+    return model
+
+def forward(self, images):
+    x = self.stages[0](F.silu(self.whiten(images)))
+    middle = self.stages[1](x)
+    last = self.stages[2](middle)
+    return self.classifier(torch.cat([middle.mean((2, 3)), last.mean((2, 3))], 1))
+
+replace(ic, "instantiate", with_wider_classifier)
+replace(ic.CNN, "forward", forward)
+"""
+
+# The first layer whitens patches of 3×3 pixels and halves the size; the first stage keeps it.
+HALVED_FIRST = """
+instantiate, unfold = ic.instantiate, F.unfold
+
+class FirstStage(ic.Stage):
+    def forward(self, x):
+        x = F.silu(self.norm1(self.conv1(x)))
+        return x + F.silu(self.norm2(self.conv2(x)))
+
+def with_larger_patches(*arguments, **options):
+    model = instantiate(*arguments, **options)
+    channels = model.whiten.in_channels
+    filters = 2 * channels * 3 * 3
+    model.whiten = torch.nn.Conv2d(channels, filters, 3, 2, bias=False)
+    model.whiten.weight.requires_grad_(False)
+    model.stages[0] = FirstStage(filters, model.stages[0].conv1.out_channels)
+    return model
+
+replace(ic, "instantiate", with_larger_patches)
+replace(F, "unfold", lambda images, size: unfold(images, 3))
+"""
+
 # ---- Snippets: images ----------------------------------------------------------------------------
 
 # One brightness and one contrast for the whole batch, as in cifar10-speedrun.
@@ -246,6 +310,9 @@ VARIANTS = {
     "NorMuon": Variant(snippet=NORMUON),
     "SOAP": Variant(snippet=SOAP),
     "lookahead": Variant(snippet=LOOKAHEAD),
+    "squeeze-and-excitation": Variant(snippet=SQUEEZE_EXCITATION),
+    "the classifier sees two stages": Variant(snippet=TWO_STAGES),
+    "the first layer halves the size": Variant(snippet=HALVED_FIRST),
     "mean of the last 50 steps": Variant(snippet=LAST_WEIGHTS.format(steps=50, floor=0)),
     "mean of the last 50 steps, rate above 0.2": Variant(
         snippet=LAST_WEIGHTS.format(steps=50, floor=0.2)
