@@ -194,14 +194,12 @@ replace(ic.Stage, "forward", gated)
 """
 
 TWO_STAGES = """
-instantiate = ic.instantiate
+build = ic.CNN.__init__
 
-def with_wider_classifier(*arguments, **options):
-    model = instantiate(*arguments, **options)
-    features = sum(stage.conv1.out_channels for stage in model.stages[1:])
-    classes = model.classifier.out_features
-    model.classifier = torch.nn.Linear(features, classes, bias=False)
-    return model
+def with_wider_classifier(self, classes=10, *arguments, **options):
+    build(self, classes, *arguments, **options)
+    features = sum(stage.conv1.out_channels for stage in self.stages[1:])
+    self.classifier = torch.nn.Linear(features, classes, bias=False)
 
 def forward(self, images):
     x = self.stages[0](F.silu(self.whiten(images)))
@@ -209,7 +207,7 @@ def forward(self, images):
     last = self.stages[2](middle)
     return self.classifier(torch.cat([middle.mean((2, 3)), last.mean((2, 3))], 1))
 
-replace(ic, "instantiate", with_wider_classifier)
+replace(ic.CNN, "__init__", with_wider_classifier)
 replace(ic.CNN, "forward", forward)
 """
 
