@@ -196,8 +196,10 @@ replace(ic.Stage, "forward", gated)
 TWO_STAGES = """
 build = ic.CNN.__init__
 
-def with_wider_classifier(self, classes=10, *arguments, **options):
-    build(self, classes, *arguments, **options)
+def with_wider_classifier(
+    self, classes=10, channels=3, image_size=32, width=1.0, dropout=0.0
+):
+    build(self, classes, channels, image_size, width, dropout)
     features = sum(stage.conv1.out_channels for stage in self.stages[1:])
     self.classifier = torch.nn.Linear(features, classes, bias=False)
 
