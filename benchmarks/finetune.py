@@ -39,6 +39,8 @@ VARIANTS = {
     "both": "--head-first 0.3 --first-layer-lr 0.1",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
+DEFAULT_MODEL = "timm:tf_efficientnet_lite0"  # of --weights
+DEFAULT_IMAGE_SIZE = 96  # the same
 
 # Loads CIFAR-10 as the program does and leaves the images of some classes, `count` of each. What is
 # tested on are 500 others of each class, or the test images of these classes.
@@ -145,26 +147,28 @@ def main() -> None:
     )
     parser.add_argument("--test", action="store_true", help="on the test images: once, at the end")
     parser.add_argument("--weights", metavar="FILE", help="weights of --model, from ImageNet")
-    default_model = "timm:tf_efficientnet_lite0"
+    parser.add_argument("--model", help=f"with --weights (default: {DEFAULT_MODEL})")
     parser.add_argument(
-        "--model", default=default_model, help=f"with --weights (default: {default_model})"
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=96, metavar="N", help="with --weights (default: 96)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help=f"with --weights (default: {DEFAULT_IMAGE_SIZE})",
     )
     default_name = "finetune, with --test finetune_test"
     parser.add_argument("--name", help=f"of the result file (default: {default_name})")
     options = parser.parse_args()
+    if not options.weights and (options.model or options.image_size):
+        parser.error("--model and --image-size need --weights")
     result_name = options.name or ("finetune_test" if options.test else "finetune")
     variants = [f"{name}, {lr}" for name in options.only for lr in options.learning_rates]
     snippet = LOAD_CLASSES.format(first=5, end=10, count=CLASS_SIZE, on_test_images=options.test)
     with tempfile.TemporaryDirectory() as folder:
         if options.weights:
             weights = Path(options.weights).resolve()
-            settings = (
-                f"finetune --model {shlex.quote(options.model)} --image-size {options.image_size}"
-            )
-            snippet += NOT_ENLARGED.format(size=options.image_size)
+            model = shlex.quote(options.model or DEFAULT_MODEL)
+            image_size = options.image_size or DEFAULT_IMAGE_SIZE
+            settings = f"finetune --model {model} --image-size {image_size}"
+            snippet += NOT_ENLARGED.format(size=image_size)
         else:
             weights = Path(folder, "first_classes.pth")
             pretrain(weights, options.data_dir)

@@ -79,6 +79,20 @@ def with_row_scales(matrices):
 replace(ic, "newton_schulz", with_row_scales)
 """
 
+# The same without a mean over the steps: each row of an update gets the same norm.
+EQUAL_ROWS = """
+newton_schulz = ic.newton_schulz
+
+def with_equal_rows(matrices):
+    results = []
+    for update in newton_schulz(matrices):
+        scaled = F.normalize(update.float(), dim=1)
+        results.append(scaled * (update.norm() / scaled.norm()))
+    return results
+
+replace(ic, "newton_schulz", with_equal_rows)
+"""
+
 # Vyas et al., 2024, https://arxiv.org/abs/2409.11321, on the smaller side of each matrix only: Adam
 # in the eigenvectors of the gradients' mean Gram matrix. Norms of weights and updates are Muon's.
 SOAP = """
@@ -337,6 +351,7 @@ VARIANTS = {
     "the rate falls with the power 1.2": Variant(snippet=POWER.format(power=1.2)),
     "cifar10-speedrun's coefficients": Variant(snippet=COEFFICIENTS),
     "NorMuon": Variant(snippet=NORMUON),
+    "rows of equal norm": Variant(snippet=EQUAL_ROWS),
     "SOAP": Variant(snippet=SOAP),
     "lookahead": Variant(snippet=LOOKAHEAD),
     "squeeze-and-excitation": Variant(snippet=SQUEEZE_EXCITATION),

@@ -557,6 +557,12 @@ def test_finetune(harness_runs, tool_inside, folder):
     assert (folder / "finetune_test.json").exists()
 
 
+@pytest.mark.parametrize("option", [["--model", "resnet18"], ["--image-size", "64"]])
+def test_finetune_refuses_options_of_weights_that_are_not_given(tool_inside, option):
+    _, err = tool_inside("finetune")(*option, status=2)
+    assert option[0] in err and "--weights" in err
+
+
 def test_finetune_from_weights_in_a_file(harness_runs, tool_inside, folder):
     options = ["--weights", "given.pth", "--model", "timm:tiny", "--image-size", "64"]
     tool_inside("finetune")("--runs", "1", *options, "--learning-rates", "1e-3", "--name", "given")
