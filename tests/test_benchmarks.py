@@ -159,12 +159,27 @@ def weights_without_ideas():
     return train_eleven_steps()
 
 
-@pytest.mark.parametrize("name", IDEAS)
+PROXY = "a narrow network leaves out the easiest fifth"  # acts before the first step
+
+
+@pytest.mark.parametrize("name", [name for name in IDEAS if name != PROXY])
 def test_idea_changes_what_is_learned(name, apply_snippet, weights_without_ideas):
     apply_snippet(IDEAS[name])
     changed = train_eleven_steps()
     assert all(value.isfinite().all() for value in changed.values())
     assert not same(changed, weights_without_ideas)
+
+
+def test_a_narrow_network_leaves_out_the_easiest_images(apply_snippet, monkeypatch):
+    trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
+    all_images = trainer.plan(0).order
+    monkeypatch.setattr(ic, "train_seed", lambda trainer, *arguments: trainer)
+    apply_snippet(IDEAS[PROXY])
+    trainer = ic.train_seed(trainer, None)
+    hardest = trainer.plan(0).order
+    assert len(hardest.unique()) == len(hardest) == round(0.8 * len(all_images))
+    assert trainer.batch_slices[-1].stop == len(hardest)
+    assert trainer.config.width == 0.25
 
 
 def test_soap_moves_weights_as_far_as_muon_does(apply_snippet):
