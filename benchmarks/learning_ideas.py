@@ -405,6 +405,12 @@ VARIANTS = {
     ),
     "the easiest fifth left out": Variant(snippet=OWN_LOSSES.format(share=0.8, first_epoch=2)),
     "the easiest third left out": Variant(snippet=OWN_LOSSES.format(share=0.65, first_epoch=2)),
+    "NorMuon, the easiest third left out": Variant(
+        snippet=NORMUON + OWN_LOSSES.format(share=0.65, first_epoch=2)
+    ),
+    "NorMuon, the easier half left out": Variant(
+        snippet=NORMUON + OWN_LOSSES.format(share=0.5, first_epoch=2)
+    ),
     "batches of 250 at first": Variant(snippet=HALF_BATCHES.format(largest_scale=0.5)),
     "batches of 250 on smaller images": Variant(snippet=HALF_BATCHES.format(largest_scale=0.75)),
 }
