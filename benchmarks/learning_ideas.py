@@ -359,6 +359,35 @@ replace(F, "cross_entropy", record)
 replace(ic.Trainer, "plan", plan_the_hardest)
 """
 
+# The same, but chosen once: by the losses of all images at the beginning of an epoch.
+CHOSEN_ONCE = """
+plan = ic.Trainer.plan
+chosen = []
+
+def find_hardest(self):
+    images, labels = self.train_set
+    with self.autocast():
+        scale = self.state.progress.image_scale
+        logits = ic.evaluate(self.state.model, images, labels, scale=scale).logits
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.argsort(descending=True)[: round({share} * len(labels))]
+
+def plan_the_hardest(self, epoch):
+    if epoch < {first_epoch}:
+        return plan(self, epoch)
+    if not chosen:
+        chosen.append(find_hardest(self))
+    hardest, num_images = chosen[0], len(self.train_set.labels)
+    generator = torch.Generator().manual_seed(epoch)
+    order = torch.randperm(len(hardest), generator=generator)
+    again = hardest[order[: num_images - len(hardest)]]
+    augment = ic.parse_augment(self.config.augment)
+    indices = torch.cat([hardest, again])
+    return ic.plan_epoch(num_images, self.config.seed, epoch, augment, self.device, indices)
+
+replace(ic.Trainer, "plan", plan_the_hardest)
+"""
+
 # ---- The variants --------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -405,6 +434,9 @@ VARIANTS = {
     ),
     "the easiest fifth left out": Variant(snippet=OWN_LOSSES.format(share=0.8, first_epoch=2)),
     "the easiest third left out": Variant(snippet=OWN_LOSSES.format(share=0.65, first_epoch=2)),
+    "the easiest third left out, chosen once": Variant(
+        snippet=CHOSEN_ONCE.format(share=0.65, first_epoch=2)
+    ),
     "NorMuon, the easiest third left out": Variant(
         snippet=NORMUON + OWN_LOSSES.format(share=0.65, first_epoch=2)
     ),
