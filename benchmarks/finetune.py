@@ -39,8 +39,8 @@ VARIANTS = {
     "both": "--head-first 0.3 --first-layer-lr 0.1",
 }
 LEARNING_RATES = ["3e-4", "1e-3", "3e-3"]
-DEFAULT_MODEL = "timm:tf_efficientnet_lite0"  # of --weights
-DEFAULT_IMAGE_SIZE = 96  # the same
+DEFAULT_MODEL = "timm:tf_efficientnet_lite0"  # with --weights
+DEFAULT_IMAGE_SIZE = 96  # pixels, with --weights
 
 # Loads CIFAR-10 as the program does and leaves the images of some classes, `count` of each. What is
 # tested on are 500 others of each class, or the test images of these classes.

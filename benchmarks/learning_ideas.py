@@ -79,20 +79,6 @@ def with_row_scales(matrices):
 replace(ic, "newton_schulz", with_row_scales)
 """
 
-# The same without a mean over the steps: each row of an update gets the same norm.
-EQUAL_ROWS = """
-newton_schulz = ic.newton_schulz
-
-def with_equal_rows(matrices):
-    results = []
-    for update in newton_schulz(matrices):
-        scaled = F.normalize(update.float(), dim=1)
-        results.append(scaled * (update.norm() / scaled.norm()))
-    return results
-
-replace(ic, "newton_schulz", with_equal_rows)
-"""
-
 # Vyas et al., 2024, https://arxiv.org/abs/2409.11321, on the smaller side of each matrix only: Adam
 # in the eigenvectors of the gradients' mean Gram matrix. Norms of weights and updates are Muon's.
 SOAP = """
@@ -228,25 +214,21 @@ replace(ic.CNN, "forward", forward)
 """
 
 # The first layer whitens patches of 3×3 pixels and halves the size; the first stage keeps it.
-HALVED_FIRST = """
-instantiate, unfold = ic.instantiate, F.unfold
+HALVED_FIRST = ablations.FIRST_LAYER.format(stride=2, padding=0)
+HALVED_FIRST += """
+with_two_halvings = ic.instantiate
 
 class FirstStage(ic.Stage):
     def forward(self, x):
         x = F.silu(self.norm1(self.conv1(x)))
         return x + F.silu(self.norm2(self.conv2(x)))
 
-def with_larger_patches(*arguments, **options):
-    model = instantiate(*arguments, **options)
-    channels = model.whiten.in_channels
-    filters = 2 * channels * 3 * 3
-    model.whiten = torch.nn.Conv2d(channels, filters, 3, 2, bias=False)
-    model.whiten.weight.requires_grad_(False)
-    model.stages[0] = FirstStage(filters, model.stages[0].conv1.out_channels)
+def with_one_halving(*arguments, **options):
+    model = with_two_halvings(*arguments, **options)
+    model.stages[0].__class__ = FirstStage
     return model
 
-replace(ic, "instantiate", with_larger_patches)
-replace(F, "unfold", lambda images, size: unfold(images, 3))
+replace(ic, "instantiate", with_one_halving)
 """
 
 # ---- Snippets: images ----------------------------------------------------------------------------
@@ -324,9 +306,22 @@ def train_on_the_hardest(trainer, *arguments):
 replace(ic, "train_seed", train_on_the_hardest)
 """
 
-# Without a second network: an image's loss is that of the step that saw it last. Epochs stay as
-# long as they are: some of the other images come twice.
-OWN_LOSSES = """
+# Plans an epoch from some images only. It is as long as before: a part of them comes twice.
+PLAN_FROM = """
+def plan_from(chosen, trainer, epoch):
+    config, num_images = trainer.config, len(trainer.train_set.labels)
+    generator = torch.Generator().manual_seed(epoch)
+    order = torch.randperm(len(chosen), generator=generator)
+    again = chosen[order[: num_images - len(chosen)]]
+    indices = torch.cat([chosen, again])
+    augment = ic.parse_augment(config.augment)
+    return ic.plan_epoch(num_images, config.seed, epoch, augment, trainer.device, indices)
+"""
+
+# The images with the largest losses, without a second network: an image's loss is that of the step
+# that saw it last.
+LAST_LOSSES = PLAN_FROM
+LAST_LOSSES += """
 plan, compute_step, cross_entropy = ic.Trainer.plan, ic.Trainer.compute_step, F.cross_entropy
 seen = dict()
 
@@ -343,47 +338,36 @@ def record(logits, targets, *arguments, **options):
     return cross_entropy(logits, targets, *arguments, **options)
 
 def plan_the_hardest(self, epoch):
-    if epoch < {first_epoch}:
+    if epoch < 2:
         return plan(self, epoch)
-    num_images = len(seen["losses"])
-    hardest = seen["losses"].argsort(descending=True)[: round({share} * num_images)]
-    generator = torch.Generator().manual_seed(epoch)
-    order = torch.randperm(len(hardest), generator=generator)
-    again = hardest[order[: num_images - len(hardest)]]
-    augment = ic.parse_augment(self.config.augment)
-    indices = torch.cat([hardest, again])
-    return ic.plan_epoch(num_images, self.config.seed, epoch, augment, self.device, indices)
+    order = seen["losses"].argsort(descending=True)
+    return plan_from(order[: round({share} * len(order))], self, epoch)
 
 replace(ic.Trainer, "compute_step", compute_step_and_remember)
 replace(F, "cross_entropy", record)
 replace(ic.Trainer, "plan", plan_the_hardest)
 """
 
-# The same, but chosen once: by the losses of all images at the beginning of an epoch.
-CHOSEN_ONCE = """
+# The same, but chosen once, by the losses of all images after the second epoch.
+CHOSEN_ONCE = PLAN_FROM
+CHOSEN_ONCE += """
 plan = ic.Trainer.plan
 chosen = []
 
-def find_hardest(self):
-    images, labels = self.train_set
-    with self.autocast():
-        scale = self.state.progress.image_scale
-        logits = ic.evaluate(self.state.model, images, labels, scale=scale).logits
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses.argsort(descending=True)[: round({share} * len(labels))]
+def find_hardest(trainer):
+    images, labels = trainer.train_set
+    with trainer.autocast():
+        scale = trainer.state.progress.image_scale
+        logits = ic.evaluate(trainer.state.model, images, labels, scale=scale).logits
+    order = F.cross_entropy(logits, labels, reduction="none").argsort(descending=True)
+    return order[: round({share} * len(order))]
 
 def plan_the_hardest(self, epoch):
-    if epoch < {first_epoch}:
+    if epoch < 2:
         return plan(self, epoch)
     if not chosen:
         chosen.append(find_hardest(self))
-    hardest, num_images = chosen[0], len(self.train_set.labels)
-    generator = torch.Generator().manual_seed(epoch)
-    order = torch.randperm(len(hardest), generator=generator)
-    again = hardest[order[: num_images - len(hardest)]]
-    augment = ic.parse_augment(self.config.augment)
-    indices = torch.cat([hardest, again])
-    return ic.plan_epoch(num_images, self.config.seed, epoch, augment, self.device, indices)
+    return plan_from(chosen[0], self, epoch)
 
 replace(ic.Trainer, "plan", plan_the_hardest)
 """
@@ -415,7 +399,6 @@ VARIANTS = {
     "the rate falls with the power 1.2": Variant(snippet=POWER.format(power=1.2)),
     "cifar10-speedrun's coefficients": Variant(snippet=COEFFICIENTS),
     "NorMuon": Variant(snippet=NORMUON),
-    "rows of equal norm": Variant(snippet=EQUAL_ROWS),
     "SOAP": Variant(snippet=SOAP),
     "lookahead": Variant(snippet=LOOKAHEAD),
     "squeeze-and-excitation": Variant(snippet=SQUEEZE_EXCITATION),
@@ -432,16 +415,11 @@ VARIANTS = {
     "a narrow network leaves out the easiest fifth": Variant(
         "--epochs 12", PROXY.format(share=0.8)
     ),
-    "the easiest fifth left out": Variant(snippet=OWN_LOSSES.format(share=0.8, first_epoch=2)),
-    "the easiest third left out": Variant(snippet=OWN_LOSSES.format(share=0.65, first_epoch=2)),
-    "the easiest third left out, chosen once": Variant(
-        snippet=CHOSEN_ONCE.format(share=0.65, first_epoch=2)
-    ),
+    "the easiest fifth left out": Variant(snippet=LAST_LOSSES.format(share=0.8)),
+    "the easiest third left out": Variant(snippet=LAST_LOSSES.format(share=0.65)),
+    "the easiest third left out, chosen once": Variant(snippet=CHOSEN_ONCE.format(share=0.65)),
     "NorMuon, the easiest third left out": Variant(
-        snippet=NORMUON + OWN_LOSSES.format(share=0.65, first_epoch=2)
-    ),
-    "NorMuon, the easier half left out": Variant(
-        snippet=NORMUON + OWN_LOSSES.format(share=0.5, first_epoch=2)
+        snippet=NORMUON + LAST_LOSSES.format(share=0.65)
     ),
     "batches of 250 at first": Variant(snippet=HALF_BATCHES.format(largest_scale=0.5)),
     "batches of 250 on smaller images": Variant(snippet=HALF_BATCHES.format(largest_scale=0.75)),

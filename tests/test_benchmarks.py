@@ -159,13 +159,24 @@ def weights_without_ideas():
     return train_eleven_steps()
 
 
-PROXY = "a narrow network leaves out the easiest fifth"  # acts before the first step
+# These choose images before the first step, or from the third epoch on: they have their own tests.
+BEFORE_TRAINING = "a narrow network leaves out the easiest fifth"
+CHOSEN_ONCE = "the easiest third left out, chosen once"
+FROM_EPOCH_2 = {"the easiest fifth left out": 0.8, "the easiest third left out": 0.65}
+CHOOSING = {BEFORE_TRAINING, CHOSEN_ONCE, *FROM_EPOCH_2}
+
+# The later an image comes in the data set, the larger its loss.
+LATER_IS_HARDER = """
+def evaluate(model, images, labels, **options):
+    classes = model.classifier.out_features
+    logits = F.one_hot(labels, classes) * -torch.arange(float(len(labels)))[:, None]
+    return ic.Evaluation(0.0, 0.0, logits)
+
+replace(ic, "evaluate", evaluate)
+"""
 
 
-LATER = {name for name in IDEAS if name.startswith("the easiest")}  # from the third epoch on
-
-
-@pytest.mark.parametrize("name", sorted(IDEAS.keys() - LATER - {PROXY}))
+@pytest.mark.parametrize("name", sorted(IDEAS.keys() - CHOOSING))
 def test_idea_changes_what_is_learned(name, apply_snippet, weights_without_ideas):
     apply_snippet(IDEAS[name])
     changed = train_eleven_steps()
@@ -175,26 +186,43 @@ def test_idea_changes_what_is_learned(name, apply_snippet, weights_without_ideas
 
 def test_a_narrow_network_leaves_out_the_easiest_images(apply_snippet):
     trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
-    all_images = trainer.plan(0).order
+    num_images = len(trainer.train_set.labels)
+    apply_snippet(LATER_IS_HARDER)
     apply_snippet('replace(ic, "train_seed", lambda trainer, *arguments: trainer)')
-    apply_snippet(IDEAS[PROXY])
+    apply_snippet(IDEAS[BEFORE_TRAINING])
     trainer = ic.train_seed(trainer, None)
-    hardest = trainer.plan(0).order
-    assert len(hardest.unique()) == len(hardest) == round(0.8 * len(all_images))
+    hardest = range(num_images - round(0.8 * num_images), num_images)
+    assert sorted(trainer.plan(0).order.tolist()) == list(hardest)
     assert trainer.batch_slices[-1].stop == len(hardest)
     assert trainer.config.width == 0.25
 
 
-@pytest.mark.parametrize("name", sorted(LATER))
-def test_the_easiest_images_are_left_out(name, apply_snippet):
+def test_the_easiest_images_are_left_out_once(apply_snippet):
     trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
-    all_images = trainer.plan(0).order
-    apply_snippet(IDEAS[name])
-    trainer.train_step(trainer.plan(0).take(trainer.batch_slices[0]))
+    num_images = len(trainer.train_set.labels)
+    apply_snippet(LATER_IS_HARDER)
+    apply_snippet(IDEAS[CHOSEN_ONCE])
+    assert len(trainer.plan(1).order.unique()) == num_images
     order = trainer.plan(2).order
-    assert len(order) == len(all_images)
-    share = 0.8 if "fifth" in name else 0.65
-    assert len(order.unique()) == round(share * len(all_images))
+    assert len(order) == num_images
+    assert sorted(order.unique().tolist()) == list(
+        range(num_images - round(0.65 * num_images), num_images)
+    )
+
+
+@pytest.mark.parametrize("name", FROM_EPOCH_2)
+def test_the_images_that_were_easiest_are_left_out(name, apply_snippet):
+    trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
+    first_plan = trainer.plan(0)
+    num_images = len(first_plan.order)
+    apply_snippet(IDEAS[name])
+    trainer.train_step(first_plan.take(trainer.batch_slices[0]))
+    assert len(trainer.plan(1).order.unique()) == num_images
+    order = trainer.plan(2).order
+    assert len(order) == num_images
+    assert len(order.unique()) == round(FROM_EPOCH_2[name] * num_images)
+    # the others have no loss yet, which counts as none
+    assert set(first_plan.order[:20].tolist()) <= set(order.tolist())
 
 
 def test_soap_moves_weights_as_far_as_muon_does(apply_snippet):
