@@ -208,7 +208,7 @@ def test_custom_network_that_fails_is_one_line(inside, folder, line, named):
 @pytest.mark.slow
 def test_network_that_refuses_weights_without_versions_is_trained_and_resumed(inside, folder):
     """torchvision's MNASNet looks at the version that PyTorch keeps beside the names of weights."""
-    model = ["--model", "torchvision:mnasnet0_5", "--image-size", "16"]
+    model = ["--model", "torchvision:mnasnet0_5", "--image-size", "16", "--lr", "0.0001"]
     inside(*SMALL, *model, "--epochs", "1", "--ema", "--run-dir", "run")
     inside("--resume", "run", "--epochs", "2")
     (path,) = folder.glob("model_*.pth")
