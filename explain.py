@@ -429,6 +429,7 @@ def settings_of_folds(model: Classifier, data: Dataset) -> Config:
     the images. What is left then is random weights, and no layer is frozen.
     """
     settings = {**model.settings, "minutes": 0.0, "resume": "", "compile": False}
+    settings["drop_easiest"] = 0.0  # wrong labels have the largest losses
     init_from = settings.get("init_from")
     problem = problem_with_weights(model, data, init_from) if init_from else ""
     if problem:

@@ -131,7 +131,8 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "weight_decay": 0.0,
     "scheduler": "linear",  # warm up over a tenth of the run, then down to zero
     "label_smoothing": 0.2,  # share of the target spread evenly over the classes
-    "epochs": 10,
+    "epochs": 8,
+    "drop_easiest": 0.35,  # of the training images, after a quarter of the run
     "batch_size": 500,
     "micro_batch": 500,  # images in one forward pass: batch norm sees the whole batch
     "augment": "flip,crop=2",  # mirror every other epoch, shift by up to 2 pixels
@@ -164,13 +165,17 @@ class Batch(NamedTuple):
 
     def shard(self, rank: int, world_size: int) -> "Batch":
         """The images that this process computes, if several share the batch."""
-        size = len(self.order)
-        return self.take(slice(size * rank // world_size, size * (rank + 1) // world_size))
+        return self.take(shard_slice(len(self.order), rank, world_size))
 
     def split(self, parts: int) -> list["Batch"]:
         """Micro-batches of nearly equal size."""
         columns = [column.tensor_split(parts) for column in self]
         return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+def shard_slice(size: int, rank: int, world_size: int) -> slice:
+    """Which images of a batch of this size a process computes."""
+    return slice(size * rank // world_size, size * (rank + 1) // world_size)
 
 
 def plan_epoch(
@@ -187,8 +192,8 @@ def plan_epoch(
     Each image is mirrored in every other epoch, the first time at random: both views come equally
     often (alternating flips, Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench).
 
-    sample_indices: int64 (M,), the images of this epoch where classes are balanced; some may come
-        several times. None: each image once.
+    sample_indices: int64 (M,), the images of this epoch; some may come several times. None: each
+        image once.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     epoch_size = num_images if sample_indices is None else len(sample_indices)
@@ -202,6 +207,19 @@ def plan_epoch(
     flipped_now = ~flipped_in_epoch_0 if epoch % 2 else flipped_in_epoch_0
     flips = flipped_now[order] & augment.flip
     return Batch(order.to(device), flips.to(device), shifts.to(device))
+
+
+def hardest_images(losses: torch.Tensor | None, drop_easiest: float) -> torch.Tensor | None:
+    """Leave out this share of the images, those with the smallest losses; None: take all.
+
+    What the network classifies with ease teaches it little more (selective backprop, Jiang et al.,
+    2019, https://arxiv.org/abs/1910.00762). losses: float32 (N,), each from the step that saw the
+    image last. Returns int64 (M,), on the CPU.
+    """
+    if losses is None or not drop_easiest:
+        return None
+    num_kept = max(1, round((1 - drop_easiest) * len(losses)))
+    return losses.argsort(descending=True, stable=True)[:num_kept].cpu()
 
 
 def slice_epoch(epoch_size: int, batch_size: int) -> list[slice]:
@@ -392,7 +410,8 @@ class Muon(torch.optim.Optimizer):
 
     Jordan et al., 2024, https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes matrices
     only; here filters of shape (O, I, H, W) count as a matrix of O rows. As in cifar10-airbench,
-    each weight is first scaled to norm √O, which makes the learning rate a relative step.
+    each weight is first scaled to norm √O, which makes the learning rate a relative step. The rows
+    of an update are balanced as in NorMuon.
 
     dtype: of the products with whole matrices; their Gram matrices are multiplied in float32.
     """
@@ -415,17 +434,21 @@ class Muon(torch.optim.Optimizer):
             directions = []
             for weight in weights:
                 state = self.state[weight]
-                if not state:
+                if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
+                if "row_mean_squares" not in state:  # as in runs that older versions began
+                    state["row_mean_squares"] = weight.new_zeros(len(weight))
                 buffer = state["momentum_buffer"].mul_(momentum).add_(weight.grad)
                 direction = weight.grad + momentum * buffer  # Nesterov momentum
                 directions.append(direction.flatten(1).to(self.dtype))
 
             updates = newton_schulz(directions)
             for weight, update in zip(weights, updates, strict=True):
+                update = update.to(weight.dtype)
+                update = balance_rows(update, self.state[weight]["row_mean_squares"])
                 target_norm = len(weight) ** 0.5
                 weight.mul_(target_norm / weight.norm().clamp(min=1e-7))
-                weight.sub_(update.reshape(weight.shape).to(weight.dtype) * lr)
+                weight.sub_(update.reshape(weight.shape) * lr)
 
 
 NEWTON_SCHULZ_STEPS = 3
@@ -460,6 +483,19 @@ def newton_schulz(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
             rows, columns = matrices[i].shape
             results[i] = x.T if rows > columns else x
     return [results[i] for i in range(len(matrices))]
+
+
+def balance_rows(update: torch.Tensor, row_mean_squares: torch.Tensor) -> torch.Tensor:
+    """Divide each row, a neuron's update, by its usual size; the norm of the whole stays the same.
+
+    Newton-Schulz steps leave rows of unequal size, so that some neurons would learn faster than
+    others (NorMuon, Li et al., 2025, https://arxiv.org/abs/2510.05491).
+
+    row_mean_squares: float32 (rows,), a moving average over the steps; updated in place.
+    """
+    row_mean_squares.lerp_(update.square().mean(1), 0.05)
+    balanced = update / (row_mean_squares.sqrt()[:, None] + 1e-7)
+    return balanced * (update.norm() / balanced.norm().clamp(min=1e-7))
 
 
 def build_optimizers(
@@ -573,8 +609,8 @@ class Trainer:
         self.class_weights = sampling.class_weights(
             self.train_set.labels, len(data.classes), config.class_balance
         )
-        first_epoch = self.plan(0)
-        self.batch_slices = slice_epoch(len(first_epoch.order), config.batch_size)
+        epoch_size = sampling.epoch_size(self.train_set.labels, config.class_balance)
+        self.batch_slices = slice_epoch(epoch_size, config.batch_size)
 
         # what steps change
         steps = len(self.batch_slices)
@@ -591,7 +627,7 @@ class Trainer:
         self.state = state
 
         # the order matters: trial steps and last.pth need the network before it is wrapped
-        first_batch = first_epoch.take(self.batch_slices[0])
+        first_batch = self.plan(0).take(self.batch_slices[0])
         fit = micro_batches.fit(
             self.forward_backward,
             model,
@@ -620,10 +656,12 @@ class Trainer:
 
     def plan(self, epoch: int) -> Batch:
         """The order, flips and shifts of this epoch: see plan_epoch."""
-        seed, labels = self.config.seed, self.train_set.labels
+        seed, labels, hardest = self.config.seed, self.train_set.labels, self.state.hardest
         augment = parse_augment(self.config.augment)
-        balanced = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
-        return plan_epoch(len(labels), seed, epoch, augment, self.device, balanced)
+        indices = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
+        if hardest is not None:
+            indices = sampling.repeated_indices(hardest, len(labels), seed, epoch)
+        return plan_epoch(len(labels), seed, epoch, augment, self.device, indices)
 
     def image_scale(self) -> float:
         """Scale factor of the images in the next step."""
@@ -680,17 +718,18 @@ class Trainer:
         """Compute the gradients of the mean loss over a batch, by gradient accumulation.
 
         Of several processes, each computes its share of the images. scale: scale factor of the
-        images. Batch norm sees one micro-batch at a time. Returns float32 (2,): the summed
-        cross-entropy, without smoothing and weights, and the number of correct predictions.
+        images. Batch norm sees one micro-batch at a time. Returns float32 (2, B): the cross-entropy
+        of each image, without smoothing and weights, and 1 if it is classified correctly; zeros for
+        images that other processes compute.
         """
         images, labels = self.train_set
-        stats = torch.zeros(2, device=self.device)
         # the loss is summed over micro-batches and processes, then divided by the total weight
         batch_weight: int | torch.Tensor = len(batch.order)
         if self.class_weights is not None:
             batch_weight = self.class_weights[labels[batch.order]].sum()
 
         own_batch = batch.shard(self.group.rank, self.group.world_size)
+        own_stats = []
         for number, micro_batch in enumerate(own_batch.split(num_micro_batches), 1):
             # from uint8 images on the device to the input of the network
             y = labels[micro_batch.order]
@@ -714,9 +753,13 @@ class Trainer:
                 self.state.scaler.scale(loss).backward()
 
             with torch.no_grad():
-                cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
-                num_correct = (logits.argmax(1) == y).sum()
-                stats += torch.stack([cross_entropy, num_correct])
+                cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+                is_correct = logits.argmax(1) == y
+                own_stats.append(torch.stack([cross_entropy, is_correct]))
+
+        own_slice = shard_slice(len(batch.order), self.group.rank, self.group.world_size)
+        stats = torch.zeros(2, len(batch.order), device=self.device)
+        stats[:, own_slice] = torch.cat(own_stats, dim=1)
         return stats
 
 
@@ -790,14 +833,17 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
     heartbeat: what happens between steps: progress bar, autosave, time budget. Raises Stopped if it
     was asked to stop.
     """
-    progress = trainer.state.progress
+    state, progress = trainer.state, trainer.state.progress
     with heartbeat.epoch():
+        if progress.step_in_epoch == 0 and progress.fraction >= 0.25:
+            state.hardest = hardest_images(state.image_losses, trainer.config.drop_easiest)
         plan = trainer.plan(progress.epoch)
-        trainer.state.model.train(not trainer.config.freeze)  # frozen layers keep their statistics
+        state.model.train(not trainer.config.freeze)  # frozen layers keep their statistics
         for batch_slice in trainer.batch_slices[progress.step_in_epoch :]:
             scale = trainer.image_scale()
-            stats = trainer.train_step(plan.take(batch_slice))
-            heartbeat.record(stats)
+            batch = plan.take(batch_slice)
+            stats = trainer.train_step(batch)
+            heartbeat.record(stats, batch.order)
             progress.total_steps = heartbeat.total_steps(scale)
             if progress.done or progress.step_in_epoch == 0:
                 break  # the end of an epoch is saved with its validation
@@ -882,7 +928,7 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
 
 
 def draw_inputs(trainer: Trainer) -> "Figure":
-    """The first images of the first epoch, as they are and after each step of --augment."""
+    """Some training images, as they are and after each step of --augment."""
     images, labels = trainer.train_set
     sample = trainer.plan(0).take(slice(10))
     gather = functools.partial(gather_augmented, images)

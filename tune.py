@@ -400,7 +400,7 @@ def find_lr(search: Search) -> float:
         def train_step(lr: float) -> float:
             batch = next(batches)
             stats = trainer.train_step(batch, factor=lr / usual_lr)
-            return float(stats[0]) / len(batch.order)
+            return float(stats[0].mean())
 
         steps = min(100, max(30, 3 * len(trainer.batch_slices)))
         sweep = sweep_rates(train_step, low, high, steps)

@@ -152,6 +152,13 @@ class Config:
         minimum=0,
         less_than=1,
     )
+    drop_easiest: float = setting(
+        None,
+        "share of the training images to leave out after a quarter of the run: those with the "
+        "smallest losses; not where labels may be wrong",
+        minimum=0,
+        less_than=1,
+    )
     grad_clip: float = setting(0.0, "maximum norm of the gradient; 0: no clipping", minimum=0)
     class_balance: str = setting(
         "none",

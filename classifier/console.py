@@ -33,6 +33,9 @@ def print_start(
         line += f"; the first {share:.0f} % of the run on smaller images"
     if group.world_size > 1:
         line += f"; {group.world_size} processes share each batch"
+    if config.drop_easiest:
+        share = 100 * config.drop_easiest
+        line += f"; after a quarter of it without the easiest {share:.0f} % of the images"
     print(line)
     if progress.step:
         print(f"Resuming after step {progress.step} of {progress.total_steps}")
@@ -51,10 +54,13 @@ def print_epoch(progress: Progress, row: Row, is_best: bool, eta: str) -> None:
     if progress.step_in_epoch:  # --minutes ended the run within an epoch
         seconds += f" for {progress.step_in_epoch} of {progress.steps_per_epoch} steps"
     size = "" if row["image_scale"] == 1 else f", images at {100 * row['image_scale']:.0f} %"
+    train_accuracy = percent(row["train_accuracy"])
+    if row["train_share"] < 1:
+        train_accuracy += f" (of the hardest {100 * row['train_share']:.0f} %)"
     saved = ", saved" if is_best else ""
     print(
         f"Epoch {row['epoch']:04d}: train loss {row['train_loss']:.4f}, valid loss {valid_loss}, "
-        f"train acc {percent(row['train_accuracy'])}{valid_accuracy}{size}, {seconds}, {eta}{saved}"
+        f"train acc {train_accuracy}{valid_accuracy}{size}, {seconds}, {eta}{saved}"
     )
 
 

@@ -269,8 +269,9 @@ class Group:
         return no_sync()
 
     def all_reduce_and_poll(self, stats: torch.Tensor, stop: bool, poll: bool) -> bool:
-        """Sum `stats`, float32 (N,), over all processes, in place; True if any was asked to stop.
+        """Sum `stats` over all processes, in place; True if any was asked to stop.
 
+        stats: float32, of any shape.
         stop: was this process asked to stop?
         poll: find out about the others now? This waits for a GPU; without it the result is False.
         A single process returns `stop` in any case.
@@ -278,9 +279,9 @@ class Group:
         if self.world_size == 1:
             return stop
         stop_flag = stats.new_full((1,), float(stop))
-        sums = torch.cat([stats, stop_flag])
+        sums = torch.cat([stats.flatten(), stop_flag])
         dist.all_reduce(sums)
-        stats.copy_(sums[:-1])
+        stats.copy_(sums[:-1].view_as(stats))
         return poll and bool(sums[-1] > 0)
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:

@@ -111,16 +111,17 @@ class Heartbeat:
         num_images = self.state.batch_slices[self.steps_done - 1].stop - self.first_image
         return num_images / (self.timed_until - self.started)
 
-    def record(self, stats: torch.Tensor) -> None:
+    def record(self, stats: torch.Tensor, order: torch.Tensor) -> None:
         """Sum a step's statistics over all processes, store them, and update the bar.
 
-        stats: float32 (2,), summed cross-entropy and number of correct predictions of this
-        process's images; becomes the sum over all processes.
+        stats: float32 (2, B), cross-entropy of each image and whether it was classified correctly,
+        with zeros for those of other processes; becomes the sum over all processes.
+        order: int64 (B,), the images.
         """
         self.steps_done += 1
         poll = self.is_cpu or self.steps_done % runs.STOP_POLL_STEPS == 0
         self.stopping = self.group.all_reduce_and_poll(stats, self.stop_requested, poll)
-        self.state.step_stats[self.steps_done - 1] = stats
+        self.state.record_step(self.steps_done - 1, stats, order)
 
         self.add_time()
         batch_slice = self.state.batch_slices[self.steps_done - 1]

@@ -12,6 +12,7 @@ COLUMNS = [
     "learning_rate",
     "seconds",
     "image_scale",
+    "train_share",
 ]
 Row = dict[str, Any]  # one epoch: COLUMNS, with None where there are no validation images
 
@@ -84,8 +85,9 @@ class Progress:
         self.step = saved["step"]
         self.seconds = saved["seconds"]
         self.cost = saved["cost"]
-        # older versions always validated on full-size images, and did not record it
-        self.history = [{"image_scale": 1.0, **row} for row in saved["history"]]
+        # older versions validated on full-size images, trained on all, and recorded neither
+        unrecorded = {"image_scale": 1.0, "train_share": 1.0}
+        self.history = [{**unrecorded, **row} for row in saved["history"]]
         if keep_total_steps:
             self.total_steps = saved["total_steps"]
         if not self.done:  # an epoch that ended early and now continues gets a new row
@@ -127,9 +129,13 @@ def comparable_rows(history: list[Row]) -> list[Row]:
     """The epochs that ended on full-size images.
 
     On smaller ones (progressive resizing) the loss is another quantity, and it says nothing about
-    full-size images, which the network has not seen yet.
+    full-size images, which the network has not seen yet. So is a training loss, which counts where
+    there are no validation images, once the easy images are left out (--drop-easiest).
     """
-    return [row for row in history if row["image_scale"] == 1]
+    rows = [row for row in history if row["image_scale"] == 1]
+    if rows and rows[-1]["valid_loss"] is None:
+        rows = [row for row in rows if row["train_share"] == rows[-1]["train_share"]]
+    return rows
 
 
 def _loss(row: Row) -> float:

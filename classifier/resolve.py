@@ -71,7 +71,7 @@ def network_defaults(model: str, pretrained: bool = False) -> Settings:
         suggestion = did_you_mean(model, known, OTHER_MODELS)
         raise UsageError(f"unknown model {model}: {suggestion}")
     # Not every network accepts images of other sizes.
-    return {"progressive_resizing": 0.0, **defaults}
+    return {"progressive_resizing": 0.0, "drop_easiest": 0.0, **defaults}
 
 
 def check_before_data(config: Config) -> None:
@@ -131,7 +131,8 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     config = _limit_batch_size(config, defaults, data)
     config = _limit_tta(config, data)
     if config.fast_dev_run:
-        config = replace(config, epochs=1, minutes=0.0, repeat=1, progressive_resizing=0.0)
+        config = replace(config, epochs=1, minutes=0.0, repeat=1)
+        config = replace(config, progressive_resizing=0.0, drop_easiest=0.0)
     if config.fast_dev_run or config.freeze:  # a single step, or a single layer
         config = replace(config, head_first=0.0, first_layer_lr=1.0)
     _check_augment(config.augment, data)
@@ -142,6 +143,11 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     config = replace(config, **missing)
     finetuning.check(config)
     _check_progressive_resizing(config, data)
+    if config.drop_easiest and config.class_balance in sampling.RESAMPLED:
+        raise UsageError(
+            f"--drop-easiest and --class-balance {config.class_balance} each choose the images of "
+            "an epoch: leave one of them out"
+        )
     return config
 
 
@@ -177,6 +183,8 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
     is_short = steps < MIN_STEPS and not config.minutes
     if _image_size(data) < MIN_IMAGE_SIZE or num_normalised < MIN_BATCH_SIZE or is_short:
         defaults["progressive_resizing"] = 0.0
+    if config.class_balance in sampling.RESAMPLED or is_short:
+        defaults["drop_easiest"] = 0.0
     return defaults
 
 
@@ -195,7 +203,8 @@ def _optimizer_defaults(optimizer: str, default_recipe: Settings) -> Settings:
 def _dataset_defaults(data: Dataset, default_recipe: Settings) -> Settings | None:
     """Defaults of CIFAR-10 and the digits; None for other data sets."""
     if data.name == "CIFAR10":
-        return _pick(default_recipe, "epochs", "batch_size", "augment", "progressive_resizing")
+        names = ("epochs", "batch_size", "augment", "progressive_resizing", "drop_easiest")
+        return _pick(default_recipe, *names)
     return recipes.DATASET_DEFAULTS.get(data.name)
 
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+RESAMPLED = ("oversample", "undersample")  # the choices of --class-balance that choose images
+
 
 def balanced_indices(
     labels: torch.Tensor, class_balance: str, seed: int, epoch: int
@@ -18,21 +20,23 @@ def balanced_indices(
 
     Returns indices into `labels`, int64, class by class. Classes without an image stay without one.
     """
-    if class_balance not in ("oversample", "undersample"):
+    if class_balance not in RESAMPLED:
         return None
     labels = labels.cpu()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     classes = [_indices_of(labels, label) for label in labels.unique().tolist()]
     counts = [len(members) for members in classes]
     size = max(counts) if class_balance == "oversample" else min(counts)
+    return torch.cat([_draw(members, size, generator) for members in classes])
 
-    chosen = []
-    for members in classes:
-        num_rounds = math.ceil(size / len(members))
-        rounds = [torch.randperm(len(members), generator=generator) for _ in range(num_rounds)]
-        order = torch.cat(rounds)[:size]
-        chosen.append(members[order])
-    return torch.cat(chosen)
+
+def repeated_indices(indices: torch.Tensor, size: int, seed: int, epoch: int) -> torch.Tensor:
+    """Repeat these indices until there are `size`, in an order drawn from (seed, epoch) alone.
+
+    None comes more than once more than another. indices: int64 (N,). Returns int64 (size,).
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return _draw(indices, size, generator)
 
 
 def epoch_size(labels: torch.Tensor, class_balance: str) -> int:
@@ -70,6 +74,13 @@ def imbalanced_indices(labels: torch.Tensor, share: float) -> torch.Tensor:
         count = math.ceil(len(members) * class_share)
         kept.append(members[:count])
     return torch.cat(kept).sort().values
+
+
+def _draw(members: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """All members in random order, then all in another order, and so on, until there are `size`."""
+    num_rounds = math.ceil(size / len(members))
+    rounds = [torch.randperm(len(members), generator=generator) for _ in range(num_rounds)]
+    return members[torch.cat(rounds)[:size]]
 
 
 def _indices_of(labels: torch.Tensor, label: int) -> torch.Tensor:

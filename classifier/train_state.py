@@ -38,6 +38,9 @@ class TrainState:
             step of this epoch.
         num_micro_batches: in how many micro-batches each process computes a batch, for each image
             scale; the same at every scale, except in runs that version 0.9 began.
+        image_losses: float32 (N,), the cross-entropy of each training image in the step that saw it
+            last; infinite before. None unless --drop-easiest needs it.
+        hardest: int64 (M,), on the CPU, the training images of this epoch; None: all.
         nonfinite_buffers: names of the buffers that hold infinities on purpose, such as masks.
     """
 
@@ -51,12 +54,18 @@ class TrainState:
     environment: dict[str, str]
     step_stats: torch.Tensor = field(init=False)
     num_micro_batches: dict[float, int] = field(init=False)
+    image_losses: torch.Tensor | None = field(init=False)
+    hardest: torch.Tensor | None = None
     nonfinite_buffers: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         device = next(self.model.parameters()).device
         self.step_stats = torch.zeros(len(self.batch_slices), 2, device=device)
         self.split_batches(1)
+        self.image_losses = None
+        if self.description["config"]["drop_easiest"]:
+            num_images = self.description["train_images"]
+            self.image_losses = torch.full((num_images,), math.inf, device=device)
         for group in self.param_groups():
             group["initial_lr"] = float(group["lr"])  # the peak, of which schedules take a share
 
@@ -94,6 +103,16 @@ class TrainState:
                 ]
         return tensors
 
+    def record_step(self, number: int, stats: torch.Tensor, order: torch.Tensor) -> None:
+        """Keep the losses of step `number` of this epoch.
+
+        stats: float32 (2, B), cross-entropy of each image and whether it was classified correctly.
+        order: int64 (B,), the images.
+        """
+        self.step_stats[number] = stats.sum(1)
+        if self.image_losses is not None:
+            self.image_losses[order] = stats[0]
+
     def check_finite(self, saving: bool = False, valid_loss: float = 0.0) -> None:
         """Raise Diverged if a loss, or with `saving` anything that is to be saved, is not finite.
 
@@ -129,6 +148,7 @@ class TrainState:
         num_images = self.batch_slices[last_step].stop  # fewer than all if a time budget ended it
         step_stats = self.step_stats[: last_step + 1]
         train_loss, train_accuracy = (step_stats.sum(0) / num_images).tolist()
+        num_all = self.description["train_images"]
         earlier_seconds = sum(earlier["seconds"] for earlier in progress.history)
         row = {
             "epoch": (progress.step - 1) // progress.steps_per_epoch,
@@ -139,6 +159,7 @@ class TrainState:
             "learning_rate": float(self.param_groups()[0]["lr"]),
             "seconds": progress.seconds - earlier_seconds,
             "image_scale": progress.image_scale,
+            "train_share": 1.0 if self.hardest is None else len(self.hardest) / num_all,
         }
         progress.history.append(row)
         return row
@@ -183,6 +204,8 @@ class TrainState:
             "history": progress.history,
             "step_stats": self.step_stats,
             "micro_batches": self.num_micro_batches,
+            "image_losses": self.image_losses,
+            "hardest": self.hardest,
             "random": torch.get_rng_state(),
             "random_cuda": random_cuda,
             "environment": self.environment,
@@ -207,6 +230,9 @@ class TrainState:
             self.description[EARLIER_DIGESTS] = saved[EARLIER_DIGESTS]
         self.progress.restore(saved, keep_total_steps)
         self.step_stats.copy_(saved["step_stats"])
+        self.hardest = saved.get("hardest")  # older versions always took all images
+        if self.image_losses is not None and saved.get("image_losses") is not None:
+            self.image_losses.copy_(saved["image_losses"])
 
         torch.set_rng_state(saved["random"])
         device = self.step_stats.device

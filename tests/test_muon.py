@@ -9,17 +9,20 @@ import image_classification as ic
 LR, MOMENTUM = 0.12, 0.6
 
 
-def reference_step(weight, gradient, buffer):
-    """One step of Muon: returns the new weight and the new momentum buffer."""
+def reference_step(weight, gradient, buffer, mean_squares):
+    """One step of Muon: returns the new weight and the new state."""
     buffer = MOMENTUM * buffer + gradient
     nesterov = gradient + MOMENTUM * buffer
     update = nesterov.flatten(1) / nesterov.norm()
     for _ in range(3):  # Newton-Schulz
         gram = update @ update.T
         update = 3.4445 * update - 4.7750 * gram @ update + 2.0315 * gram @ gram @ update
+    mean_squares = 0.95 * mean_squares + 0.05 * (update**2).mean(1)
+    balanced = update / mean_squares.sqrt()[:, None]
+    update = balanced * update.norm() / balanced.norm()
     weight = weight * len(weight) ** 0.5 / weight.norm()
     weight = weight - LR * update.reshape(weight.shape)
-    return weight, buffer
+    return weight, buffer, mean_squares
 
 
 @pytest.fixture
@@ -41,11 +44,14 @@ def test_five_steps_are_those_of_the_reference(weights):
     optimizer = ic.Muon(weights, LR, MOMENTUM, torch.float32)
     expected = [weight.detach().double() for weight in weights]
     buffers = [torch.zeros_like(weight) for weight in expected]
+    mean_squares = [torch.zeros(len(weight)).double() for weight in expected]
     for _ in range(5):
         for i, weight in enumerate(weights):
             weight.grad = torch.randn(weight.shape)
             gradient = weight.grad.double()
-            expected[i], buffers[i] = reference_step(expected[i], gradient, buffers[i])
+            expected[i], buffers[i], mean_squares[i] = reference_step(
+                expected[i], gradient, buffers[i], mean_squares[i]
+            )
         optimizer.step()
         for weight, wanted, buffer in zip(weights, expected, buffers, strict=True):
             torch.testing.assert_close(weight.detach().double(), wanted, rtol=0, atol=2e-5)
@@ -64,6 +70,33 @@ def test_bf16_steps_are_nearly_those_of_fp32(weights):
         assert copy.dtype == torch.float32
         torch.testing.assert_close(copy, weight, rtol=0, atol=0.03 * LR)
         assert not torch.equal(copy, weight)
+
+
+def test_rows_learn_at_one_speed(weights):
+    """Also the rows whose gradients are small, but the step as a whole is as large as before."""
+    tall = weights[1]  # Newton-Schulz steps cannot make the rows of a tall matrix equal
+    sizes = torch.linspace(0.1, 1, len(tall))[:, None]
+    optimizer = ic.Muon([tall], LR, MOMENTUM, torch.float32)
+    for _ in range(20):
+        tall.grad = sizes * torch.randn(tall.shape)
+        (update,) = ic.newton_schulz([tall.grad])
+        rescaled = tall.detach() * len(tall) ** 0.5 / tall.detach().norm()
+        optimizer.step()
+    rows = (tall.detach() - rescaled).norm(dim=1)
+    assert rows.max() < 4 * rows.min()
+    assert update.norm(dim=1).max() > 8 * update.norm(dim=1).min()
+
+
+def test_neuron_without_gradient_stays_where_it_is(weights):
+    weight = weights[0]
+    weight.grad = torch.randn(weight.shape)
+    weight.grad[3] = 0
+    rescaled = weight.detach() * len(weight) ** 0.5 / weight.detach().norm()
+    ic.Muon([weight], LR, MOMENTUM, torch.float32).step()
+    torch.testing.assert_close(weight.detach()[3], rescaled[3])
+    weight.grad = torch.zeros_like(weight)
+    ic.Muon([weight], LR, MOMENTUM, torch.float32).step()
+    assert weight.isfinite().all()
 
 
 def test_learning_rate_is_read_in_each_step(weights):

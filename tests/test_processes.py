@@ -85,6 +85,7 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
     options = ["--dataset", "digits", "--subset", "401", "--batch-size", "57", "--epochs", "3"]
     options += ["--model", "own.py:plain", "--progressive-resizing", "0", "--optimizer", "sgd"]
     options += ["--class-balance", "weights", "--precision", "fp32", "--device", "cpu"]
+    options += ["--drop-easiest", "0.3"]
     inside(*options, "--run-dir", "one")
     together.launcher = torchrun(3)
     out, _ = together(*options, "--run-dir", "three")
@@ -108,7 +109,7 @@ def test_two_processes_train_the_default_network_as_well(inside, together, folde
 
 
 # of ten steps each
-LONG = [*QUICK, "--device", "cpu", "--epochs", "7", "--batch-size", "20"]
+LONG = [*QUICK, "--device", "cpu", "--epochs", "7", "--batch-size", "20", "--drop-easiest", "0.3"]
 
 
 def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(

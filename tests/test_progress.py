@@ -5,12 +5,16 @@ import pytest
 from classifier.progress import Progress
 
 
-def make_progress(losses, scales=None, name="valid_loss"):
-    """A run with these losses; scales: of the images in each epoch, 1 by default."""
+def make_progress(losses, scales=None, name="valid_loss", train_shares=None):
+    """A run with these losses.
+
+    scales: of the images in each epoch, 1 by default. train_shares: of the images that it takes.
+    """
     progress = Progress(total_steps=10 * len(losses), steps_per_epoch=10)
     for epoch, loss in enumerate(losses):
         row = {"epoch": epoch, "train_loss": 9.0, "valid_loss": None, name: loss}
         row["image_scale"] = 1.0 if scales is None else scales[epoch]
+        row["train_share"] = 1.0 if train_shares is None else train_shares[epoch]
         progress.history.append(row)
     return progress
 
@@ -62,6 +66,15 @@ def test_epochs_on_smaller_images_do_not_count_as_stalled():
 
 def test_losses_without_validation_images_are_those_of_training():
     assert make_progress([3.0, 2.0], [0.5, 1.0], "train_loss").losses() == [2.0]
+
+
+def test_training_losses_of_other_images_do_not_count():
+    """Those of the hardest images are larger, though the network has become better."""
+    shares = [1.0, 1.0, 0.65, 0.65]
+    losses = [2.0, 1.0, 1.6, 1.5]
+    progress = make_progress(losses, name="train_loss", train_shares=shares)
+    assert progress.losses() == [1.6, 1.5] and not progress.stalled(1)
+    assert make_progress(losses, train_shares=shares).losses() == losses  # of validation images
 
 
 def test_scale_of_the_latest_step():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from classifier.sampling import balanced_indices, imbalanced_indices
+from classifier.sampling import balanced_indices, imbalanced_indices, repeated_indices
 
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=300).map(torch.tensor)
 QUICK = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -44,6 +44,22 @@ def test_drawing_does_not_touch_the_global_random_state():
     before = torch.get_rng_state()
     draw(torch.tensor([0, 0, 1]), "oversample", 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@given(st.integers(1, 50), st.integers(1, 200), st.integers(0, 100))
+@QUICK
+def test_repeated_indices_come_equally_often(num_indices, size, seed):
+    indices = 3 * torch.arange(num_indices) + 1
+    drawn = repeated_indices(indices, size, seed, epoch=0)
+    assert len(drawn) == size and drawn.dtype == torch.int64
+    times = drawn.bincount(minlength=3 * num_indices)[indices]
+    assert times.sum() == size and times.max() - times.min() <= 1
+
+
+def test_other_epochs_repeat_other_indices():
+    drawn = [repeated_indices(torch.arange(60), 100, seed=0, epoch=epoch) for epoch in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0].bincount(), drawn[2].bincount())
 
 
 @given(LABELS, st.floats(0.01, 1))
