@@ -656,7 +656,8 @@ class Trainer:
 
     def plan(self, epoch: int) -> Batch:
         """The order, flips and shifts of this epoch: see plan_epoch."""
-        seed, labels, hardest = self.config.seed, self.train_set.labels, self.state.hardest
+        seed, labels = self.config.seed, self.train_set.labels
+        hardest = self.state.hardest
         augment = parse_augment(self.config.augment)
         indices = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
         if hardest is not None:

@@ -184,6 +184,8 @@ VARIANTS = {
     "momentum 0.9": Variant("--momentum 0.9"),
     "two Newton-Schulz steps": Variant(snippet='replace(ic, "NEWTON_SCHULZ_STEPS", 2)'),
     "five Newton-Schulz steps": Variant(snippet='replace(ic, "NEWTON_SCHULZ_STEPS", 5)'),
+    "rows not balanced": Variant(snippet='replace(ic, "balance_rows", lambda update, _: update)'),
+    "all images to the end": Variant("--drop-easiest 0"),
     "Newton-Schulz in fp32": Variant(snippet=NEWTON_SCHULZ_FP32),
     "AdamW": Variant("--optimizer adamw"),
     "cosine": Variant("--scheduler cosine"),

@@ -1,10 +1,11 @@
 """Ideas of other programs and papers about learning, each tried in the default recipe.
 
     python benchmarks/learning_ideas.py --runs 3
-    python benchmarks/learning_ideas.py --only NorMuon SOAP --runs 3 --options "--width 0.5"
+    python benchmarks/learning_ideas.py --only lookahead SOAP --runs 3 --options "--width 0.5"
 
 Runs, table and figure are those of ablations.py; results/learning_ideas.json has every run. Nothing
-of this is in the program: see "Tried and left out" in benchmarks/README.md.
+of this is in the program: see "Ideas of other programs" in benchmarks/README.md. Two more that were
+tried here are in it: the balanced rows of Muon, and --drop-easiest.
 """
 
 import ablations
@@ -56,27 +57,6 @@ assert "3.4445, -4.7750, 2.0315" in source
 names = dict(vars(ic))
 exec(source.replace("3.4445, -4.7750, 2.0315", "3.4576, -4.7391, 2.0843"), names)
 replace(ic, "newton_schulz", names["newton_schulz"])
-"""
-
-# Li et al., 2025, https://arxiv.org/abs/2510.05491: each row of an update is divided by the root of
-# its mean square, averaged over the steps; the norm of the update stays the same.
-NORMUON = """
-newton_schulz = ic.newton_schulz
-mean_squares = dict()
-
-def with_row_scales(matrices):
-    results = []
-    for number, update in enumerate(newton_schulz(matrices)):
-        update = update.float()
-        mean_square = update.square().mean(1)
-        if number in mean_squares:
-            mean_square = torch.lerp(mean_squares[number], mean_square, 0.05)
-        mean_squares[number] = mean_square
-        scaled = update / (mean_square.sqrt()[:, None] + 1e-7)
-        results.append(scaled * (update.norm() / scaled.norm()))
-    return results
-
-replace(ic, "newton_schulz", with_row_scales)
 """
 
 # Vyas et al., 2024, https://arxiv.org/abs/2409.11321, on the smaller side of each matrix only: Adam
@@ -271,8 +251,8 @@ def in_two_steps(self, batch, scale):
     if scale > {largest_scale}:
         return compute_step(self, batch, scale)
     half = len(batch.order) // 2
-    stats = compute_step(self, batch.take(slice(half)), scale)
-    return stats + compute_step(self, batch.take(slice(half, None)), scale)
+    halves = (batch.take(slice(half)), batch.take(slice(half, None)))
+    return torch.cat([compute_step(self, each, scale) for each in halves], dim=1)
 
 replace(ic.Trainer, "compute_step", in_two_steps)
 """
@@ -299,7 +279,7 @@ def order_by_loss(trainer):
 def train_on_the_hardest(trainer, *arguments):
     order = order_by_loss(trainer)
     hardest = order[: round({share} * len(order))]
-    replace(ic.sampling, "balanced_indices", lambda *arguments: hardest)
+    replace(ic.sampling, "balanced_indices", lambda *_, **__: hardest)
     trainer = ic.Trainer(trainer.config, trainer.data, trainer.device, trainer.group)
     return train_seed(trainer, *arguments)
 
@@ -318,37 +298,7 @@ def plan_from(chosen, trainer, epoch):
     return ic.plan_epoch(num_images, config.seed, epoch, augment, trainer.device, indices)
 """
 
-# The images with the largest losses, without a second network: an image's loss is that of the step
-# that saw it last.
-LAST_LOSSES = PLAN_FROM
-LAST_LOSSES += """
-plan, compute_step, cross_entropy = ic.Trainer.plan, ic.Trainer.compute_step, F.cross_entropy
-seen = dict()
-
-def compute_step_and_remember(self, batch, scale):
-    seen.setdefault("losses", torch.zeros(len(self.train_set.labels)))
-    seen["order"] = batch.order
-    return compute_step(self, batch, scale)
-
-def record(logits, targets, *arguments, **options):
-    is_of_the_step = not torch.is_grad_enabled() and options.get("reduction") == "sum"
-    if is_of_the_step and "order" in seen:
-        losses = cross_entropy(logits.float(), targets, reduction="none")
-        seen["losses"][seen["order"]] = losses
-    return cross_entropy(logits, targets, *arguments, **options)
-
-def plan_the_hardest(self, epoch):
-    if epoch < 2:
-        return plan(self, epoch)
-    order = seen["losses"].argsort(descending=True)
-    return plan_from(order[: round({share} * len(order))], self, epoch)
-
-replace(ic.Trainer, "compute_step", compute_step_and_remember)
-replace(F, "cross_entropy", record)
-replace(ic.Trainer, "plan", plan_the_hardest)
-"""
-
-# The same, but chosen once, by the losses of all images after the second epoch.
+# The images with the largest losses, chosen once, after the second epoch.
 CHOSEN_ONCE = PLAN_FROM
 CHOSEN_ONCE += """
 plan = ic.Trainer.plan
@@ -398,7 +348,6 @@ VARIANTS = {
     "AdamW's rate x 4": Variant(snippet=OWN_RATE.format(condition="True", factor=4)),
     "the rate falls with the power 1.2": Variant(snippet=POWER.format(power=1.2)),
     "cifar10-speedrun's coefficients": Variant(snippet=COEFFICIENTS),
-    "NorMuon": Variant(snippet=NORMUON),
     "SOAP": Variant(snippet=SOAP),
     "lookahead": Variant(snippet=LOOKAHEAD),
     "squeeze-and-excitation": Variant(snippet=SQUEEZE_EXCITATION),
@@ -413,13 +362,10 @@ VARIANTS = {
     "crops instead of smaller images at first": Variant(snippet=CROPS.format(largest_scale=0.5)),
     "crops instead of smaller images": Variant(snippet=CROPS.format(largest_scale=0.75)),
     "a narrow network leaves out the easiest fifth": Variant(
-        "--epochs 12", PROXY.format(share=0.8)
+        "--epochs 12 --drop-easiest 0", PROXY.format(share=0.8)
     ),
-    "the easiest fifth left out": Variant(snippet=LAST_LOSSES.format(share=0.8)),
-    "the easiest third left out": Variant(snippet=LAST_LOSSES.format(share=0.65)),
-    "the easiest third left out, chosen once": Variant(snippet=CHOSEN_ONCE.format(share=0.65)),
-    "NorMuon, the easiest third left out": Variant(
-        snippet=NORMUON + LAST_LOSSES.format(share=0.65)
+    "the easiest third left out, chosen once": Variant(
+        "--drop-easiest 0", CHOSEN_ONCE.format(share=0.65)
     ),
     "batches of 250 at first": Variant(snippet=HALF_BATCHES.format(largest_scale=0.5)),
     "batches of 250 on smaller images": Variant(snippet=HALF_BATCHES.format(largest_scale=0.75)),

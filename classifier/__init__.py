@@ -1,3 +1,3 @@
 """The software around image_classification.py: everything but the story of learning itself."""
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"

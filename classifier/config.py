@@ -154,8 +154,8 @@ class Config:
     )
     drop_easiest: float = setting(
         None,
-        "share of the training images to leave out after a quarter of the run: those with the "
-        "smallest losses; not where labels may be wrong",
+        "share of the training images to leave out after a quarter of the run, each epoch those "
+        "with the smallest losses",
         minimum=0,
         less_than=1,
     )

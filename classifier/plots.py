@@ -179,15 +179,15 @@ def draw_curves(history: list[Row]) -> "Figure":
     _draw_curve(loss_axes, history, "loss", "cross-entropy", factor=1)
     _draw_curve(accuracy_axes, history, "accuracy", "%", factor=100)
     for axes in figure.axes:
-        _mark_new_image_sizes(axes, history)
+        _mark_other_images(axes, history)
     return figure
 
 
-def _mark_new_image_sizes(axes: "Axes", history: list[Row]) -> None:
-    """Draw a line where progressive resizing changes the size: the losses are of other images."""
-    scales = [row["image_scale"] for row in history]
-    for epoch in range(1, len(scales)):
-        if scales[epoch] != scales[epoch - 1]:
+def _mark_other_images(axes: "Axes", history: list[Row]) -> None:
+    """Draw a line where the losses are of other images from there on: larger or harder ones."""
+    images = [(row["image_scale"], row["train_share"]) for row in history]
+    for epoch in range(1, len(images)):
+        if images[epoch] != images[epoch - 1]:
             axes.axvline(epoch - 0.5, color="gray", linestyle=":", linewidth=1)
 
 

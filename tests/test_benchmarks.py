@@ -162,8 +162,7 @@ def weights_without_ideas():
 # These choose images before the first step, or from the third epoch on: they have their own tests.
 BEFORE_TRAINING = "a narrow network leaves out the easiest fifth"
 CHOSEN_ONCE = "the easiest third left out, chosen once"
-FROM_EPOCH_2 = {"the easiest fifth left out": 0.8, "the easiest third left out": 0.65}
-CHOOSING = {BEFORE_TRAINING, CHOSEN_ONCE, *FROM_EPOCH_2}
+CHOOSING = {BEFORE_TRAINING, CHOSEN_ONCE}
 
 # The later an image comes in the data set, the larger its loss.
 LATER_IS_HARDER = """
@@ -208,21 +207,6 @@ def test_the_easiest_images_are_left_out_once(apply_snippet):
     assert sorted(order.unique().tolist()) == list(
         range(num_images - round(0.65 * num_images), num_images)
     )
-
-
-@pytest.mark.parametrize("name", FROM_EPOCH_2)
-def test_the_images_that_were_easiest_are_left_out(name, apply_snippet):
-    trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
-    first_plan = trainer.plan(0)
-    num_images = len(first_plan.order)
-    apply_snippet(IDEAS[name])
-    trainer.train_step(first_plan.take(trainer.batch_slices[0]))
-    assert len(trainer.plan(1).order.unique()) == num_images
-    order = trainer.plan(2).order
-    assert len(order) == num_images
-    assert len(order.unique()) == round(FROM_EPOCH_2[name] * num_images)
-    # the others have no loss yet, which counts as none
-    assert set(first_plan.order[:20].tolist()) <= set(order.tolist())
 
 
 def test_soap_moves_weights_as_far_as_muon_does(apply_snippet):

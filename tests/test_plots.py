@@ -128,9 +128,21 @@ def test_samples_leave_the_random_state(sample):
 # ---- curves ----
 
 
+WHOLE = {"image_scale": 1.0, "train_share": 1.0}
+
+
+def test_lines_where_the_images_change():
+    row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": 0.5, "valid_loss": 2.0}
+    images = [(0.5, 1.0), (0.5, 1.0), (0.5, 0.65), (1.0, 0.65), (1.0, 0.65)]
+    history = [row | {"image_scale": scale, "train_share": share} for scale, share in images]
+    for axes in draw_curves(history).axes:
+        lines = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        assert lines == [1.5, 2.5]
+
+
 @pytest.mark.parametrize(("first", "scale"), [(3.0, "linear"), (1e6, "log")])
 def test_losses_can_be_read_whatever_the_first_one_was(first, scale):
-    row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": 0.5, "image_scale": 1.0}
+    row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": 0.5, **WHOLE}
     figure = draw_curves([row | {"valid_loss": loss} for loss in (first, 1)])
     assert [axes.get_yscale() for axes in figure.axes] == [scale, "linear"]
     accuracies = [line.get_ydata().tolist() for line in figure.axes[1].lines]
@@ -139,8 +151,7 @@ def test_losses_can_be_read_whatever_the_first_one_was(first, scale):
 
 def test_curves_without_validation_images():
     row = {"train_loss": 2.0, "train_accuracy": 1.0, "valid_accuracy": None, "valid_loss": None}
-    row["image_scale"] = 1.0
-    figure = draw_curves([row, row])
+    figure = draw_curves([row | WHOLE, row | WHOLE])
     training, validation = figure.axes[0].lines
     assert training.get_ydata().tolist() == [2, 2]
     assert np.isnan(validation.get_ydata()).all()
