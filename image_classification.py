@@ -434,9 +434,8 @@ class Muon(torch.optim.Optimizer):
             directions = []
             for weight in weights:
                 state = self.state[weight]
-                if "momentum_buffer" not in state:
+                if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
-                if "row_mean_squares" not in state:  # as in runs that older versions began
                     state["row_mean_squares"] = weight.new_zeros(len(weight))
                 buffer = state["momentum_buffer"].mul_(momentum).add_(weight.grad)
                 direction = weight.grad + momentum * buffer  # Nesterov momentum
@@ -445,7 +444,9 @@ class Muon(torch.optim.Optimizer):
             updates = newton_schulz(directions)
             for weight, update in zip(weights, updates, strict=True):
                 update = update.to(weight.dtype)
-                update = balance_rows(update, self.state[weight]["row_mean_squares"])
+                state = self.state[weight]
+                if "row_mean_squares" in state:  # not if version 0.11 or older began the run
+                    update = balance_rows(update, state["row_mean_squares"])
                 target_norm = len(weight) ** 0.5
                 weight.mul_(target_norm / weight.norm().clamp(min=1e-7))
                 weight.sub_(update.reshape(weight.shape) * lr)

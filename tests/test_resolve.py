@@ -29,7 +29,7 @@ DEFAULT_RECIPE = {
     "momentum": 0.6,
     "weight_decay": 0.0,
     "width": 1.0,
-    "epochs": 8,
+    "epochs": 9,
     "drop_easiest": 0.35,
     "batch_size": 500,
     "micro_batch": 500,
