@@ -35,7 +35,7 @@ def print_start(
         line += f"; {group.world_size} processes share each batch"
     if config.drop_easiest:
         share = 100 * config.drop_easiest
-        line += f"; after a quarter of it without the easiest {share:.0f} % of the images"
+        line += f"; after a quarter without the easiest {share:.0f} %"
     print(line)
     if progress.step:
         print(f"Resuming after step {progress.step} of {progress.total_steps}")
