@@ -209,17 +209,15 @@ def plan_epoch(
     return Batch(order.to(device), flips.to(device), shifts.to(device))
 
 
-def hardest_images(losses: torch.Tensor | None, drop_easiest: float) -> torch.Tensor | None:
-    """Leave out this share of the images, those with the smallest losses; None: take all.
+def hardest_images(losses: torch.Tensor, drop_easiest: float) -> torch.Tensor:
+    """The images that are left without this share, those with the smallest losses.
 
     What the network classifies with ease teaches it little more (selective backprop, Jiang et al.,
     2019, https://arxiv.org/abs/1910.00762). losses: float32 (N,), each from the step that saw the
-    image last. Returns int64 (M,), on the CPU.
+    image last. Returns int64 (M,), ascending, on the CPU.
     """
-    if losses is None or not drop_easiest:
-        return None
     num_kept = max(1, round((1 - drop_easiest) * len(losses)))
-    return losses.argsort(descending=True, stable=True)[:num_kept].cpu()
+    return losses.topk(num_kept).indices.sort().values.cpu()
 
 
 def slice_epoch(epoch_size: int, batch_size: int) -> list[slice]:
@@ -665,6 +663,16 @@ class Trainer:
             indices = sampling.repeated_indices(hardest, len(labels), seed, epoch)
         return plan_epoch(len(labels), seed, epoch, augment, self.device, indices)
 
+    def choose_images(self) -> torch.Tensor | None:
+        """The images of the epoch that begins: the hardest with --drop-easiest; None: all."""
+        losses = self.state.image_losses
+        if losses is None or self.state.progress.fraction < sampling.DROP_AFTER:
+            return None
+        # several GPUs may have recorded one of an image's two losses in a step, or the other
+        return self.group.broadcast_from_rank0(
+            lambda: hardest_images(losses, self.config.drop_easiest)
+        )
+
     def image_scale(self) -> float:
         """Scale factor of the images in the next step."""
         return image_scale(self.state.progress.fraction, self.config.progressive_resizing)
@@ -837,8 +845,8 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
     """
     state, progress = trainer.state, trainer.state.progress
     with heartbeat.epoch():
-        if progress.step_in_epoch == 0 and progress.fraction >= 0.25:
-            state.hardest = hardest_images(state.image_losses, trainer.config.drop_easiest)
+        if progress.step_in_epoch == 0:
+            state.hardest = trainer.choose_images()
         plan = trainer.plan(progress.epoch)
         state.model.train(not trainer.config.freeze)  # frozen layers keep their statistics
         for batch_slice in trainer.batch_slices[progress.step_in_epoch :]:

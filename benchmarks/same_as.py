@@ -36,7 +36,7 @@ SHOWN_DIFFERENCES = 5  # of each training
 NOT_COMPARED = {"seconds", "seconds_total", "commit", "versions", "hardware"}
 # not in version 0.9:
 NOT_COMPARED |= {"image", "digest", "test_digest", "data_digest", "best_epoch", "image_scale"}
-NOT_COMPARED |= {"macro_f1", "top5_accuracy", "unknown_share", "accepted_accuracy"}
+NOT_COMPARED |= {"macro_f1", "top5_accuracy", "unknown_share", "accepted_accuracy", "train_share"}
 
 # Options are in the names of the newest version; these are their names up to version 0.9.
 OLD_NAMES = {"--progressive-resizing": "--low-res", "--tta": "--test-views", "linear": "onecycle"}

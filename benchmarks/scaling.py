@@ -16,10 +16,10 @@ from typing import Any
 import harness
 from harness import markdown_table, mean_and_std
 
-TRAINING = "default --epochs 2 --progressive-resizing 0 --val-fraction 0"
+TRAINING = "default --epochs 2 --progressive-resizing 0 --drop-easiest 0 --val-fraction 0"
 
-# Without what processes exchange in a step: the sums of gradients, those of losses and requests to
-# stop, and on GPUs the statistics of batch norm.
+# Without what processes exchange in a step: the sums of gradients, the losses and requests to stop,
+# and on GPUs the statistics of batch norm.
 SILENT = """
 def wrap(self, model, has_unused_params):
     return model

@@ -1,8 +1,11 @@
 """What a run prints: its start, one line an epoch, its end."""
 
+import math
+
 import torch
 from tqdm import tqdm
 
+from classifier import sampling
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
 from classifier.devices import hardware_name
@@ -33,9 +36,11 @@ def print_start(
         line += f"; the first {share:.0f} % of the run on smaller images"
     if group.world_size > 1:
         line += f"; {group.world_size} processes share each batch"
-    if config.drop_easiest:
-        share = 100 * config.drop_easiest
-        line += f"; after a quarter without the easiest {share:.0f} %"
+    first_epoch = math.ceil(sampling.DROP_AFTER * progress.total_steps / progress.steps_per_epoch)
+    if config.drop_easiest and first_epoch * progress.steps_per_epoch < progress.total_steps:
+        share = 100 * (1 - config.drop_easiest)
+        since = "after a quarter of it" if config.minutes else f"from epoch {first_epoch} on"
+        line += f"; {since}, only the hardest {share:.0f} %"
     print(line)
     if progress.step:
         print(f"Resuming after step {progress.step} of {progress.total_steps}")

@@ -39,7 +39,7 @@ DETAILS = {
     "class_balance": "`weights`: rare classes count more in the loss. `oversample`: their images "
     "are repeated within an epoch. `undersample`: an epoch uses as many images of each class as "
     "the rarest has.",
-    "drop_easiest": "Wrong labels have large losses, and would stay.",
+    "drop_easiest": "Images with wrong labels have large losses, so they are kept.",
     "device": "`auto`: CUDA, then MPS, then the CPU.",
     "precision": "`auto`: bf16 where it is fast, fp16 on older NVIDIA GPUs, else fp32.",
     "compile": "Takes a minute first, and needs a C++ compiler on a CPU.",
@@ -99,8 +99,8 @@ def _defaults_section(default_recipe: Settings) -> list[str]:
         "28 pixels, for batches or micro-batches of fewer than 4 images and, without `--minutes`,\n"
         "for runs of fewer than 20 steps.\n",
         "The default is `--drop-easiest 0` for all networks but `cnn` and all data sets but\n"
-        "CIFAR-10, for those runs of few steps, and with `--class-balance oversample` or\n"
-        "`undersample`.\n",
+        "CIFAR-10, for runs of fewer than 20 steps without `--minutes`, with `--class-balance\n"
+        "oversample` or `undersample`, and with `mixup` or `cutmix` in `--augment`.\n",
     ]
 
 

@@ -246,6 +246,8 @@ def print_classes(report: Report, is_trial: bool) -> None:
 def _print_hint(row: Row, num_classes: int) -> None:
     """Print what to try if the last epoch shows that little was learned, or overfitting."""
     train_accuracy, valid_accuracy = row["train_accuracy"], row["valid_accuracy"]
+    if valid_accuracy is None and row["train_share"] < 1:
+        return  # the accuracy on the hardest images alone says too little
     accuracy = train_accuracy if valid_accuracy is None else valid_accuracy
     if accuracy < min(2 / num_classes, 0.1 + 0.9 / num_classes):
         print(
@@ -253,8 +255,9 @@ def _print_hint(row: Row, num_classes: int) -> None:
             "more --epochs"
         )
     elif train_accuracy - accuracy > OVERFITTING_GAP:
+        share = "" if row["train_share"] == 1 else ", on the hardest images"
         print(
-            f"Overfitting: {percent(train_accuracy)} in training, {percent(accuracy)} in "
+            f"Overfitting: {percent(train_accuracy)} in training{share}, {percent(accuracy)} in "
             "validation: try more images, more --augment, or --init-from a trained model"
         )
 

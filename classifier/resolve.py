@@ -26,7 +26,7 @@ from classifier.text import OTHER_MODELS, did_you_mean
 
 # Progressive resizing is off by default for smaller images, as half of their size is too little for
 # the network, for smaller batches, as batch norm needs several values for each channel, and for
-# shorter runs, as a few steps on full-size images are too few.
+# shorter runs, as a few steps on full-size images are too few. Nor do these leave out images.
 MIN_IMAGE_SIZE = 28
 MIN_BATCH_SIZE = 4
 MIN_STEPS = 20
@@ -143,11 +143,9 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     config = replace(config, **missing)
     finetuning.check(config)
     _check_progressive_resizing(config, data)
-    if config.drop_easiest and config.class_balance in sampling.RESAMPLED:
-        raise UsageError(
-            f"--drop-easiest and --class-balance {config.class_balance} each choose the images of "
-            "an epoch: leave one of them out"
-        )
+    option = _other_chooser(config, "none")
+    if config.drop_easiest and option:
+        raise UsageError(f"--drop-easiest does not go with {option}: leave one of them out")
     return config
 
 
@@ -183,9 +181,20 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
     is_short = steps < MIN_STEPS and not config.minutes
     if _image_size(data) < MIN_IMAGE_SIZE or num_normalised < MIN_BATCH_SIZE or is_short:
         defaults["progressive_resizing"] = 0.0
-    if config.class_balance in sampling.RESAMPLED or is_short:
+    if is_short or _other_chooser(config, defaults["augment"]):
         defaults["drop_easiest"] = 0.0
     return defaults
+
+
+def _other_chooser(config: Config, default_augment: str) -> str:
+    """The option because of which an image's own loss cannot choose the images; "" if none is."""
+    if config.class_balance in sampling.RESAMPLED:  # chooses the images itself
+        return f"--class-balance {config.class_balance}"
+    augment = config.augment or default_augment
+    steps = parse_augment(augment).others
+    if any(name in steps for name in augmentations.MIXING):  # the loss is of two images
+        return f"--augment {augment}"
+    return ""
 
 
 def _num_steps(data: Dataset, batch_size: int, epochs: int, class_balance: str) -> int:

@@ -242,12 +242,12 @@ def resume_config(resume: str, **changes: Any) -> Config:
     for name, value in legacy.translate_settings(saved.settings).items():
         if name in FIELD_TYPES:
             settings[name] = value
+    if settings["drop_easiest"] is None:  # version 0.11 and older always took all images
+        settings["drop_easiest"] = 0.0
     _check_changes(settings, changes)
     settings = without_foreign_places(settings, changes, str(saved.folder))
     if settings["micro_batch"] is None:  # version 0.9: its own numbers are in last.pth
         settings["micro_batch"] = settings["batch_size"]
-    if settings["drop_easiest"] is None:  # version 0.11 and older always took all images
-        settings["drop_easiest"] = 0.0
     if "epochs" in changes:
         settings["minutes"] = 0.0
     if saved.is_finished:

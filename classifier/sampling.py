@@ -4,6 +4,7 @@ import math
 
 import torch
 
+DROP_AFTER = 0.25  # share of the run after which --drop-easiest leaves images out
 RESAMPLED = ("oversample", "undersample")  # the choices of --class-balance that choose images
 
 

@@ -74,11 +74,12 @@ class FakeCapture:
         self.replays = 0
 
     def __call__(self, work, pool):
-        result = torch.zeros(2)
+        result = []  # as long as nothing is replayed
 
         def replay():
             self.replays += 1
-            result.copy_(work())
+            output = work()
+            result.append(output) if not result else result[0].copy_(output)
 
         return replay, result
 

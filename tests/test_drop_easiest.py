@@ -46,13 +46,11 @@ def test_images_with_the_smallest_losses_are_left_out():
     losses = torch.tensor([0.5, 3.0, 0.1, 2.0, 1.0])
     assert ic.hardest_images(losses, 0.4).tolist() == [1, 3, 4]
     assert ic.hardest_images(losses, 0.99).tolist() == [1]  # never none
-    assert ic.hardest_images(losses, 0.0) is None
-    assert ic.hardest_images(None, 0.4) is None
 
 
 def test_images_that_no_step_has_seen_count_as_hard():
     losses = torch.tensor([0.5, 3.0, torch.inf])
-    assert ic.hardest_images(losses, 0.3).tolist() == [2, 1]
+    assert ic.hardest_images(losses, 0.3).tolist() == [1, 2]
 
 
 def test_step_gives_the_loss_of_each_image(trainer):
@@ -104,12 +102,22 @@ def test_all_images_are_taken_without_it():
     assert [row["train_share"] for row in trainer.state.progress.history] == [1.0, 1.0]
 
 
+def test_longer_run_begins_with_all_images_again():
+    trainer = trainer_of(**SETTINGS, drop_easiest=0.5, device="cpu")
+    train_epochs(trainer, 2)
+    assert trainer.state.hardest is not None
+    trainer.state.progress.total_steps *= 10  # as with --resume RUN --epochs 40
+    train_epochs(trainer, 1)
+    assert trainer.state.hardest is None
+    assert trainer.state.progress.history[2]["train_share"] == 1.0
+
+
 # ---- whole runs ----
 
 
 def test_what_a_run_shows(inside, folder):
     out, _ = inside(*OPTIONS)
-    assert "easiest 50 %" in out
+    assert "from epoch 1 on, only the hardest 50 %" in out
     lines = [line for line in out.splitlines() if line.startswith("Epoch ")]
     assert ["hardest 50 %" in line for line in lines] == [False, True, True, True]
     assert [float(row["train_share"]) for row in rows_of(only_run(folder))] == [1, 0.5, 0.5, 0.5]

@@ -69,7 +69,7 @@ def a_second_moment(state):
 
 @pytest.mark.parametrize("find", [a_weight, a_second_moment])
 def test_state_that_is_not_finite_is_not_saved(inside, folder, find):
-    def overflow(heartbeat, stats):
+    def overflow(heartbeat, stats, order):
         if heartbeat.progress.done:  # after the last loss
             find(heartbeat.state).fill_(float("inf"))
 

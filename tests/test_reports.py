@@ -43,6 +43,7 @@ def make_row(epoch, train_accuracy=0.75, valid_accuracy: float | None = 0.7):
         "learning_rate": 0.1,
         "seconds": 31.0,
         "image_scale": 1.0,
+        "train_share": 1.0,
     }
 
 

@@ -227,7 +227,12 @@ def test_images_are_left_out_only_of_cifar10_and_by_its_own_recipe():
     assert resolved(data=data).drop_easiest == 0.35
     assert resolved(data=data, optimizer="sgd").drop_easiest == 0.35
     assert resolved(data=data, class_balance="weights").drop_easiest == 0.35
-    for other in ({"model": "resnet18"}, {"recipe": "finetune"}, {"class_balance": "oversample"}):
+    for other in (
+        {"model": "resnet18"},
+        {"recipe": "finetune"},
+        {"class_balance": "oversample"},
+        {"augment": "flip,mixup"},
+    ):
         assert resolved(data=data, **other).drop_easiest == 0.0
     assert resolved(data=dataset(count=600)).drop_easiest == 0.0  # some 20 steps
     for name in ("digits", "MNIST", "photos"):
@@ -238,6 +243,12 @@ def test_images_are_left_out_only_of_cifar10_and_by_its_own_recipe():
 def test_easiest_images_are_not_dropped_of_resampled_classes(class_balance):
     with pytest.raises(UsageError, match="--drop-easiest.*--class-balance"):
         resolved(drop_easiest=0.1, class_balance=class_balance)
+
+
+@pytest.mark.parametrize("step", ["mixup", "cutmix"])
+def test_easiest_images_are_not_dropped_where_images_are_mixed(step):
+    with pytest.raises(UsageError, match=f"--drop-easiest.*--augment.*{step}"):
+        resolved(drop_easiest=0.1, augment=f"flip,{step}")
 
 
 def test_explicit_settings_stay():

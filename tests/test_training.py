@@ -607,7 +607,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(balance):
         batch = trainer.plan(0).take(trainer.batch_slices[0])
         stats = trainer.forward_backward(trainer.state.model, batch, 1.0, parts)
         grads = [weight.grad.flatten() for weight in trainer.state.model.parameters()]
-        gradients.append(torch.cat([*grads, stats]))
+        gradients.append(torch.cat([*grads, stats.flatten()]))
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
