@@ -152,6 +152,7 @@ def test_defaults_of_particular_sets():
         "batch_size": 16,
         "augment": "flip,crop=4",
         "progressive_resizing": 0.7,
+        "drop_easiest": 0.0,
     }
     digits_like = defaults_for_images(60_000, 27, False, False)
     assert digits_like["augment"] == "crop=1" and digits_like["progressive_resizing"] == 0.0

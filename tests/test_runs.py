@@ -259,6 +259,7 @@ def make_newest(path):
 
 def test_unfinished_run_is_resumed_with_its_settings(folder):
     settings = {"lr": 0.3, "epochs": 7, "minutes": 2.0, "early_stopping": 3, "ema": True}
+    settings["drop_easiest"] = 0.3
     run = write_run(folder / "run", **settings)
     expected = Config(**settings, resume=str(run))
     assert resume_config(str(run)) == expected
@@ -376,6 +377,7 @@ def test_settings_of_version_0_9_are_translated(folder):
     settings = json.loads((run / "config.json").read_text())
     old = {"low_res": 0.7, "test_views": 2, "scheduler": "onecycle", "label_smoothing": 0.2}
     new = {"progressive_resizing": 0.7, "tta": 2, "scheduler": "linear", "label_smoothing": 0.2}
+    new["drop_easiest"] = 0.0  # it took all images
     for name in new.keys() | {"ema"}:
         del settings[name]  # ema: an even older version had no such setting
     settings |= old | {"depth": None, "make_imbalanced": 0.0, "long_gone": 1}
