@@ -189,8 +189,8 @@ def plan_epoch(
     """Draw an epoch's order, flips and shifts from (seed, epoch) alone; steps take slices.
 
     So a run that is resumed sees the same batches as an unbroken one, and so do several processes.
-    Each image is mirrored in every other epoch, the first time at random: both views come equally
-    often (alternating flips, Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench).
+    Each image is mirrored in every other epoch, the first time at random: both views of an image
+    that is in all epochs come equally often (alternating flips, Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench).
 
     sample_indices: int64 (M,), the images of this epoch; some may come several times. None: each
         image once.
@@ -656,11 +656,11 @@ class Trainer:
     def plan(self, epoch: int) -> Batch:
         """The order, flips and shifts of this epoch: see plan_epoch."""
         seed, labels = self.config.seed, self.train_set.labels
-        hardest = self.state.hardest
         augment = parse_augment(self.config.augment)
-        indices = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
-        if hardest is not None:
-            indices = sampling.repeated_indices(hardest, len(labels), seed, epoch)
+        if self.state.hardest is None:
+            indices = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
+        else:
+            indices = sampling.repeated_indices(self.state.hardest, len(labels), seed, epoch)
         return plan_epoch(len(labels), seed, epoch, augment, self.device, indices)
 
     def choose_images(self) -> torch.Tensor | None:
@@ -668,7 +668,7 @@ class Trainer:
         losses = self.state.image_losses
         if losses is None or self.state.progress.fraction < sampling.DROP_AFTER:
             return None
-        # several GPUs may have recorded one of an image's two losses in a step, or the other
+        # a batch may hold an image twice: which of its two losses is kept may differ between GPUs
         return self.group.broadcast_from_rank0(
             lambda: hardest_images(losses, self.config.drop_easiest)
         )

@@ -26,7 +26,8 @@ from classifier.text import OTHER_MODELS, did_you_mean
 
 # Progressive resizing is off by default for smaller images, as half of their size is too little for
 # the network, for smaller batches, as batch norm needs several values for each channel, and for
-# shorter runs, as a few steps on full-size images are too few. Nor do these leave out images.
+# shorter runs, as a few steps on full-size images are too few. Such short runs do not leave out
+# easy images either.
 MIN_IMAGE_SIZE = 28
 MIN_BATCH_SIZE = 4
 MIN_STEPS = 20
@@ -70,7 +71,7 @@ def network_defaults(model: str, pretrained: bool = False) -> Settings:
         known = ["cnn", *recipes.NETWORK_DEFAULTS]
         suggestion = did_you_mean(model, known, OTHER_MODELS)
         raise UsageError(f"unknown model {model}: {suggestion}")
-    # Not every network accepts images of other sizes.
+    # Not every network accepts images of other sizes; easy images were left out with cnn only.
     return {"progressive_resizing": 0.0, "drop_easiest": 0.0, **defaults}
 
 
@@ -143,7 +144,7 @@ def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) ->
     config = replace(config, **missing)
     finetuning.check(config)
     _check_progressive_resizing(config, data)
-    option = _other_chooser(config, "none")
+    option = _conflict_with_drop_easiest(config, "none")
     if config.drop_easiest and option:
         raise UsageError(f"--drop-easiest does not go with {option}: leave one of them out")
     return config
@@ -181,12 +182,12 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
     is_short = steps < MIN_STEPS and not config.minutes
     if _image_size(data) < MIN_IMAGE_SIZE or num_normalised < MIN_BATCH_SIZE or is_short:
         defaults["progressive_resizing"] = 0.0
-    if is_short or _other_chooser(config, defaults["augment"]):
+    if is_short or _conflict_with_drop_easiest(config, defaults["augment"]):
         defaults["drop_easiest"] = 0.0
     return defaults
 
 
-def _other_chooser(config: Config, default_augment: str) -> str:
+def _conflict_with_drop_easiest(config: Config, default_augment: str) -> str:
     """The option because of which an image's own loss cannot choose the images; "" if none is."""
     if config.class_balance in sampling.RESAMPLED:  # chooses the images itself
         return f"--class-balance {config.class_balance}"

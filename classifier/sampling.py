@@ -1,11 +1,11 @@
-"""Classes of unequal size: which images an epoch takes, and how much each class counts."""
+"""Which images an epoch takes, and how much each class counts in the loss."""
 
 import math
 
 import torch
 
 DROP_AFTER = 0.25  # share of the run after which --drop-easiest leaves images out
-RESAMPLED = ("oversample", "undersample")  # the choices of --class-balance that choose images
+RESAMPLED = ("oversample", "undersample")  # of --class-balance: they draw an epoch's images
 
 
 def balanced_indices(

@@ -260,7 +260,7 @@ def test_confidences_and_heat_map(model, folder, app):
     confidences, note, picture = app.classify(replace(model, reject=0), str(folder / "green.png"))
     assert note == ""
     (expected,) = inference.predict(model, folder / "green.png", top_k=len(model.classes))
-    assert confidences == pytest.approx(dict(expected), abs=1e-4)
+    assert confidences == pytest.approx(dict(expected), abs=1e-5)
     assert picture.shape == (app.PICTURE_SIZE, app.PICTURE_SIZE, 3) and picture.dtype == "uint8"
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 3)}) > 10  # no longer plain green
 

@@ -158,7 +158,7 @@ def test_pytorch_and_onnx_see_the_same_pixels(both):
     for image in (np.full((9, 70), 200, np.uint8), np.zeros((200, 200, 3), np.uint8)):
         on_onnx, on_torch = (inference.predict(model, image) for model in both)
         for (name, confidence), other in zip(on_onnx[0], on_torch[0], strict=True):
-            assert (name, pytest.approx(confidence, abs=1e-4)) == other
+            assert (name, pytest.approx(confidence, abs=1e-5)) == other
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F"])

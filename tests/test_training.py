@@ -373,7 +373,7 @@ def test_every_optimizer_learns(folder, optimizer):
 
 @pytest.mark.slow
 def test_narrow_network_on_grey_images(inside, folder):
-    """What its few filters see first has to be more than noise, in bf16 too."""
+    """It has few filters, and computes in bf16."""
     options = ["--precision", "bf16", "--progressive-resizing", "0", "--image-size", "16"]
     inside(*QUICK, "--batch-size", "25", "--epochs", "4", *options)
     assert report_of(only_run(folder))["test_accuracy"] > 0.8
