@@ -209,6 +209,9 @@ def plan_epoch(
     return Batch(order.to(device), flips.to(device), shifts.to(device))
 
 
+DROP_AFTER = 0.25  # share of the run after which --drop-easiest leaves images out
+
+
 def hardest_images(losses: torch.Tensor, drop_easiest: float) -> torch.Tensor:
     """The images that are left without this share, those with the smallest losses.
 
@@ -666,7 +669,7 @@ class Trainer:
     def choose_images(self) -> torch.Tensor | None:
         """The images of the epoch that begins: the hardest with --drop-easiest; None: all."""
         losses = self.state.image_losses
-        if losses is None or self.state.progress.fraction < sampling.DROP_AFTER:
+        if losses is None or self.state.progress.fraction < DROP_AFTER:
             return None
         # a batch may hold an image twice: which of its two losses is kept may differ between GPUs
         return self.group.broadcast_from_rank0(
@@ -914,7 +917,7 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
         input_shape=tuple(data.train.images.shape[1:]),
     )
     devices.trim_free_memory()
-    console.print_start(config, progress, data, trainer.device, trainer.dtype, group)
+    console.print_start(config, progress, data, trainer.device, trainer.dtype, group, DROP_AFTER)
     best_logits = None  # of the validation images; not known if the best epoch is an earlier run's
     with closing(log):
         while not progress.done and not progress.stalled(config.early_stopping):

@@ -5,7 +5,6 @@ import math
 import torch
 from tqdm import tqdm
 
-from classifier import sampling
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset
 from classifier.devices import hardware_name
@@ -21,10 +20,12 @@ def print_start(
     device: torch.device,
     dtype: torch.dtype,
     group: Group,
+    drop_after: float,
 ) -> None:
     """Print the device, the size of the data set and where a resumed run goes on.
 
-    dtype: what the network computes in.
+    dtype: what the network computes in. drop_after: share of the run after which --drop-easiest
+    leaves images out.
     """
     precision = str(dtype).removeprefix("torch.")
     print(f"Start Training  {device} ({hardware_name(device)}, {precision})")
@@ -36,7 +37,7 @@ def print_start(
         line += f"; the first {share:.0f} % of the run on smaller images"
     if group.world_size > 1:
         line += f"; {group.world_size} processes share each batch"
-    first_epoch = math.ceil(sampling.DROP_AFTER * progress.total_steps / progress.steps_per_epoch)
+    first_epoch = math.ceil(drop_after * progress.total_steps / progress.steps_per_epoch)
     if config.drop_easiest and first_epoch * progress.steps_per_epoch < progress.total_steps:
         share = 100 * (1 - config.drop_easiest)
         since = "after a quarter of it" if config.minutes else f"from epoch {first_epoch} on"

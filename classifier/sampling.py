@@ -4,7 +4,6 @@ import math
 
 import torch
 
-DROP_AFTER = 0.25  # share of the run after which --drop-easiest leaves images out
 RESAMPLED = ("oversample", "undersample")  # of --class-balance: they draw an epoch's images
 
 
