@@ -94,7 +94,7 @@ try:
     from classifier.resolve import configure
     from classifier.run_log import RunLog
     from classifier.train_state import TrainState
-    from classifier.tta import mean_logits
+    from classifier.tta import accuracy_with_tta, mean_logits
 except (ImportError, OSError) as error:  # OSError: a library that torch cannot load
     if __name__ != "__main__":
         raise
@@ -981,8 +981,8 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tenso
     results |= reports.run_facts(data, state, VERSIONS, __file__)
     reports.print_accuracy(results)
     if config.tta > 1:
-        with_tta = evaluate(state.model, data.test.images, data.test.labels, tta=config.tta)
-        reports.add_tta_accuracy(results, config.tta, with_tta.accuracy)
+        accuracy = accuracy_with_tta(state.model, evaluate, data.test, tested.logits, config.tta)
+        reports.add_tta_accuracy(results, config.tta, accuracy)
     model_file = ood_score.with_score(best, score)
     return reports.write_report(
         run, log, config, results, progress.history, data, tested.logits, model_file

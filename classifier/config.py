@@ -187,7 +187,8 @@ class Config:
     repeat: int = setting(1, "train with N seeds and report mean and spread", minimum=1)
     tta: int = setting(
         1,
-        "test-time augmentation: also test on N views of each image; 2: mirrored, 6: and shifted",
+        "test-time augmentation: also test on N views of the least certain quarter of the images; "
+        "2: mirrored, 6: and shifted",
         choices=(1, 2, 6),
     )
     keep_epochs: bool = setting(False, "keep the model of every epoch, for explain.py --animate")

@@ -227,7 +227,12 @@ def _figures(results: dict[str, Any]) -> list[list[str]]:
     views = _count(results.get("test_views"))
     with_views = _share(results.get("test_views_accuracy"))
     if views is not None and with_views is not None:
-        rows.append([f"accuracy on the mean of {views} views", f"{100 * with_views:.2f} %"])
+        rows.append(
+            [
+                f"accuracy with {views} views of the least certain images",
+                f"{100 * with_views:.2f} %",
+            ]
+        )
     shares = {
         "top-5 accuracy": "top5_accuracy",
         "macro-F1": "macro_f1",

@@ -46,7 +46,7 @@ DETAILS = {
     "repeat": "Each seed has a folder seed-N in the run folder. The model with the lowest "
     "validation loss is kept; without validation images, the first. report.json has the results of "
     "this model, and the mean over the seeds under names of its own.",
-    "tta": "Not where mirroring changes what an image means. The views are averaged.",
+    "tta": "The logits of the views are averaged. Not where mirroring changes what an image means.",
     "out": "An older file of that name is replaced.",
     "resume": "`last` ignores runs with `--fast-dev-run`.",
     "fast_dev_run": "It replaces no model.",

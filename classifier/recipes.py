@@ -111,8 +111,7 @@ RECIPES: dict[str, Settings] = {
     "default": {},
     "accuracy94": {
         "width": 2.0,
-        "epochs": 18,
-        "drop_easiest": 0.0,  # measured with all images
+        "epochs": 15,
         "val_fraction": 0.0,
         "tta": 6,
     },

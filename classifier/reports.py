@@ -126,7 +126,8 @@ def add_tta_accuracy(results: dict[str, Any], num_views: int, accuracy: float) -
     """Add the accuracy with test-time augmentation to the results, and print it."""
     results["test_views"] = num_views
     results["test_views_accuracy"] = accuracy
-    print(f"Accuracy with {num_views} views of each image: {100 * accuracy:.2f} %")
+    views = f"{num_views} views of the least certain quarter of the images"
+    print(f"Accuracy with {views}: {100 * accuracy:.2f} %")
 
 
 def write_report(

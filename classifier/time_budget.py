@@ -11,6 +11,7 @@ from classifier.config import Config
 from classifier.datasets.dataset import Dataset
 from classifier.distributed import Group
 from classifier.progress import Progress, cost_until
+from classifier.tta import UNCERTAIN_SHARE
 
 PROBE_STEPS = 12  # steps that are timed at once,
 PROBE_EVERY = 5.0  # or fewer of them if they take so long, in s
@@ -66,7 +67,7 @@ class TimeBudget:
         deadline: when all has to be done, report included, on the clock of time.perf_counter().
         batch_size: images of a step, over all processes.
         num_valid, num_test: numbers of images.
-        tta: how many views of each test image are classified in addition, 1 for none.
+        tta: how many views of uncertain test images are classified in addition, 1 for none.
         progressive_resizing: share of the steps on smaller images.
         """
         self.deadline = deadline
@@ -169,7 +170,7 @@ class TimeBudget:
         num_scored = 2 * min(self.num_valid, ood_score.NUM_VALID)
         passes = 1 + num_scored / self.num_test
         if self.tta > 1:
-            passes += self.tta
+            passes += self.tta * UNCERTAIN_SHARE
         return one_pass * passes
 
     def _estimated_epoch_end(self) -> float:

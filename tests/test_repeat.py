@@ -1,6 +1,7 @@
 """Runs with --repeat: several seeds, one after the other."""
 
 import itertools
+import math
 import signal
 
 import pytest
@@ -65,6 +66,16 @@ def test_seed_of_several_learns_what_it_learns_alone(inside, folder):
     assert same(weights(folder / "both" / "seed-7" / "best.pth"), weights(alone))
 
 
+def accuracy_of_uncertain_views(model, images):
+    """With six views of the quarter in which the class is least certain."""
+    logits = ic.evaluate(model, *images).logits
+    in_views = ic.evaluate(model, *images, tta=6).logits
+    by_confidence = logits.softmax(1).amax(1).argsort(descending=True)
+    uncertain = by_confidence[math.floor(0.75 * len(logits)) :]
+    logits[uncertain] = in_views[uncertain]
+    return (logits.argmax(1) == images.labels).float().mean().item()
+
+
 @pytest.mark.slow
 def test_accuracy_with_several_views_is_a_score_of_its_own(folder, capsys):
     data = ic.load_data(ic.Config(dataset="digits", image_size=16))
@@ -73,7 +84,7 @@ def test_accuracy_with_several_views_is_a_score_of_its_own(folder, capsys):
     report = ic.train(ic.Config(dataset="digits", **settings), data)
     model, _ = ic.load_checkpoint(report.checkpoint)
     plain = ic.evaluate(model, *data.test).accuracy
-    with_tta = ic.evaluate(model, *data.test, tta=6).accuracy
+    with_tta = accuracy_of_uncertain_views(model, data.test)
     repeats = report.results["repeats"]
     kept = repeats[int(report.results["kept"][-1])]
     assert kept["test_accuracy"] == pytest.approx(plain)

@@ -98,7 +98,7 @@ def test_planned_to_the_step(clock, seconds_per_step, steps_per_epoch, tta):
     total = budget._plan(progress)
 
     cost = sum(STEP_COST[scale_at(step / total, 0.7)] for step in range(12, total))
-    tested = NUM_TEST * (7 if tta == 6 else 1) + 2 * NUM_VALID
+    tested = NUM_TEST * (1 + 6 / 4 if tta == 6 else 1) + 2 * NUM_VALID  # a quarter in views
     epoch_ends = -(-total // steps_per_epoch)
     taken = seconds_per_step * (cost + tested / batch_size / 2)
     taken += 0.9 * epoch_ends + time_budget.REPORT_SECONDS
