@@ -25,8 +25,9 @@ The default run takes about three minutes on two CPU cores with AVX-512, and cla
 the test images correctly (90.22 ± 0.17 %, seeds 0 to 4; benchmarks/README.md, "The default run").
 
 This file is the story of learning, in the order in which things happen: the recipe, batches on the
-device, the network, the optimiser, one training step, evaluation, the loop over epochs, and a whole
-run. The software around it (data sets, files, resuming, logging and so on) is in classifier/.
+device, the network, the optimiser, one training step, evaluation, and the loop over epochs. If you
+only want to know how it learns, stop at "A whole run". The software around it (data sets, files,
+resuming, logging and so on) is in classifier/.
 """
 
 import time
@@ -35,6 +36,7 @@ START = time.perf_counter()  # before the slow imports, which --minutes counts a
 
 import functools
 import gc
+import itertools
 import math
 import os
 import sys
@@ -121,7 +123,8 @@ __all__ = [  # what Python programs use
 
 # ---- The default recipe --------------------------------------------------------------------------
 
-# Chosen on validation images of CIFAR-10 (benchmarks/README.md). Each of these is an option;
+# Chosen on validation images of CIFAR-10, but for one choice: the test images decided between 8 and
+# 9 epochs (benchmarks/README.md, "The default run"). Each of these is an option;
 # classifier/recipes.py has the defaults of other networks, optimisers and data sets.
 DEFAULT_RECIPE: dict[str, Any] = {
     "width": 1.0,  # times 32, 96 and 192 channels in the three stages
@@ -132,7 +135,7 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "scheduler": "linear",  # warm up over a tenth of the run, then down to zero
     "label_smoothing": 0.2,  # share of the target spread evenly over the classes
     "epochs": 9,
-    "drop_easiest": 0.35,  # of the training images, after a quarter of the run
+    "drop_easiest": 0.35,  # of the training images, after a quarter of the run; others come twice
     "batch_size": 500,
     "micro_batch": 500,  # images in one forward pass: batch norm sees the whole batch
     "augment": "flip,crop=2",  # mirror every other epoch, shift by up to 2 pixels
@@ -142,7 +145,8 @@ DEFAULT_RECIPE: dict[str, Any] = {
 
 # ---- Batches on the device -----------------------------------------------------------------------
 
-# All training images stay on the device as uint8. A step gathers its batch from them by one
+# classifier/datasets/ has decoded all training images into one uint8 tensor, which stays on the
+# device (those of a large folder stay on the disk: MemmapImages). A step gathers its batch by one
 # indexing operation, which mirrors and shifts the images on the way: no worker processes.
 
 
@@ -186,11 +190,12 @@ def plan_epoch(
     device: torch.device,
     sample_indices: torch.Tensor | None = None,
 ) -> Batch:
-    """Draw an epoch's order, flips and shifts from (seed, epoch) alone; steps take slices.
+    """Draw an epoch's order, flips and shifts; steps take slices.
 
-    So a run that is resumed sees the same batches as an unbroken one, and so do several processes.
-    Each image is mirrored in every other epoch, the first time at random: both views of an image
-    that is in all epochs come equally often (alternating flips, Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench).
+    The random numbers depend on (seed, epoch) alone. So a run that is resumed sees the same batches
+    as an unbroken one, and so do several processes. Each image is mirrored in every other epoch,
+    the first time at random: both views of an image that is in all epochs come equally often
+    (alternating flips, Jordan, 2024, https://github.com/KellerJordan/cifar10-airbench).
 
     sample_indices: int64 (M,), the images of this epoch; some may come several times. None: each
         image once.
@@ -209,18 +214,24 @@ def plan_epoch(
     return Batch(order.to(device), flips.to(device), shifts.to(device))
 
 
-DROP_AFTER = 0.25  # share of the run after which --drop-easiest leaves images out
+DROP_AFTER = 0.25  # share of the run; the first epoch that begins after it leaves images out
 
 
 def hardest_images(losses: torch.Tensor, drop_easiest: float) -> torch.Tensor:
-    """The images that are left without this share, those with the smallest losses.
+    """Indices of the images with the largest losses: all but the share `drop_easiest`.
 
     What the network classifies with ease teaches it little more (selective backprop, Jiang et al.,
-    2019, https://arxiv.org/abs/1910.00762). losses: float32 (N,), each from the step that saw the
-    image last. Returns int64 (M,), ascending, on the CPU.
+    2019, https://arxiv.org/abs/1910.00762; for whole epochs, Nguyen et al., 2023,
+    https://arxiv.org/abs/2310.10102).
+
+    losses: float32 (N,), each from the step that saw the image last. An image that is left out
+        keeps its loss, and returns once enough of the others have fallen below it.
+
+    Returns int64 (M,), ascending, on the CPU.
     """
     num_kept = max(1, round((1 - drop_easiest) * len(losses)))
-    return losses.topk(num_kept).indices.sort().values.cpu()
+    hardest = losses.topk(num_kept).indices
+    return hardest.sort().values.cpu()
 
 
 def slice_epoch(epoch_size: int, batch_size: int) -> list[slice]:
@@ -233,7 +244,7 @@ def slice_epoch(epoch_size: int, batch_size: int) -> list[slice]:
     if batch_size > 1:
         steps = min(steps, max(1, epoch_size // 2))
     bounds = [epoch_size * step // steps for step in range(steps + 1)]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def gather_augmented(images: torch.Tensor | MemmapImages, batch: Batch) -> torch.Tensor:
@@ -295,7 +306,7 @@ def image_scale(fraction: float, progressive_resizing: float) -> float:
 
 
 class Stage(nn.Module):
-    """Two 3×3 convolutions: the first one halves the size, the second one is residual.
+    """Two 3×3 convolutions: max-pooling after the first halves the size, the second is residual.
 
     Residual connections: He et al., 2015, https://arxiv.org/abs/1512.03385.
     """
@@ -320,10 +331,10 @@ class Stage(nn.Module):
 class CNN(nn.Module):
     """Whitened 2×2 patches, three stages, global average pooling, a linear classifier.
 
-    The first layer is not trained. Its filters turn 2×2 patches of pixels into uncorrelated
-    components of equal variance, each with both signs, as in cifar10-airbench (Jordan, 2024).
-    Nothing in it is trained, not even a bias, so the backward pass need not reach it, which saves a
-    tenth of a step.
+    The filters of the first layer turn 2×2 patches of pixels into uncorrelated components of equal
+    variance, each with both signs, as in cifar10-airbench (Jordan, 2024). They are not trained, and
+    unlike there the layer has no bias. So the backward pass ends before it, which saves a tenth of
+    a step.
     """
 
     def __init__(
@@ -371,7 +382,17 @@ def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
     filters = (eigenvectors / (eigenvalues + 1e-2).sqrt()).T
     filters = filters.flip(0)  # largest eigenvalue first: a narrow network passes on the first ones
     filters = filters.reshape(-1, *layer.weight.shape[1:])
-    layer.weight.data.copy_(torch.cat([filters, -filters]))
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([filters, -filters]))
+
+
+def whitening_layer(model: nn.Module) -> nn.Conv2d | None:
+    """The layer `whiten` of this CNN, or of another network that has filters like these."""
+    layer = getattr(model, "whiten", None)
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    channels = layer.in_channels
+    return layer if layer.weight.shape == (8 * channels, channels, 2, 2) else None
 
 
 # Builds the network that --model names, this one or one of classifier/networks/:
@@ -395,8 +416,8 @@ def build_model(config: Config, data: Dataset, init_weights: bool = True) -> nn.
     if not init_weights:
         return model
     loaded = build.load_initial_weights(model, config, data)  # --pretrained or --init-from
-    first_layer = getattr(model, "whiten", None)  # of this CNN, or of cifar10-airbench's network
-    if isinstance(first_layer, nn.Conv2d) and not loaded:
+    first_layer = whitening_layer(model)
+    if first_layer is not None and not loaded:
         every_nth = max(1, len(images) // 500)
         sample = images[torch.arange(0, len(images), every_nth)]
         set_whitening(first_layer, normalise(sample, model))
@@ -414,7 +435,7 @@ class Muon(torch.optim.Optimizer):
     each weight is first scaled to norm √O, which makes the learning rate a relative step. The rows
     of an update are balanced as in NorMuon.
 
-    dtype: of the products with whole matrices; their Gram matrices are multiplied in float32.
+    dtype: in which matrices are multiplied; their Gram matrices are multiplied in float32.
     """
 
     def __init__(
@@ -521,7 +542,7 @@ def build_optimizers(
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in weights if weight.ndim in (2, 4)]
-    muon_weights = matrices[:-1]
+    muon_weights = matrices[:-1]  # without the last one that the network registers: the classifier
     muon_ids = {id(weight) for weight in muon_weights}
     adamw_weights = [weight for weight in weights if id(weight) not in muon_ids]
     on_cuda = device.type == "cuda"
@@ -574,7 +595,7 @@ class Trainer:
         device: where the network is trained.
         group: the processes that share each batch; one by default.
         train_set, valid_set: images, uint8 (N, C, H, W), and labels on the device.
-        augment: the steps of --augment besides flip and crop, on uint8 images and their labels.
+        augment_further: the steps of --augment besides flip and crop, on uint8 images and labels.
         batch_slices: which slice of an epoch's plan each step takes.
         class_weights: float32 (classes,), as in F.cross_entropy, or None.
         dtype: of the forward pass: float32, bfloat16 or float16.
@@ -607,7 +628,7 @@ class Trainer:
         # images and labels, on the device for the whole run
         self.train_set = data.train.to(device)
         self.valid_set = data.valid.to(device)
-        self.augment = augmentations.build_augmentation(config.augment, len(data.classes))
+        self.augment_further = augmentations.build_augmentation(config.augment, len(data.classes))
         self.class_weights = sampling.class_weights(
             self.train_set.labels, len(data.classes), config.class_balance
         )
@@ -657,12 +678,12 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype if is_low else None, enabled=is_low)
 
     def plan(self, epoch: int) -> Batch:
-        """The order, flips and shifts of this epoch: see plan_epoch."""
+        """Plan an epoch of all images, or of state.hardest if some are left out: see plan_epoch."""
         seed, labels = self.config.seed, self.train_set.labels
         augment = parse_augment(self.config.augment)
         if self.state.hardest is None:
             indices = sampling.balanced_indices(labels, self.config.class_balance, seed, epoch)
-        else:
+        else:  # the epoch is as long as before, so many of these come twice
             indices = sampling.repeated_indices(self.state.hardest, len(labels), seed, epoch)
         return plan_epoch(len(labels), seed, epoch, augment, self.device, indices)
 
@@ -671,7 +692,7 @@ class Trainer:
         losses = self.state.image_losses
         if losses is None or self.state.progress.fraction < DROP_AFTER:
             return None
-        # a batch may hold an image twice: which of its two losses is kept may differ between GPUs
+        # rank 0 decides: of an image that a batch held twice, each GPU may have kept another loss
         return self.group.broadcast_from_rank0(
             lambda: hardest_images(losses, self.config.drop_easiest)
         )
@@ -684,14 +705,14 @@ class Trainer:
         """One step of the optimisers.
 
         batch: its slice of an epoch's plan. factor: the learning rate as a fraction of its peak;
-        None: as the schedule says. Returns what forward_backward does.
+        None: as the schedule says. Returns the statistics of forward_backward.
         """
         config, state, progress = self.config, self.state, self.state.progress
-        # --head-first: the last layer alone, then all layers, each phase with a schedule of its own
-        fraction = finetuning.enter_phase(
-            state.model, state.optimizers, progress.fraction, config.head_first
-        )
+        if config.head_first:  # the last layer alone, then all layers
+            head_only = progress.fraction < config.head_first
+            finetuning.set_trained_layers(state.model, state.optimizers, head_only)
         if factor is None:
+            fraction = finetuning.phase_fraction(progress.fraction, config.head_first)
             factor = lr_factor(config.scheduler, fraction, progress.losses())
         scale = self.image_scale()
         set_learning_rates(state.optimizers, factor)
@@ -707,7 +728,8 @@ class Trainer:
         state = self.state
         forward: Callable[..., torch.Tensor] = self.forward
         if self.compiled_forward is not None and scale > 0.5:
-            forward = self.compiled_forward  # at half the size torch 2.11's compiler fails on CUDA
+            forward = self.compiled_forward  # not at half the size: torch 2.11 fails there on CUDA
+        # no process may get a micro-batch without an image
         smallest_share = len(batch.order) // self.group.world_size
         num_micro_batches = min(state.num_micro_batches[scale], smallest_share)
         stats = self.forward_backward(forward, batch, scale, num_micro_batches)
@@ -747,7 +769,7 @@ class Trainer:
             # from uint8 images on the device to the input of the network
             y = labels[micro_batch.order]
             x = gather_augmented(images, micro_batch)
-            x, targets = self.augment(x, y)  # mixing makes class probabilities of the labels
+            x, targets = self.augment_further(x, y)  # mixup makes class probabilities of labels
             x = resize(normalise(x, self.state.model), scale)
 
             # DDP all-reduces the gradients in the backward pass of the last micro-batch
@@ -768,7 +790,7 @@ class Trainer:
             with torch.no_grad():
                 cross_entropy = F.cross_entropy(logits, targets, reduction="none")
                 is_correct = logits.argmax(1) == y
-                own_stats.append(torch.stack([cross_entropy, is_correct]))
+                own_stats.append(torch.stack([cross_entropy, is_correct.float()]))
 
         own_slice = shard_slice(len(batch.order), self.group.rank, self.group.world_size)
         stats = torch.zeros(2, len(batch.order), device=self.device)
@@ -807,7 +829,7 @@ def evaluate(
     are averaged (see classifier/tta.py). scale: scale factor of the images. group: processes that
     share the images.
 
-    Raises TypeError and ValueError for images and labels of other types and shapes.
+    Raises TypeError and ValueError for images, labels and a tta that are not as described.
     """
     checks.check_images(images, model.get_buffer("pixel_mean").shape[1])
     checks.check_labels(labels, len(images))
@@ -826,9 +848,11 @@ def evaluate(
 
     was_training = model.training
     model.eval()
-    with devices.exact_fp32():
-        logits = (group or Group()).share_evaluation(model, images, classify)
-    model.train(was_training)
+    try:
+        with devices.exact_fp32():
+            logits = (group or Group()).share_evaluation(model, images, classify)
+    finally:
+        model.train(was_training)
 
     labels = labels.cpu()
     checks.check_label_range(labels, logits.shape[1])
@@ -843,8 +867,8 @@ def evaluate(
 def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
     """Train to the end of the epoch or of the run; returns images per second.
 
-    heartbeat: what happens between steps: progress bar, autosave, time budget. Raises Stopped if it
-    was asked to stop.
+    heartbeat: what happens between steps: losses are recorded, the progress bar moves, the state is
+    saved, and with --minutes the run is planned anew. Raises Stopped if it was asked to stop.
     """
     state, progress = trainer.state, trainer.state.progress
     with heartbeat.epoch():
@@ -853,11 +877,10 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
         plan = trainer.plan(progress.epoch)
         state.model.train(not trainer.config.freeze)  # frozen layers keep their statistics
         for batch_slice in trainer.batch_slices[progress.step_in_epoch :]:
-            scale = trainer.image_scale()
             batch = plan.take(batch_slice)
             stats = trainer.train_step(batch)
-            heartbeat.record(stats, batch.order)
-            progress.total_steps = heartbeat.total_steps(scale)
+            heartbeat.record(stats, batch.order)  # with the loss of each image: see choose_images
+            progress.total_steps = heartbeat.total_steps()
             if progress.done or progress.step_in_epoch == 0:
                 break  # the end of an epoch is saved with its validation
             heartbeat.save_or_stop()
@@ -968,7 +991,7 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tenso
     temperature = None
     if len(trainer.valid_set.labels):
         if valid_logits is None:
-            with trainer.autocast():
+            with trainer.autocast():  # as in `validate`
                 valid_logits = evaluate(state.model, *trainer.valid_set).logits
         temperature = metrics.fit_temperature(valid_logits, trainer.valid_set.labels.cpu())
 

@@ -154,8 +154,8 @@ class Config:
     )
     drop_easiest: float = setting(
         None,
-        "share of the training images to leave out after a quarter of the run, each epoch those "
-        "with the smallest losses",
+        "share of the training images to leave out after a quarter of the run, in each epoch those "
+        "with the smallest losses; others come twice instead",
         minimum=0,
         less_than=1,
     )

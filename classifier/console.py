@@ -40,7 +40,11 @@ def print_start(
     first_epoch = math.ceil(drop_after * progress.total_steps / progress.steps_per_epoch)
     if config.drop_easiest and first_epoch * progress.steps_per_epoch < progress.total_steps:
         share = 100 * (1 - config.drop_easiest)
-        since = "after a quarter of it" if config.minutes else f"from epoch {first_epoch} on"
+        since = (
+            f"after {100 * drop_after:.0f} % of it"
+            if config.minutes
+            else f"from epoch {first_epoch} on"
+        )
         line += f"; {since}, only the hardest {share:.0f} %"
     print(line)
     if progress.step:

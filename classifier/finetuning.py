@@ -3,8 +3,9 @@
 The last layer starts from random weights, and the gradients that it sends back at first would spoil
 the others (Howard and Ruder, 2018, https://arxiv.org/abs/1801.06146).
 
-weights = layer_groups(model, config)                               with their own learning rates
-fraction = enter_phase(model, optimizers, fraction, head_first)     before each step
+weights = layer_groups(model, config)                       with their own learning rates
+set_trained_layers(model, optimizers, head_only)            before each step
+fraction = phase_fraction(fraction, head_first)
 """
 
 from collections.abc import Iterable, Sequence
@@ -72,22 +73,6 @@ def layer_groups(
             lr = config.lr * config.first_layer_lr ** (number / BODY_GROUPS)
             groups.append({"params": own, "lr": lr, "is_last_layer": number == 0})
     return groups
-
-
-def enter_phase(
-    model: nn.Module,
-    optimizers: Iterable[torch.optim.Optimizer],
-    fraction: float,
-    head_first: float,
-) -> float:
-    """Train the layers that this phase of the run trains; returns how far the phase is, in [0, 1).
-
-    fraction: share of the run that is done. head_first: share of the run in which only the last
-    layer is trained; with 0 there is only one phase, and nothing is changed.
-    """
-    if head_first:
-        set_trained_layers(model, optimizers, head_only=fraction < head_first)
-    return phase_fraction(fraction, head_first)
 
 
 def set_trained_layers(

@@ -1,4 +1,4 @@
-"""What happens between the steps of an epoch: progress bar, time budget, autosave, stopping."""
+"""What happens between steps: losses are recorded, the bar moves, the state is saved."""
 
 import contextlib
 import time
@@ -15,9 +15,8 @@ from classifier.progress import Progress
 from classifier.time_budget import NoBudget, TimeBudget
 from classifier.train_state import TrainState
 
-BAR_SECONDS = (
-    0.5  # how often the loss is read on accelerators, where reading it waits for the device
-)
+# How often the loss is read on accelerators, where reading it waits for the device.
+BAR_SECONDS = 0.5
 
 
 class Stop(Protocol):
@@ -31,7 +30,10 @@ class Stop(Protocol):
 
 
 class Heartbeat:
-    """Accompanies the steps of a run, without changing what they learn.
+    """What surrounds the steps of a run.
+
+    It records the losses, shows the progress bar, saves the state, stops the run when asked to, and
+    with --minutes plans anew how many steps the run has.
 
     state: what is trained.
     group: the processes that share each batch.
@@ -141,8 +143,9 @@ class Heartbeat:
         """Wait until the latest step is computed."""
         self.last_loss_sum()
 
-    def total_steps(self, scale: float) -> int:
-        """Steps of the whole run, which a time budget recomputes after a step at this scale."""
+    def total_steps(self) -> int:
+        """Steps of the whole run, which a time budget recomputes after a step."""
+        scale = self.progress.image_scale  # of the step
         return self.budget.total_steps(self.progress, scale, self.wait_for_device)
 
     def save_or_stop(self) -> None:

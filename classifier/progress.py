@@ -128,9 +128,11 @@ class Progress:
 def comparable_rows(history: list[Row]) -> list[Row]:
     """The epochs that ended on full-size images.
 
-    On smaller ones (progressive resizing) the loss is another quantity, and it says nothing about
-    full-size images, which the network has not seen yet. So is a training loss, which counts where
-    there are no validation images, once the easy images are left out (--drop-easiest).
+    On smaller images (progressive resizing) the loss is another quantity, which says nothing about
+    full-size images: the network has not seen any yet.
+
+    Without validation images the training loss counts. It is another quantity, too, once easy
+    images are left out (--drop-easiest), so only epochs with the same share are compared.
     """
     rows = [row for row in history if row["image_scale"] == 1]
     if rows and rows[-1]["valid_loss"] is None:

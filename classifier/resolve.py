@@ -188,7 +188,7 @@ def _default_settings(config: Config, data: Dataset, default_recipe: Settings) -
 
 
 def _conflict_with_drop_easiest(config: Config, default_augment: str) -> str:
-    """The option because of which an image's own loss cannot choose the images; "" if none is."""
+    """The option that rules out --drop-easiest; "" if there is none."""
     if config.class_balance in sampling.RESAMPLED:  # chooses the images itself
         return f"--class-balance {config.class_balance}"
     augment = config.augment or default_augment

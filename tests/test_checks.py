@@ -74,6 +74,13 @@ def test_number_of_views_is_checked():
             ic.evaluate(Means(), IMAGES, LABELS, tta=tta)
 
 
+def test_mode_of_the_model_is_kept_after_an_error():
+    model = Means().train()
+    with pytest.raises(ValueError, match="tta"):
+        ic.evaluate(model, IMAGES, LABELS, tta=3)
+    assert model.training
+
+
 def test_grad_cam_checks_its_images():
     import explain
 

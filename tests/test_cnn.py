@@ -34,6 +34,21 @@ def whitened(images):
 # ---- whitening ----
 
 
+def test_only_a_layer_with_such_filters_is_set():
+    class Other(nn.Module):
+        def __init__(self, whiten):
+            super().__init__()
+            self.whiten = whiten
+
+    airbench = ic.instantiate(ic.Config(model="airbench94"), 10, [0.5] * 3, [0.25] * 3, 32)
+    assert ic.whitening_layer(ic.CNN()) is not None
+    assert ic.whitening_layer(ic.CNN(channels=1)) is not None
+    assert ic.whitening_layer(airbench) is airbench.whiten
+    for layer in (nn.Conv2d(3, 32, 3), nn.Conv2d(3, 24, 3), nn.Conv2d(3, 12, 2), nn.Linear(2, 2)):
+        assert ic.whitening_layer(Other(layer)) is None
+    assert ic.whitening_layer(nn.Linear(2, 2)) is None
+
+
 def test_filtered_patches_are_uncorrelated_and_of_equal_variance():
     images = correlated_images()
     patches = nn.functional.unfold(images, 2).unflatten(2, (15, 15))
