@@ -81,6 +81,7 @@ def with_larger_patches(*arguments, **options):
     return model
 
 replace(ic, "instantiate", with_larger_patches)
+replace(ic, "whitening_layer", lambda model: model.whiten)
 replace(F, "unfold", lambda images, size: unfold(images, 3))
 """
 
