@@ -214,7 +214,7 @@ def plan_epoch(
     return Batch(order.to(device), flips.to(device), shifts.to(device))
 
 
-DROP_AFTER = 0.25  # share of the run; the first epoch that begins after it leaves images out
+DROP_AFTER = 0.25  # share of the run; epochs that begin after it leave images out
 
 
 def hardest_images(losses: torch.Tensor, drop_easiest: float) -> torch.Tensor:
@@ -595,7 +595,8 @@ class Trainer:
         device: where the network is trained.
         group: the processes that share each batch; one by default.
         train_set, valid_set: images, uint8 (N, C, H, W), and labels on the device.
-        augment_further: the steps of --augment besides flip and crop, on uint8 images and labels.
+        other_augmentations: the steps of --augment besides flip and crop, on uint8 images and
+            their labels.
         batch_slices: which slice of an epoch's plan each step takes.
         class_weights: float32 (classes,), as in F.cross_entropy, or None.
         dtype: of the forward pass: float32, bfloat16 or float16.
@@ -628,7 +629,9 @@ class Trainer:
         # images and labels, on the device for the whole run
         self.train_set = data.train.to(device)
         self.valid_set = data.valid.to(device)
-        self.augment_further = augmentations.build_augmentation(config.augment, len(data.classes))
+        self.other_augmentations = augmentations.build_augmentation(
+            config.augment, len(data.classes)
+        )
         self.class_weights = sampling.class_weights(
             self.train_set.labels, len(data.classes), config.class_balance
         )
@@ -711,7 +714,7 @@ class Trainer:
         if config.head_first:  # the last layer alone, then all layers
             head_only = progress.fraction < config.head_first
             finetuning.set_trained_layers(state.model, state.optimizers, head_only)
-        if factor is None:
+        if factor is None:  # each phase has a schedule of its own
             fraction = finetuning.phase_fraction(progress.fraction, config.head_first)
             factor = lr_factor(config.scheduler, fraction, progress.losses())
         scale = self.image_scale()
@@ -769,7 +772,7 @@ class Trainer:
             # from uint8 images on the device to the input of the network
             y = labels[micro_batch.order]
             x = gather_augmented(images, micro_batch)
-            x, targets = self.augment_further(x, y)  # mixup makes class probabilities of labels
+            x, targets = self.other_augmentations(x, y)  # mixup makes probabilities of labels
             x = resize(normalise(x, self.state.model), scale)
 
             # DDP all-reduces the gradients in the backward pass of the last micro-batch

@@ -40,11 +40,9 @@ def print_start(
     first_epoch = math.ceil(drop_after * progress.total_steps / progress.steps_per_epoch)
     if config.drop_easiest and first_epoch * progress.steps_per_epoch < progress.total_steps:
         share = 100 * (1 - config.drop_easiest)
-        since = (
-            f"after {100 * drop_after:.0f} % of it"
-            if config.minutes
-            else f"from epoch {first_epoch} on"
-        )
+        since = f"from epoch {first_epoch} on"
+        if config.minutes:  # the number of steps may change
+            since = f"after {100 * drop_after:.0f} % of it"
         line += f"; {since}, only the hardest {share:.0f} %"
     print(line)
     if progress.step:

@@ -145,7 +145,7 @@ class Heartbeat:
 
     def total_steps(self) -> int:
         """Steps of the whole run, which a time budget recomputes after a step."""
-        scale = self.progress.image_scale  # of the step
+        scale = self.progress.image_scale  # of the latest step
         return self.budget.total_steps(self.progress, scale, self.wait_for_device)
 
     def save_or_stop(self) -> None:

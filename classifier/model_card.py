@@ -227,12 +227,8 @@ def _figures(results: dict[str, Any]) -> list[list[str]]:
     views = _count(results.get("test_views"))
     with_views = _share(results.get("test_views_accuracy"))
     if views is not None and with_views is not None:
-        rows.append(
-            [
-                f"accuracy with {views} views of the least certain images",
-                f"{100 * with_views:.2f} %",
-            ]
-        )
+        name = f"accuracy with {views} views of the least certain images"
+        rows.append([name, f"{100 * with_views:.2f} %"])
     shares = {
         "top-5 accuracy": "top5_accuracy",
         "macro-F1": "macro_f1",

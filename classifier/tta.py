@@ -10,8 +10,8 @@ from torch import nn
 
 from classifier.datasets.dataset import Split
 
-# Of the test images, the share that is seen in several views. The others keep their class anyway:
-# with a quarter, the accuracy was within 0.1 points of that with all (benchmarks/README.md).
+# Of the test images, the share that is seen in several views. Hardly any of the others would change
+# its class: the accuracy was within 0.1 points of that with views of all (benchmarks/README.md).
 UNCERTAIN_SHARE = 0.25
 
 
