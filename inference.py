@@ -12,6 +12,7 @@ From Python: `predict(load_model("model_cnn.pth"), ["cat.jpg"])`.
 """
 
 import argparse
+import contextlib
 import functools
 import glob
 import io
@@ -40,7 +41,7 @@ try:
     from classifier.datasets.folder_layout import images_and_others
     from classifier.errors import UsageError, UserError
     from classifier.files import prepare_file, prepare_folder
-    from classifier.image_input import check_batch, to_batch
+    from classifier.image_input import check_batch, check_photographs, to_batch
     from classifier.metrics import softmax
     from classifier.prediction_output import (
         UNSURE,
@@ -54,6 +55,7 @@ try:
     )
     from classifier.text import (
         URL_REFUSED,
+        escape_control_characters,
         has_control_characters,
         is_url,
         percent,
@@ -165,7 +167,9 @@ class Classifier:
 
     def _check_images(self, images: np.ndarray | list[np.ndarray]) -> None:
         """Raise TypeError or ValueError for images that `logits` does not take."""
-        if not (self.is_raw and isinstance(images, list)):
+        if self.is_raw and isinstance(images, list):
+            check_photographs(images)
+        else:
             check_batch(images, self.image_size)
 
     def score(self, images: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -182,7 +186,8 @@ class Classifier:
 
     def describe(self) -> str:
         """What to know about its predictions, in two or three sentences."""
-        text = f"{self.path.name} was trained on {self.dataset}"
+        file_name = escape_control_characters(self.path.name)
+        text = f"{file_name} was trained on {self.dataset}"
         if self.test_accuracy is not None:
             text += f" and recognises {percent(self.test_accuracy)} of its test images"
         classes = ", ".join(self.classes)
@@ -224,10 +229,8 @@ def newest_checkpoint(folder: Path | str = ".") -> Path:
                 continue
             if trials:
                 print_note(f"{trials[0]} is of a trial run, and so left out")
-            if len(found) > 1:
-                print_note(
-                    f"{path} is the newest of {len(found)} models; --checkpoint names another"
-                )
+            if path != found[-1]:
+                print_note(f"{path} is the newest of several models; --checkpoint names another")
             return path
     where = Path(folder).resolve()
     others = f" but {pluralize(len(trials), 'model')} of trial runs" if trials else ""
@@ -248,7 +251,14 @@ def is_of_trial_run(path: Path) -> bool:
 
 
 def print_note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    """Print a note on standard error. A name in it may be a stranger's."""
+    print(f"note: {escape_control_characters(text)}", file=sys.stderr)
+
+
+def print_problems(problems: Sequence[str]) -> None:
+    """Print a line on standard error for each file that could not be used."""
+    for problem in problems:
+        print(f"error: {escape_control_characters(problem)}", file=sys.stderr)
 
 
 def load_model(
@@ -472,7 +482,8 @@ def onnx_providers(device: str, available: list[str]) -> list[Any]:
     available: the providers that it has here. Raises UserError for a device that it lacks.
     """
     kind, _, index = device.partition(":")
-    if kind == "cuda" and "CUDAExecutionProvider" in available:
+    is_number = index.isdecimal() or device == "cuda"
+    if kind == "cuda" and is_number and "CUDAExecutionProvider" in available:
         options = {"use_tf32": 0, "device_id": int(index or 0)}  # fp32, as with torch
         return [("CUDAExecutionProvider", options)]
     if device in ("auto", "cpu"):
@@ -516,8 +527,10 @@ def load_dataset_of(
         place = dataset
         if "labels" in source.settings:
             place = f"{dataset}, or their labels not in {source.settings['labels']},"
-        message = f"its images are not in {place} here: name their folder with --data-dir DIR"
-        raise UserError(message)
+        raise UserError(
+            f"the images that {model.path} was trained on are not in {place} on this machine: name "
+            "their folder with --data-dir DIR"
+        )
     if source.is_named_by_file:
         may_download = False
     other_classes = UserError(f"{model.path} is for other classes than {dataset} has now")
@@ -712,7 +725,7 @@ def read_image(model: Classifier, path: Path | str) -> np.ndarray:
     if file.pixels is None:
         raise UserError(f"{path}: {file.problem}")
     if file.note:
-        print(f"note: {path}: {file.note}", file=sys.stderr)
+        print_note(f"{path}: {file.note}")
     return file.pixels.copy()  # Pillow's array is read-only, which torch warns about
 
 
@@ -745,15 +758,15 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[str]]:
         if is_url(name):
             problems.append(f"{name}: {URL_REFUSED}")
             continue
-        path = Path(os.path.expanduser(name))
-        if not path.is_dir():
-            found += expand(name) or [path]
-            continue
-        images, others = images_and_others(path, path)  # what cannot be read is skipped
-        problems += unreadable.describe_images(others)
-        if not images:
-            problems.append(f"{name}: no image in this folder")
-        found += images
+        for path in expand(name) or [Path(os.path.expanduser(name))]:
+            if not os.path.isdir(path):
+                found.append(path)
+                continue
+            images, others = images_and_others(path, path)  # what cannot be read is skipped
+            problems += unreadable.describe_images(others)
+            if not images:
+                problems.append(f"{path}: no image in this folder")
+            found += images
     return found, problems
 
 
@@ -763,7 +776,7 @@ def expand(name: str | Path) -> list[Path]:
     Windows leaves patterns to the program.
     """
     path = Path(os.path.expanduser(name))
-    if path.exists():
+    if os.path.exists(path):  # False for a name that no file can have, where Path.exists may raise
         return [path]
     return [Path(match) for match in sorted(glob.glob(str(path)))]
 
@@ -868,8 +881,7 @@ def evaluate_folder(model: Classifier, folder: Path, out: Path) -> int:
         print_note(note)
     problems = [f"{path}: {reason}" for path, reason in tested.unreadable.items()]
     problems += files.problems
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    print_problems(problems)
     return 1 if problems else 0
 
 
@@ -954,13 +966,14 @@ def prepare_output(format: str) -> TextIO:
 def main() -> int:
     """Run as from the command line; returns the exit status, 1 if a file could not be read."""
     options = parse_options()
-    model = load_model(options.checkpoint, options.device, options.model, options.reject)
+    messages = prepare_output(options.format)
+    with contextlib.redirect_stdout(messages):  # which device it is, for example
+        model = load_model(options.checkpoint, options.device, options.model, options.reject)
     if options.evaluate:
         folder = Path(os.path.expanduser(options.images[0]))
         return evaluate_folder(model, folder, options.out or OUT)
     if options.save:
         prepare_file(options.save)
-    messages = prepare_output(options.format)
     print(model.describe(), file=messages)
 
     paths, problems = find_images(options.images)
@@ -973,9 +986,8 @@ def main() -> int:
 
     print_predictions(options.format, results.predictions)
     for note in results.notes:
-        print(f"note: {note}", file=sys.stderr)
-    for problem in results.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print_note(note)
+    print_problems(results.problems)
     if options.save and results.pictures:
         save_pictures(results.pictures, options.save)
         num_drawn, num_images = len(results.pictures), len(results.predictions)

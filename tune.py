@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # TensorBoard is slow to import
 
 TRIALS = 20
 OF_ONE_RUN = NOT_IN_RECIPES | {"minutes"}
+NOT_FOR_TRIALS = ["fast_dev_run", "out", "run_dir", "repeat", "keep_epochs"]
 OF_ONE_MACHINE = {"data_dir", "mirror", "device"}  # may change when a search is resumed
 
 
@@ -279,8 +280,7 @@ def run_trials(study: Study, search: Search, limit: SearchLimit) -> None:
             try:
                 settings = {} if is_default(trial) else space.draw(trial)
                 trial.set_user_attr(SETTINGS, settings)
-                config = configure(**{**search.fixed, **settings})
-                accuracy, ended_early = train_trial(trial, config, search, limit)
+                accuracy, ended_early = try_settings(trial, settings, search, limit)
             except BaseException:
                 study.fail(trial)
                 raise
@@ -291,6 +291,19 @@ def run_trials(study: Study, search: Search, limit: SearchLimit) -> None:
                 study.complete(trial, accuracy)
                 result = percent(accuracy)
             print_trial(trial.number, result, settings, study)
+
+
+def try_settings(
+    trial: Trial, settings: Settings, search: Search, limit: SearchLimit
+) -> tuple[float | None, str]:
+    """As train_trial, but drawn settings that do not fit the others only end the trial."""
+    try:
+        config = configure(**{**search.fixed, **settings})
+        return train_trial(trial, config, search, limit)
+    except UsageError as error:
+        if is_default(trial):
+            raise
+        return None, f"does not fit ({error})"
 
 
 def factory_options(model: str) -> list[str]:
@@ -346,17 +359,15 @@ def report(study: Study, search: Search) -> bool:
     complete = study.complete_trials()
     num_pruned = len(study.pruned_trials())
     tensorboard = command_line(["tensorboard", "--logdir", str(search.folder)])
-    print(
-        f"\nTrials: {len(complete)} complete, {num_pruned} stopped early or diverged: {tensorboard}"
-    )
+    print(f"\nTrials: {len(complete)} complete, {num_pruned} ended early: {tensorboard}")
     num_images = len(search.data.valid.labels)
     print(
         f"Best: trial {best.number}, {percent(best_accuracy)} of the {num_images} validation "
         f"images: {format_settings(best_settings)}"
     )
+    started_with = "the recipe" if "recipe" in search.fixed else "the defaults"
     if is_default(best):
-        command = train_command(recipe)
-        print(f"No trial was better than the defaults: train with these, {command}")
+        print(f"No trial was better than {started_with}: train with {train_command(recipe)}")
         return True
 
     for trial in complete:
@@ -364,7 +375,7 @@ def report(study: Study, search: Search) -> bool:
             default_accuracy = accuracy_of(trial)
             gain = 100 * (best_accuracy - default_accuracy)
             print(
-                f"That is {gain:.1f} percentage points better than the defaults "
+                f"That is {gain:.1f} percentage points better than {started_with} "
                 f"({percent(default_accuracy)})"
             )
             print(
@@ -380,6 +391,16 @@ def report(study: Study, search: Search) -> bool:
     return True
 
 
+def explain_no_result(study: Study) -> str:
+    """Why there is no best trial, and what to do."""
+    if study.pruned_trials():
+        return (
+            "no trial was trained to its end, for the reasons above: try lower rates, --lr or "
+            "--learning-rates"
+        )
+    return "no trial is complete: give it more --minutes, or fewer --epochs"
+
+
 # ---- The sweep -----------------------------------------------------------------------------------
 
 
@@ -387,7 +408,7 @@ def find_lr(search: Search) -> float:
     """The learning rate at which the loss falls fastest; draws find-lr.png in the study's folder.
 
     The sweep goes over --learning-rates, by default from a thousandth of the usual rate to ten
-    times that. Raises UserError if the loss never falls.
+    times the usual rate. Raises UserError if the loss never falls.
     """
     usual_lr = search.start.lr or 0.1
     low, high = search.options.learning_rates or (usual_lr / 1000, usual_lr * 10)
@@ -505,14 +526,28 @@ def find_problem(given: Settings, options: Options) -> str:
         return f"--study {options.study} is not the name of a folder"
     if "resume" in given:
         return "--resume is for a training run; the same command resumes a search"
+    for name in NOT_FOR_TRIALS:
+        if name in given:
+            return f"{flag(name)} is for a training run: leave it out"
     return ""
+
+
+def check_validation(fixed: Settings, config: Config) -> None:
+    """Raise UsageError for settings without validation images."""
+    if config.val_fraction:
+        return
+    if "val_fraction" in fixed:
+        raise UsageError("tuning needs validation images: leave --val-fraction above 0")
+    raise UsageError(
+        f"--recipe {config.recipe} has no validation images, and tuning needs them: add "
+        "--val-fraction 0.1"
+    )
 
 
 def prepare(fixed: Settings, options: Options) -> Search:
     """Load the data set, fill in all defaults and check the network; makes the study's folder."""
     config = configure(**fixed)
-    if not config.val_fraction:
-        raise UsageError("tuning needs validation images: leave --val-fraction above 0")
+    check_validation(fixed, config)
     check_before_data(config)
     # workers repeat what the first process has printed already
     output = io.StringIO() if options.worker else sys.stdout
@@ -555,7 +590,7 @@ def main() -> int:
     print(f"Searching in {search.folder}{known}")
     status = run_search(study, search)
     if not report(study, search) and status == 0:
-        raise UserError("no trial is complete: give it more --minutes, or fewer --epochs")
+        raise UserError(explain_no_result(study))
     if status >= 128:
         print(f"\nStopped. Resume with: {command_line([python_command(), *sys.argv])}")
     return status

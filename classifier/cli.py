@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeGuard
 
 from classifier import streams
 from classifier.config import FIELD_TYPES, Config, flag
-from classifier.errors import INSTALL, INSTALL_EXTRAS, Stopped, UsageError, UserError, format_error
+from classifier.errors import INSTALL, Stopped, UsageError, UserError, format_error
 from classifier.legacy import REMOVED_OPTIONS, RENAMED_CHOICES, RENAMED_OPTIONS
 from classifier.recipes import DATASET_DEFAULTS, Settings
 from classifier.text import escape_control_characters
@@ -40,6 +40,7 @@ METAVARS = {
     "out": "FILE.pth",
     "resume": "DIR",
 }
+SYNONYMS = {"learning_rate": "lr"}  # tune.py has --learning-rates as well, which is more like it
 NOBODY_READS = 141  # exit status: 128 + SIGPIPE, which Windows does not know
 PACKAGES = ["torchvision", "numpy", "matplotlib", "torchsummary", "tensorboard", "sklearn"]
 EPILOG = (
@@ -170,20 +171,34 @@ def parse_settings(
     """
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        explanation = explain_unknown_option(unknown[0].partition("=")[0])
+        explanation = explain_unknown_option(unknown[0].partition("=")[0], option_names(parser))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{explanation}")
     return vars(given)
 
 
-def explain_unknown_option(typed: str) -> str:
-    """The option that was meant, as the end of an error message; empty if there is no guess."""
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """The options that a program shows in its help."""
+    names: list[str] = []
+    for action in parser._actions:
+        if action.help != argparse.SUPPRESS:
+            names += action.option_strings
+    return names
+
+
+def explain_unknown_option(typed: str, known: Sequence[str]) -> str:
+    """The option that was meant, as the end of an error message; empty if there is no guess.
+
+    known: all options of the program.
+    """
     name = typed.strip("-").replace("-", "_")
     if name in RENAMED_OPTIONS:
         return f": {typed} is now called {flag(RENAMED_OPTIONS[name])}"
     if name in REMOVED_OPTIONS:
         return f": {typed} was removed after version 0.9.1: {REMOVED_OPTIONS[name]}"
-    meant = difflib.get_close_matches(typed, [flag(known) for known in FIELD_TYPES], n=1)
-    meant += _options_described_as(name.replace("_", " "))  # --learning-rate: it is --lr
+    if name in SYNONYMS:
+        return f": did you mean {flag(SYNONYMS[name])}?"
+    meant = difflib.get_close_matches(typed, known, n=1)
+    meant += _options_described_as(name.replace("_", " "))  # --decay: --weight-decay
     return f": did you mean {meant[0]}?" if meant else ""
 
 
@@ -260,7 +275,7 @@ def run_tool(main: Callable[[], int]) -> int:
     An error is printed in one line, or raised again with --debug.
     """
     prepare_console()
-    return run_program(main, debug="--debug" in sys.argv, install=INSTALL_EXTRAS)
+    return run_program(main, debug="--debug" in sys.argv, is_tool=True)
 
 
 def end_process(status: int) -> NoReturn:
@@ -275,7 +290,7 @@ def run_program(
     main: Callable[[], int],
     parser: argparse.ArgumentParser | None = None,
     debug: bool = False,
-    install: str = INSTALL,
+    is_tool: bool = False,
     before_report: Callable[[], None] | None = None,
 ) -> int:
     """Call `main`, which returns an exit status; returns that, or the status of its error.
@@ -284,7 +299,7 @@ def run_program(
         main: the program.
         parser: whose usage is printed after wrong usage.
         debug: raise errors again, except for wrong usage.
-        install: how to install what is missing, for the error message.
+        is_tool: see `format_error`.
         before_report: called before an error is printed.
     """
     try:
@@ -302,7 +317,7 @@ def run_program(
             raise
         if before_report is not None:
             before_report()
-        report_error(reported, parser, install)
+        report_error(reported, parser, is_tool)
         return exit_status(error)
 
 
@@ -327,13 +342,13 @@ def exit_status(error: BaseException) -> int:
 def report_error(
     error: Exception,
     parser: argparse.ArgumentParser | None = None,
-    install: str = INSTALL,
+    is_tool: bool = False,
 ) -> None:
     """Print what is wrong, in one line on standard error; after wrong usage below the usage.
 
     A name in it may be a stranger's: its control characters are escaped.
     """
-    message = escape_control_characters(format_error(error, install))
+    message = escape_control_characters(format_error(error, is_tool))
     if not isinstance(error, UsageError):
         print(f"error: {message}", file=sys.stderr)
         return

@@ -50,13 +50,14 @@ class Stopped(Exception):
         self.run = run
 
 
-def format_error(error: Exception, install: str = INSTALL) -> str:
+def format_error(error: Exception, is_tool: bool = False) -> str:
     """One line that says what is wrong and what to do.
 
     An error is judged by its type, its errno and where it comes from: words in its text may be part
     of a path.
 
-    install: what to do about a missing package.
+    is_tool: whether a tool beside image_classification.py has failed, which has other options and
+    needs more packages.
     """
     text = " ".join(str(error).split())
     if _failed_to_import("torchvision", error):
@@ -66,9 +67,9 @@ def format_error(error: Exception, install: str = INSTALL) -> str:
     if isinstance(error, OSError):
         return _format_os_error(error, text)
     if isinstance(error, ModuleNotFoundError):
-        return f"{text}: {install}"
+        return f"{text}: {INSTALL_EXTRAS if is_tool else INSTALL}"
     if is_out_of_memory(error):
-        return _format_out_of_memory(error, text)
+        return _format_out_of_memory(error, text, is_tool)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         first_line = str(error).partition("\n")[0]
         return f"torch.compile fails here: {first_line}: leave out --compile"
@@ -119,12 +120,16 @@ def _is_cpu_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator: " in str(error)
 
 
-def _format_out_of_memory(error: Exception, text: str) -> str:
+def _format_out_of_memory(error: Exception, text: str, is_tool: bool) -> str:
     """How much memory there is on a device, and what to try."""
     if isinstance(error, MemoryError) or _is_cpu_out_of_memory(error):
-        return "the memory of this machine is too small: try a smaller --batch-size or --image-size"
+        advice = "try a smaller --batch-size or --image-size"
+        if is_tool:
+            advice = "close other programs, or use a machine with more memory"
+        return f"the memory of this machine is too small: {advice}"
     first_sentence = text.partition(". ")[0]
-    return f"{first_sentence}: try a smaller --batch-size, or --device cpu"
+    advice = "try --device cpu" if is_tool else "try a smaller --batch-size, or --device cpu"
+    return f"{first_sentence}: {advice}"
 
 
 def _format_os_error(error: OSError, text: str) -> str:

@@ -66,6 +66,16 @@ def check_batch(images: Any, size: int) -> None:
         raise ValueError(f"images have to be (N, 3, {size}, {size}), not {images.shape}")
 
 
+def check_photographs(images: list[Any]) -> None:
+    """Raise TypeError or ValueError unless each of these is an image, uint8 (3, H, W)."""
+    for image in images:
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"a photograph has to be a numpy array, not {_kind(image)}")
+        _check_dtype(image)
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"a photograph has to be (3, H, W), not {image.shape}")
+
+
 def _to_list(images: Any) -> list[Any]:
     """The images one by one, where they are not a single one already."""
     if isinstance(images, (str, os.PathLike, Image.Image)) or _to_array(images) is not None:

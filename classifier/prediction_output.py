@@ -15,7 +15,7 @@ import numpy as np
 from classifier.errors import UsageError
 from classifier.files import write_atomically
 from classifier.rejection import UNKNOWN
-from classifier.text import percent, printable
+from classifier.text import escape_control_characters, percent, printable
 
 if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.axes import Axes
@@ -173,11 +173,12 @@ def print_csv(predictions: Sequence[Prediction]) -> None:
 
 
 def print_table(predictions: Sequence[Prediction]) -> None:
-    width = max((len(prediction.file) for prediction in predictions), default=0)
-    for file, answer, classes in predictions:
+    names = [escape_control_characters(prediction.file) for prediction in predictions]
+    width = max(map(len, names), default=0)
+    for name, (_, answer, classes) in zip(names, predictions, strict=True):
         listed = classes.list_confidences()
         if answer == UNSURE:
             listed = f"{UNSURE}: {listed}"
         if classes.is_unknown:
             listed = f"{UNKNOWN} ({classes.describe_unlikeness()}): {listed}"
-        print(f"{file:{width}}  {listed}")
+        print(f"{name:{width}}  {listed}")

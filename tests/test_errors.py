@@ -136,6 +136,8 @@ def test_memory_of_the_machine():
         assert is_out_of_memory(error)
         line = format_error(error)
         assert "memory" in line and "--batch-size" in line and "--device" not in line
+        line = format_error(error, is_tool=True)  # tools have neither option
+        assert "memory" in line and "--" not in line
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,8 @@ def test_memory_of_a_device(error):
     line = format_error(error)
     assert "out of memory" in line and "--batch-size" in line and "--device cpu" in line
     assert "Tried" not in line
+    line = format_error(error, is_tool=True)
+    assert "out of memory" in line and "--batch-size" not in line and "--device cpu" in line
 
 
 @pytest.mark.parametrize(

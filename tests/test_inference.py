@@ -29,7 +29,7 @@ from PIL import Image
 
 import image_classification as ic
 import inference
-from classifier import prediction_output
+from classifier import devices, prediction_output
 from classifier.config import Config
 from classifier.datasets import decode
 from classifier.datasets.cifar10 import MD5
@@ -291,6 +291,19 @@ def test_formats_are_data_only(pictures, model, tool_inside):
         )
 
 
+def test_notes_on_the_device_are_not_among_the_data(pictures, tool_inside, monkeypatch):
+    def choose(device):
+        print("note: this machine has a GPU that torch cannot use")
+        return torch.device("cpu")
+
+    monkeypatch.setattr(devices, "choose_device", choose)
+    for format in ("json", "csv"):
+        out, err = tool_inside("inference")("images", "--format", format)
+        assert "note: " in err and "note: " not in out
+    out, _ = tool_inside("inference")("images")
+    assert out.startswith("note: ")
+
+
 @pytest.mark.pictures
 def test_answer_below_the_threshold_is_unsure(pictures, tool_inside, monkeypatch):
     drawn = []
@@ -391,6 +404,30 @@ def test_patterns_and_names_that_look_like_something_else(pictures, tool_inside)
     assert "$a_b$.png" in out and "~tmp.png" in out and (pictures / "seen.png").exists()
     out, _ = run("images/*.png", "--format", "csv")
     assert len(table_of(out)) == len(list(pictures.glob("images/*.png")))
+    out, _ = run("image*", "--format", "csv")  # a folder that a pattern stands for is searched, too
+    assert len(table_of(out)) == 6
+
+
+def test_name_that_no_file_can_have_costs_a_line(pictures, tool_inside):
+    too_long = 300 * "a" + ".png"
+    out, err = tool_inside("inference")("images/0.png", too_long, "--format", "csv", status=1)
+    assert len(table_of(out)) == 1
+    assert [line for line in err.splitlines() if line.startswith(f"error: {too_long}: ")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="such names are not allowed there")
+def test_control_characters_in_names_do_not_reach_the_terminal(pictures, tool_inside):
+    image, text = pictures / "images" / "a\x1b[2Jb.png", pictures / "images" / "c\x1b[2Jd.png"
+    shutil.copy(pictures / "images" / "0.png", image)
+    text.write_text("no image")
+    model_file = next(pictures.glob("model_*.pth"))
+    model_file.rename(pictures / "model_e\x1b[2Jf.pth")
+    out, err = tool_inside("inference")("images", status=1)
+    assert "\x1b" not in out + err
+    assert r"a\x1b[2Jb.png" in out and r"model_e\x1b[2Jf.pth" in out
+    assert r"c\x1b[2Jd.png" in err
+    out, _ = tool_inside("inference")("images/a*", "--format", "json")
+    assert [entry["file"] for entry in json.loads(out)] == [os.path.join("images", image.name)]
 
 
 def test_postscript_is_no_image(model, folder):
@@ -547,6 +584,8 @@ def test_newest_model_of_a_folder_is_used(pictures, model, tool_inside):
     out, err = run("images/0.png")
     assert out.startswith(f"{model.path.name} ")
     assert model.path.name in err and "--checkpoint" in err
+    old.unlink()
+    assert not run("images/0.png")[1]
     for path in pictures.glob("model_*.pth"):
         path.unlink()
     assert run("images/0.png")[0].startswith("model_other")
@@ -802,6 +841,8 @@ def test_onnx_devices(onnx_file, tool_inside):
     ((name, options),) = inference.onnx_providers("cuda:1", ["CUDAExecutionProvider"])
     assert name == "CUDAExecutionProvider"
     assert options == {"use_tf32": 0, "device_id": 1}
+    with pytest.raises(UserError, match="cuda:x"):
+        inference.onnx_providers("cuda:x", ["CUDAExecutionProvider"])
     for device in ("auto", "cpu"):
         available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         assert inference.onnx_providers(device, available) == ["CPUExecutionProvider"]

@@ -179,9 +179,26 @@ def test_diverging_trials_do_not_end_the_search(here, folder):
     options = ["--optimizer", "sgd", "--learning-rates", "1e30", "1e31", "--trials", "3"]
     out, _ = here(*FAST, *options)
     assert len(re.findall(r"^Trial [12]: diverged \(best .*, trial 0\)", out, re.MULTILINE)) == 2
-    assert "Trials: 1 complete, 2 stopped early or diverged" in out
+    assert "Trials: 1 complete, 2 ended early" in out
     assert "Best: trial 0, " in out and "No trial was better than the defaults" in out
     assert states_of(folder) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+
+
+def test_drawn_settings_that_do_not_fit_only_end_their_trial(here, folder, monkeypatch):
+    monkeypatch.setattr(SearchSpace, "draw", lambda space, trial: {"micro_batch": -1})
+    out, _ = here(*FAST, "--trials", "2")
+    assert re.search(r"^Trial 1: does not fit \(.*--micro-batch", out, re.MULTILINE)
+    assert states_of(folder) == [TrialState.COMPLETE, TrialState.PRUNED]
+    assert trials_of(folder)[1].user_attrs[SETTINGS] == {"micro_batch": -1}
+
+
+def test_defaults_that_do_not_fit_end_the_search(here, folder, monkeypatch):
+    def refuse(*arguments):
+        raise UsageError("--width 0.25: too narrow")
+
+    monkeypatch.setattr(tune, "train_trial", refuse)
+    assert "--width" in here.error(*FAST, "--trials", "2", status=2)
+    assert states_of(folder) == [TrialState.FAIL]
 
 
 def test_other_errors_end_the_search(here, folder, monkeypatch):
@@ -386,7 +403,7 @@ def test_trial_that_finished_no_epoch_has_no_accuracy(here, folder, monkeypatch)
 
     monkeypatch.setattr(ic.Trainer, "train_step", diverge)
     error = here.error(*FAST, "--trials", "1")
-    assert "no trial is complete" in error
+    assert "--lr" in error and "--minutes" not in error
     assert states_of(folder) == [TrialState.PRUNED]
     events = events_of(folder / STUDY / "trial-0000")
     assert "validation accuracy" not in events.Tags()["scalars"]
@@ -588,6 +605,12 @@ def test_smoothing_is_a_mean_over_neighbours():
         ["--study", "../mine"],
         ["--study", ".."],
         ["--resume", "last"],
+        ["--fast-dev-run"],
+        ["--out", "model.pth"],
+        ["--run-dir", "mine"],
+        ["--repeat", "3"],
+        ["--keep-epochs"],
+        ["--recipe", "accuracy94"],
         ["--val-fraction", "0"],
         ["--optimizer", "mine"],
         ["--model", "cnm"],
@@ -609,6 +632,8 @@ def test_wrong_options_end_with_status_2(here, folder, arguments):
         (["--scheduler", "onecycle"], "linear"),
         (["--depth", "3"], "0.9.1"),
         (["--learning-rate", "3"], "--lr"),
+        (["--trial", "3"], "--trials"),
+        (["--recipe", "accuracy94"], "--val-fraction"),
     ],
 )
 def test_options_that_were_renamed_or_removed_are_explained(here, old, new):
