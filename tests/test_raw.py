@@ -100,6 +100,18 @@ def test_raw_file_recognises_the_same_in_photographs_of_any_size(raw_file, model
 
 
 @pytest.mark.slow
+def test_what_is_no_photograph_is_refused(raw_file):
+    loaded = inference.load_model(raw_file)
+    channels_last, grey = np.zeros((30, 40, 3), np.uint8), np.zeros((30, 40), np.uint8)
+    for wrong in (channels_last, grey, np.zeros((3, 0, 40), np.uint8)):
+        with pytest.raises(ValueError, match="3, H, W"):
+            loaded.logits([wrong])
+    for wrong in (np.zeros((3, 30, 40)), "cat.jpg"):
+        with pytest.raises(TypeError, match="uint8|numpy"):
+            loaded.logits([wrong])
+
+
+@pytest.mark.slow
 def test_metadata_tell_that_it_is_raw(raw_file, model):
     loaded = inference.load_model(raw_file)
     assert loaded.is_raw and loaded.fit == model.fit
