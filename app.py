@@ -9,12 +9,16 @@ Nothing leaves this machine: no telemetry, and the page loads nothing from the i
 
 import argparse
 import contextlib
+import errno
 import html
 import os
+import signal
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -31,7 +35,7 @@ try:
 
     from classifier.cli import end_process, run_tool, tool_parser
     from classifier.datasets.decode import decode
-    from classifier.errors import UserError
+    from classifier.errors import Stopped, UserError
     from classifier.rejection import UNKNOWN, parse_reject
     from classifier.text import pluralize, printable
     from explain import grad_cam, overlay
@@ -41,6 +45,7 @@ try:
         find_images,
         load_dataset_of,
         load_model,
+        print_note,
         read_image,
         top_classes,
     )
@@ -59,6 +64,7 @@ MAX_PIXELS = 80_000_000  # of an image
 PICTURE_SIZE = 384  # pixels, of the picture that is shown with its heat map
 MAX_EXAMPLES = 20  # of a user's folder
 MAX_EXAMPLE_CLASSES = 10  # whose test images are shown
+EVERY_ADDRESS = "0.0.0.0"  # of this machine
 CSS = "#picture img { width: 100%; height: 100%; object-fit: contain; }"  # enlarge small images
 
 
@@ -123,11 +129,11 @@ def example_pictures(folder: str) -> list[str]:
     if not names:
         raise UserError(problems[0])
     for problem in problems:
-        print(f"note: left out: {problem}")
+        print_note(f"left out: {problem}")
     usable = [name for name in names if name == printable(name)]  # Gradio takes no others
     if len(usable) < len(names):
         count = pluralize(len(names) - len(usable), "picture")
-        print(f"note: {count} in {folder} left out: the names are not UTF-8")
+        print_note(f"{count} in {folder} left out: the names are not UTF-8")
     return usable[:MAX_EXAMPLES]
 
 
@@ -154,9 +160,26 @@ def write_test_images(model: Classifier, data_dir: str | None, folder: Path) -> 
     return paths
 
 
-async def refuse_to_fetch(hostname: str) -> str:
-    """Stands in for the look-up of an address that Gradio is asked to fetch a file from."""
-    raise ValueError(f"this page fetches nothing, not from {hostname} either")
+async def refuse_to_fetch(address: str, *args: Any, **options: Any) -> NoReturn:
+    """Stands in for what looks up an address and fetches files for Gradio."""
+    raise ValueError(f"this page fetches nothing, not from {address} either")
+
+
+def uploaded_path(image: gr.Image, payload: gr.FileData | None) -> str | None:
+    """Where Gradio has put an uploaded file; None if there is none."""
+    return None if payload is None else payload.path
+
+
+def restrict_gradio() -> None:
+    """Let Gradio, in this process, fetch no files and hand on an uploaded file as it is.
+
+    `classify` reads the file, and reports what is wrong with it. Gradio would decode it in another
+    way: it drops transparency and more than 8 bits. Of a single component the method does not last,
+    as a click on an example replaces it.
+    """
+    safehttpx.async_validate_url = refuse_to_fetch
+    safehttpx.get = refuse_to_fetch  # addresses of Hugging Face are not looked up
+    gr.Image.preprocess = uploaded_path  # type: ignore[method-assign,assignment]
 
 
 def build_page(model: Classifier, examples: list[str]) -> gr.Blocks:
@@ -178,8 +201,6 @@ def build_page(model: Classifier, examples: list[str]) -> gr.Blocks:
                     height=PICTURE_SIZE,
                     elem_id="picture",
                 )
-                # hand on the file as it was uploaded: classify reads it, and reports what is wrong
-                picture.preprocess = uploaded_path  # type: ignore[method-assign,assignment]
                 if examples:
                     rows = [[path] for path in examples]
                     gr.Examples(rows, picture, label="Or click on one of these")
@@ -206,13 +227,40 @@ def build_page(model: Classifier, examples: list[str]) -> gr.Blocks:
     return page
 
 
-def uploaded_path(payload: gr.FileData | None) -> str | None:
-    """Where Gradio has put an uploaded file."""
-    return None if payload is None else payload.path
+def check_address(host: str, port: int) -> None:
+    """Raise UserError unless a page can be served at this address."""
+    try:
+        with socket.socket() as probe:
+            if os.name == "posix":  # on Windows it would take the port from another program
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except socket.gaierror:
+        raise UserError(f"--host {host}: there is no such IPv4 address or name") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"--port {port} is in use: choose another"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            message = f"--host {host} is not an address of this machine"
+        else:
+            message = f"--host {host} --port {port}: {error.strerror}: choose others"
+        raise UserError(message) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    return socket.gethostbyname(host).startswith("127.")
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until the program is stopped. Raises UserError if the port is not free."""
+    """Serve the page until the program is stopped.
+
+    Raises UserError if the address is not available, and Stopped at SIGTERM.
+    """
+    check_address(host, port)
+    signal.signal(signal.SIGTERM, stop)
+    # a proxy for the internet would get Gradio's request to itself
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join([os.environ.get(name, ""), "localhost", "127.0.0.1", host])
     try:
         page.launch(
             server_name=host,
@@ -226,17 +274,29 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             ssr_mode=False,
             css=CSS,
         )
-    except OSError as error:
-        message = f"port {port} is not available ({error}): choose another with --port N"
-        raise UserError(message) from None
-    print(f"Open http://{host}:{port} in a browser. Ctrl-C ends it.")
-    if host != "127.0.0.1":
-        print("note: whoever reaches this machine can use the page")
-    try:
+        shown_host = "127.0.0.1" if host == EVERY_ADDRESS else host
+        print(f"Open http://{shown_host}:{port} in a browser. Ctrl-C ends it.")
+        if host == EVERY_ADDRESS:
+            print(f"On other machines: http://{socket.gethostname()}:{port}")
+        if not is_loopback(host):
+            print("note: whoever reaches this machine can use the page")
         while True:
             time.sleep(0.5)  # short, because Windows delays Ctrl-C until it is over
     finally:
         page.close()
+
+
+def stop(signum: int, frame: Any) -> NoReturn:
+    """Handle a signal: the page is closed, and pictures that were uploaded are deleted."""
+    raise Stopped(signum)
+
+
+def parse_port(text: str) -> int:
+    """The number of a port; ValueError for any other text."""
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not from 1 to 65535")
+    return port
 
 
 def parse_options() -> argparse.Namespace:
@@ -245,11 +305,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
-    parser.add_argument(
+    parser.add_argument("--port", type=parse_port, default=7860, help="(default: 7860)")
+    examples = parser.add_mutually_exclusive_group()
+    examples.add_argument(
         "--examples", metavar="FOLDER", help="pictures to click on (default: test images)"
     )
-    parser.add_argument(
+    examples.add_argument(
         "--data-dir",
         metavar="DIR",
         help="where the data set with these test images is (default: data/, else where it was in "
@@ -270,7 +331,7 @@ def main() -> int:
     model = load_model(options.checkpoint, options.device, options.model, options.reject)
     model.require_network()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice as many
-    safehttpx.async_validate_url = refuse_to_fetch
+    restrict_gradio()
     with tempfile.TemporaryDirectory() as folder:
         if options.examples:
             examples = example_pictures(options.examples)

@@ -24,24 +24,28 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder of this file
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
 try:
-    from classifier.cli import end_process, run_tool
+    from classifier.cli import end_process, prepare_data_output, run_tool
     from classifier.config import Config
     from classifier.errors import UserError
     from classifier.legacy import REMOVED_OPTIONS, translate_settings
+    from classifier.markup import escape_markdown
+    from classifier.text import escape_control_characters
     from inference import expand
-except ImportError as error:
+except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
     if __name__ != "__main__":
         raise
     sys.exit(
         f"error: {error}: pip install -r requirements.txt, and keep classifier/ and inference.py "
         "beside this file"
     )
+except KeyboardInterrupt:
+    sys.exit(130)
 
 # Settings that do not change the network; `repeat` has a separate column.
 WITHOUT_EFFECT = {
@@ -179,7 +183,7 @@ def read_run(path: Path, name: str) -> Run:
             script=str(report.get("versions", {}).get("script") or ""),
             test_digest=str(report.get("test_digest") or ""),
         )
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         raise damaged(path / "report.json", " or config.json beside it") from None
 
 
@@ -195,9 +199,12 @@ def _interval_key(report: dict[str, Any]) -> str:
 def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run in the names of this version.
 
-    Settings of version 0.9 that have been removed stay where they had an effect.
+    Settings that were not there yet get the value that has the same effect. Settings of version 0.9
+    that have been removed stay where they had an effect.
     """
-    settings = {"fit": Config.fit, **settings}  # there was no other before
+    settings = {"fit": Config.fit, "first_layer_lr": Config.first_layer_lr, **settings}
+    if settings.get("micro_batch") is None:  # version 0.9
+        settings["micro_batch"] = settings.get("batch_size")
     try:
         return translate_settings(settings)
     except UserError:
@@ -210,7 +217,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise damaged(path) from None
     if not isinstance(content, dict):
         raise damaged(path)
@@ -615,11 +622,19 @@ def print_table(rows: list[list[str]], format: str) -> None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
     elif format == "markdown":
         rule = ["---"] * len(rows[0])
-        for row in [rows[0], rule, *rows[1:]]:
-            cells = [cell.replace("|", r"\|") for cell in row]
-            print("|", " | ".join(cells), "|")
+        safe_rows = [
+            [escape_markdown(escape_control_characters(cell)) for cell in row] for row in rows
+        ]
+        for row in [safe_rows[0], rule, *safe_rows[1:]]:
+            print("|", " | ".join(row), "|")
     else:
-        print_aligned(rows)
+        print_aligned([[escape_control_characters(cell) for cell in row] for row in rows])
+
+
+def print_lines(lines: Sequence[str], file: TextIO | None = None) -> None:
+    """Print lines with names from the files of runs, which may be a stranger's."""
+    for line in lines:
+        print(escape_control_characters(line), file=file)
 
 
 def print_aligned(rows: list[list[str]]) -> None:
@@ -648,6 +663,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--sort", default="given", choices=["given", "accuracy"], help="(default: given)"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
 
@@ -658,28 +674,26 @@ def main() -> int:
     nothing_to_compare = bool(others) and len(runs) == 1
     if others:
         consequence = "; only one run is left, which is nothing to compare"
-        print(
-            f"note: without report.json, so unfinished or no run: {', '.join(others)}"
-            f"{consequence if nothing_to_compare else ''}",
-            file=sys.stderr,
-        )
+        note = f"note: without report.json, so unfinished or no run: {', '.join(others)}"
+        print_lines([f"{note}{consequence if nothing_to_compare else ''}"], sys.stderr)
     if not runs:
         raise UserError(
             "no finished run among these: name folders that hold a report.json, like runs/CIFAR10/*"
         )
-    for note in notes(runs):
-        print(f"note: {note}", file=sys.stderr)
+    print_lines([f"note: {note}" for note in notes(runs)], sys.stderr)
 
     in_order = runs
     if options.sort == "accuracy":
         in_order = sorted(runs, key=lambda run: -run.accuracy)
+    if options.format != "text":
+        prepare_data_output()
     print_table(table(in_order), options.format)
     if len(runs) == 2:
         lines = verdict(*runs)
         if options.format == "text":
-            print("", *lines, sep="\n")
+            print_lines(["", *lines])
         else:
-            print(*lines, sep="\n", file=sys.stderr)  # a pipe or file gets only the table
+            print_lines(lines, sys.stderr)  # a pipe or file gets only the table
     return 1 if nothing_to_compare else 0
 
 

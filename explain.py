@@ -16,12 +16,14 @@ It is computed by Captum.
 import argparse
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +34,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH and python -P leave out the folder 
 try:
     import numpy as np
     import torch
+    import torch.nn.functional as F
     from captum.attr import LayerAttribution, LayerGradCam
     from matplotlib import colormaps
     from PIL import Image, ImageDraw
@@ -47,7 +50,7 @@ try:
     from classifier.datasets.dataset import Dataset, Split
     from classifier.datasets.splits import ImageIds
     from classifier.devices import choose_device, keep_freed_memory, training_process
-    from classifier.errors import UsageError, UserError
+    from classifier.errors import UserError
     from classifier.files import prepare_folder, write_atomically, write_csv
     from classifier.foreign_paths import is_network_path
     from classifier.heartbeat import Heartbeat
@@ -98,30 +101,114 @@ class Stage(NamedTuple):
     output: torch.Tensor
 
 
-def find_stages(network: nn.Module, image: torch.Tensor) -> list[Stage]:
-    """The last layer of each size of feature maps, in the order in which they are computed.
+class Call(NamedTuple):
+    """What a layer has given for an image.
 
-    image: uint8 (1, C, H, W). Empty for a network without feature maps.
+    Attributes:
+        name: the layer's name in the network.
+        layer: the layer.
+        shape: of its output.
     """
-    stages: dict[torch.Size, Stage] = {}
 
-    def record(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, torch.Tensor) or output.ndim != 4:
-            return
-        size = output.shape[2:]
-        if min(size) > 1:
-            stages.pop(size, None)  # a later layer moves the size to the end of the order
-            stages[size] = Stage(name, layer, output.detach().clone())
+    name: str
+    layer: nn.Module
+    shape: torch.Size
+
+    @property
+    def is_of_maps(self) -> bool:
+        """Whether the output is feature maps, (1, C, S, S).
+
+        Images are square, and so are their maps: (1, S, S, C) has the channels last.
+        """
+        return len(self.shape) == 4 and self.shape[2] == self.shape[3] > 1
+
+    @property
+    def is_of_other_places(self) -> bool:
+        """Whether the output tells places apart in another form, such as tokens (1, L, C)."""
+        return len(self.shape) > 2 and self.shape[1:].numel() > max(self.shape[1:])
+
+
+def run_with_hooks(
+    network: nn.Module,
+    image: torch.Tensor,
+    hook: Callable[[str, nn.Module, torch.Tensor], None],
+) -> None:
+    """Classify an image, uint8 (1, C, H, W), and call `hook` after each layer within the network.
+
+    hook: takes the layer's name, the layer, and its output, where that is a tensor.
+    """
+
+    def call_hook(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            hook(name, layer, output)
 
     device = next(network.parameters()).device
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, layer in network.named_modules():
             if layer is network:
                 continue
-            hook = layer.register_forward_hook(functools.partial(record, name))
-            hooks.enter_context(hook)
+            handle = layer.register_forward_hook(functools.partial(call_hook, name))
+            hooks.enter_context(handle)
         network(ic.normalise(image.to(device), network))
-    return list(stages.values())
+
+
+def trace(network: nn.Module, image: torch.Tensor) -> list[Call]:
+    """The calls of all layers for an image, uint8 (1, C, H, W), in their order."""
+    calls: list[Call] = []
+    run_with_hooks(
+        network,
+        image,
+        lambda name, layer, output: calls.append(Call(name, layer, output.shape)),
+    )
+    return calls
+
+
+def last_of_each_size(calls: list[Call]) -> list[Call]:
+    """The last layer that gives feature maps of a size, for each size, in the order of the calls.
+
+    Layers that are called several times are left out: what is asked for later, a layer's output or
+    gradient, is that of its last call.
+    """
+    times_called = Counter(call.layer for call in calls)
+    last: dict[torch.Size, Call] = {}
+    for call in calls:
+        if call.is_of_maps and times_called[call.layer] == 1:
+            size = call.shape[2:]
+            last.pop(size, None)  # a later layer moves the size to the end of the order
+            last[size] = call
+    return list(last.values())
+
+
+def find_stages(network: nn.Module, image: torch.Tensor) -> list[Stage]:
+    """The last layer of each size of feature maps, in the order in which they are computed.
+
+    image: uint8 (1, C, H, W). Empty for a network without feature maps.
+    """
+    layers = [call.layer for call in last_of_each_size(trace(network, image))]
+    stages: list[Stage] = []
+
+    def record(name: str, layer: nn.Module, output: torch.Tensor) -> None:
+        if layer in layers:
+            stages.append(Stage(name, layer, output.detach().clone()))
+
+    run_with_hooks(network, image, record)
+    return stages
+
+
+def find_grad_cam_layer(network: nn.Module, image: torch.Tensor) -> nn.Module:
+    """The layer that gives the last feature maps.
+
+    image: uint8 (1, C, H, W). Raises UserError for a network without feature maps, or in which they
+    are only an intermediate form, as in transformers.
+    """
+    calls = trace(network, image)
+    last = last_of_each_size(calls)
+    if not last:
+        raise UserError("this network has no feature maps, and so no Grad-CAM")
+    later_calls = calls[calls.index(last[-1]) + 1 :]
+    if any(call.is_of_other_places and not call.is_of_maps for call in later_calls):
+        raise UserError("this network does not end in feature maps, and so has no Grad-CAM")
+    return last[-1].layer
 
 
 def grad_cam(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -130,16 +217,15 @@ def grad_cam(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     images: uint8 (N, C, H, W). labels: int64 (N,), the class for each image.
 
     Returns float32 (N, H, W) on the CPU, in [0, 1], where 1 is what speaks for the class most.
-    Raises UserError for a network without feature maps, TypeError and ValueError for other images.
+    Raises UserError for a network that does not end in feature maps, TypeError and ValueError for
+    other images.
     """
     checks.check_images(images, network.get_buffer("pixel_mean").shape[1])
     checks.check_labels(labels, len(images))
-    stages = find_stages(network, images[:1])
-    if not stages:
-        raise UserError("this network has no feature maps, and so no Grad-CAM")
+    layer = find_grad_cam_layer(network, images[:1])
     device = next(network.parameters()).device
     size = tuple(images.shape[2:])
-    method = LayerGradCam(network, stages[-1].layer)
+    method = LayerGradCam(network, layer)
     heat_maps = []
     for start in range(0, len(images), CAM_BATCH_SIZE):
         batch = slice(start, start + CAM_BATCH_SIZE)
@@ -265,6 +351,9 @@ def draw_filters(network: nn.Module, out: Path) -> None:
     low = weights.amin((1, 2, 3), keepdim=True)
     high = weights.amax((1, 2, 3), keepdim=True)
     images = ((weights - low) / (high - low).clamp(min=1e-12) * 255).byte()
+    height, width = images.shape[2:]
+    size = max(height, width)
+    images = F.pad(images, (0, size - width, 0, size - height))
     titles = [str(i) for i in range(len(images))]
     save_grid(images, titles, 12, out / "filters.png")
 
@@ -276,24 +365,27 @@ def draw_feature_maps(model: Classifier, image: torch.Tensor, path: Path) -> Non
     """
     network = model.require_network()
     stages = find_stages(network, image)
-    ((prediction, confidence),) = top_classes(model, image.numpy(), top_k=1)[0]
+    (classes,) = top_classes(model, image.numpy(), top_k=1)
+    prediction, confidence = classes[0]
+    answer = "unknown, closest: " if classes.is_unknown else ""
     columns = 1 + NUM_MAPS
     figure = plots.new_figure(len(stages) + 1, columns, 1.3, 1.5)
     for axes in figure.axes:
         axes.axis("off")
 
     # the first row: the image and its Grad-CAM
-    title = f"{prediction}\n{percent(confidence)}"
+    title = f"{answer}\n{prediction} {percent(confidence)}".strip()
     draw_image(figure.axes[0], image, title)
-    if stages:
-        label = torch.tensor([model.classes.index(prediction)])
+    label = torch.tensor([model.classes.index(prediction)])
+    with contextlib.suppress(UserError):  # a network without it: the feature maps alone
         draw_image(figure.axes[1], overlay(image, grad_cam(network, image, label)), "Grad-CAM")
 
     # a row for each stage
     for row, stage in enumerate(stages, 1):
         draw_stage(figure.axes[columns * row : columns * (row + 1)], stage)
     plots.save_figure(figure, path)
-    print(f"{path}: {prediction} {percent(confidence)}, {len(stages)} stages")
+    shown_path = escape_control_characters(str(path))
+    print(f"{shown_path}: {answer}{prediction} {percent(confidence)}, {len(stages)} stages")
 
 
 def draw_image(axes: "Axes", image: torch.Tensor, title: str) -> None:
@@ -332,7 +424,8 @@ def animate(run: str, model: str, device: torch.device, data_dir: str | None, ou
     names = [data.classes[label] for label in examples.labels]
     frames: list[list[Image.Image]] = [[] for _ in names]
     progress_bar = tqdm(paths, "Grad-CAM", unit="epoch", leave=False, disable=None)
-    for epoch, path in enumerate(progress_bar):
+    for path in progress_bar:
+        epoch = int(path.stem.removeprefix("epoch-"))  # some may have been deleted
         network = load_model(path, device, model).require_network()
         probabilities = ic.evaluate(network, *examples).logits.softmax(1)
         heat = grad_cam(network, *examples)
@@ -353,9 +446,9 @@ def find_epochs(run: str) -> list[Path]:
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"--animate {run}: there is no such folder")
-    paths = sorted(folder.glob("epoch-*.pth"))
+    paths = [path for path in folder.glob("epoch-*.pth") if path.stem[6:].isdecimal()]
     if paths:
-        return paths
+        return sorted(paths)
     advice = "train with --keep-epochs"
     if list(folder.glob("seed-*/epoch-*.pth")):
         advice = "name one of its seeds"
@@ -402,12 +495,16 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     """
     from cleanlab import filter as cleanlab_filter
 
+    check_class_sizes(data.train.labels, data.train_ids)
     config = settings_of_folds(model, data)
     try:
         with training_process(device, config.deterministic):
             probabilities = out_of_fold_probabilities(config, data, device)
-    except UsageError as error:  # an option of the model's training, which nobody has typed here
-        raise UserError(f"{model.path} cannot be trained again here: {error}") from None
+    except UserError as error:
+        raise UserError(
+            f"{model.path} cannot be trained again here: {error} (options are those of "
+            "image_classification.py, which it was trained with)"
+        ) from None
     issues = cleanlab_filter.find_label_issues(
         data.train.labels.numpy(),
         probabilities.numpy(),
@@ -417,8 +514,8 @@ def find_label_issues(model: Classifier, data: Dataset, device: torch.device, ou
     indices = torch.from_numpy(issues.copy())  # int64, the most suspicious image first
     save_label_issues(data, indices, probabilities, out)
     print(
-        f"{len(indices)} of {len(data.train.labels)} labels look wrong; with some the network is "
-        "wrong: look before you change one"
+        f"{len(indices)} of {len(data.train.labels)} labels look wrong. Some of them are right and "
+        "the networks wrong: look at each before you change it"
     )
 
 
@@ -535,7 +632,7 @@ def file_of(data: Dataset, index: int) -> Path | str:
 def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.device) -> torch.Tensor:
     """Probabilities of each training image by a network that was not trained on it.
 
-    Returns float32 (N, classes). Raises UserError if a class has too few images.
+    Returns float32 (N, classes).
     """
     probabilities = torch.zeros(len(data.train.labels), len(data.classes))
     folds = stratified_folds(data.train.labels, data.train_ids)
@@ -550,7 +647,23 @@ def out_of_fold_probabilities(config: Config, data: Dataset, device: torch.devic
             train_ids, valid_ids = (data.train_ids.select(i) for i in (train_indices, held_out))
             fold = replace(fold, train_ids=train_ids, valid_ids=valid_ids)
         probabilities[held_out] = train_and_predict(config, fold, device)
+        gc.collect()  # torch's optimisers keep what refers to them, and so the whole trainer
     return probabilities
+
+
+def check_class_sizes(labels: torch.Tensor, ids: ImageIds | None = None) -> None:
+    """Raise UserError if a class has too few images for NUM_FOLDS folds.
+
+    labels: int64 (N,). ids: what the images of a folder are known by.
+    """
+    different = labels
+    if ids is not None:
+        different = torch.stack([labels, ids.groups]).unique(dim=1)[0]  # the label of each group
+    if different.bincount().min() < NUM_FOLDS:
+        raise UserError(
+            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images that "
+            "are not alike"
+        )
 
 
 def stratified_folds(
@@ -560,19 +673,10 @@ def stratified_folds(
 
     Identical and near-identical images of a folder are held out together.
 
-    labels: int64 (N,). ids: what the images of a folder are known by. Raises UserError if a class
-    has too few images.
+    labels: int64 (N,). ids: what the images of a folder are known by.
     """
     from sklearn.model_selection import StratifiedKFold
 
-    different = labels
-    if ids is not None:
-        different = torch.stack([labels, ids.groups]).unique(dim=1)[0]  # the label of each group
-    if different.bincount().min() < NUM_FOLDS:
-        raise UserError(
-            f"to find wrong labels, each class needs at least {NUM_FOLDS} training images that "
-            "are not alike"
-        )
     if ids is not None:
         fold_of_image = splits.folds(labels.numpy(), ids.groups.numpy(), NUM_FOLDS)
         for fold in range(NUM_FOLDS):
@@ -605,15 +709,16 @@ def train_and_predict(config: Config, data: Dataset, device: torch.device) -> to
 def parse_options() -> argparse.Namespace:
     """The options of this process; ends it with status 2 if they are wrong."""
     parser = tool_parser(__doc__)
-    parser.add_argument(
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
         "--image",
         metavar="FILE",
         help="the image whose feature maps are drawn (default: a test image)",
     )
-    parser.add_argument(
+    modes.add_argument(
         "--animate", metavar="RUN", help="a run folder, whose epochs become animations"
     )
-    parser.add_argument(
+    modes.add_argument(
         "--label-issues",
         action="store_true",
         help=f"train {NUM_FOLDS} networks to find wrong labels",
@@ -630,7 +735,12 @@ def parse_options() -> argparse.Namespace:
         metavar="DIR",
         help="folder for everything (default: explained)",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.animate and options.checkpoint != parser.get_default("checkpoint"):
+        parser.error("--checkpoint: not with --animate, which takes the models of a run")
+    if options.image and options.data_dir:
+        parser.error("--data-dir: not with --image, which needs no other images")
+    return options
 
 
 def main() -> int:
@@ -645,7 +755,7 @@ def main() -> int:
 
     model = load_model(options.checkpoint, device, options.model)
     network = model.require_network()
-    print(f"{model.path}, trained on {model.dataset}")
+    print(f"{escape_control_characters(str(model.path))}, trained on {model.dataset}")
     if options.image:
         image = torch.from_numpy(read_image(model, options.image))[None]
         name = Path(options.image).stem

@@ -1072,7 +1072,8 @@ def train(
 
             def train_one(seed_config: Config, seed_run: runs.Run, deadline: float) -> Report:
                 model = models.pop() if models else None
-                resume_from = seed_run.last if seed_run.last.exists() else None
+                can_resume = bool(config.resume) and seed_run.last.exists()
+                resume_from = seed_run.last if can_resume else None
                 trainer = Trainer(seed_config, data, device, group, model, resume_from)
                 return train_seed(trainer, seed_run, stop, deadline)
 

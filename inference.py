@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import glob
-import io
 import json
 import math
 import os
@@ -35,7 +34,13 @@ try:
     from tqdm import tqdm
 
     from classifier import evaluation, rejection
-    from classifier.cli import command_line, end_process, run_tool, tool_parser
+    from classifier.cli import (
+        command_line,
+        end_process,
+        prepare_data_output,
+        run_tool,
+        tool_parser,
+    )
     from classifier.config import FITS, Config
     from classifier.datasets import decode, pixel_range, unreadable
     from classifier.datasets.folder_layout import images_and_others
@@ -957,9 +962,7 @@ def prepare_output(format: str) -> TextIO:
     """Prepare standard output for this format; returns the stream for everything but the data."""
     if format == "table":
         return sys.stdout
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        # on Windows it would be the console's encoding; names that are not UTF-8 are escaped
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    prepare_data_output()
     return sys.stderr
 
 

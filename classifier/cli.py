@@ -262,6 +262,15 @@ def prepare_console() -> None:
             console.reconfigure(errors="replace", line_buffering=True)
 
 
+def prepare_data_output() -> None:
+    """Write UTF-8 to a file or pipe, for data that another program reads.
+
+    On Windows it would be the console's encoding. Names that are not UTF-8 are escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def check_installed() -> None:
     """Raise UserError if a package is missing: some are imported only after training."""
     for package in PACKAGES:

@@ -1,6 +1,7 @@
 """Every setting of a run: its name, type, default, range and one line of help."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -215,6 +216,8 @@ class Config:
             value = getattr(self, name)
             if is_url(value):
                 raise UsageError(f"{flag(name)} {value}: {URL_REFUSED}")
+            # shells expand ~ only at the start of a word: not in --out=~/model.pth
+            setattr(self, name, os.path.expanduser(value))
         if self.first_layer_lr > 1:
             raise UsageError(f"--first-layer-lr {self.first_layer_lr:g}: must be at most 1")
         if self.early_stopping and not self.val_fraction:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # gone already, if all went well
+
+
+def delete_temporary_files(folder: Path) -> None:
+    """Delete what `write_atomically` has left in a folder, in a process that was killed."""
+    for path in folder.glob(".*.tmp"):
+        if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
+            path.unlink()
 
 
 def write_into_new_folder(path: Path, content: bytes) -> None:

@@ -43,9 +43,9 @@ def _existing(path: str, is_it: Callable[[Path], bool]) -> Path | None:
     if is_network_path(path):
         return None
     try:
-        place = Path(path).expanduser()
+        place = Path(os.path.expanduser(path))
         return place if is_it(place) else None
-    except (OSError, RuntimeError, ValueError):  # a name that nothing can have, or ~nobody
+    except (OSError, ValueError):  # a name that nothing can have
         return None
 
 
@@ -55,7 +55,7 @@ def full_path(folder: str) -> str:
     Links are followed. But a network drive, H:\\photos, stays what it is: the path that it stands
     for, \\\\server\\photos, would have to be typed again wherever a file names it.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     resolved = str(path.resolve())
     return os.path.abspath(path) if is_network_path(resolved) else resolved
 

@@ -221,6 +221,7 @@ def _draw_pictures(
     pictures = {}
     figure = plots.draw_confusion_matrix(matrix, classes)
     pictures["confusion matrix"] = plots.save_figure(figure, run / "confusion_matrix.png")
+    (run / "worst_mistakes.png").unlink(missing_ok=True)  # of a test before the run was resumed
     mistakes = plots.draw_worst_mistakes(
         test.images, test.labels, predictions, confidences, classes, data.test_files
     )

@@ -15,6 +15,7 @@ from classifier import augmentations, files, finetuning, recipes, runs, sampling
 from classifier.config import Config, is_custom_model, is_library_model, parse_augment
 from classifier.datasets import load, named
 from classifier.datasets.dataset import Dataset, same_images
+from classifier.datasets.walk import is_hidden
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
 from classifier.foreign_paths import full_path
@@ -91,8 +92,11 @@ def check_before_data(config: Config) -> None:
 def check_places(config: Config, reads_data: bool = True) -> None:
     """Raise UserError if a run could not write its files; it tries, and leaves nothing behind.
 
-    reads_data: whether a data set that is not on this machine will be downloaded.
+    reads_data: whether a data set that is not on this machine will be downloaded. Raises UsageError
+    if files would be written where the next run takes them for images of a class.
     """
+    if reads_data and not config.resume:
+        _check_outside_dataset(config)
     places = {"--run-dir": Path(config.run_dir) if config.run_dir else runs.RUNS}
     if config.resume:
         places = {"--resume": Path(config.resume)}
@@ -102,7 +106,7 @@ def check_places(config: Config, reads_data: bool = True) -> None:
     is_downloaded = reads_data and (name == "cifar10" or name in named.NAMES)
     settings = {"dataset": name}
     if is_downloaded and not load.dataset_available(settings, 0, config.data_dir):
-        places["--data-dir"] = Path(config.data_dir).expanduser()
+        places["--data-dir"] = Path(config.data_dir)
 
     problems = []
     options = []
@@ -116,6 +120,24 @@ def check_places(config: Config, reads_data: bool = True) -> None:
         raise UserError(
             f"cannot write to {', '.join(problems)}; name another place with {', '.join(options)}"
         )
+
+
+def _check_outside_dataset(config: Config) -> None:
+    """Raise UsageError if the run would make a folder in a folder of images that is not hidden."""
+    dataset = Path(config.dataset)
+    if config.dataset in ("auto", *load.NAMES) or config.labels or not dataset.is_dir():
+        return
+    places = {"--data-dir": Path(config.data_dir), "--run-dir": Path(config.run_dir or runs.RUNS)}
+    for option, place in places.items():
+        try:
+            inside = place.resolve().relative_to(dataset.resolve()).parts
+        except ValueError:  # it is elsewhere
+            continue
+        if inside and not is_hidden(inside[0]):
+            raise UsageError(
+                f"{option} {place} lies in --dataset {config.dataset}, where the next run would "
+                f"take it for a class: start from another folder, or name another {option}"
+            )
 
 
 def resolve_defaults(config: Config, data: Dataset, default_recipe: Settings) -> Config:

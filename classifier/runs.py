@@ -21,7 +21,7 @@ from classifier.config import FIELD_TYPES, Config, flag
 from classifier.datasets import dataset
 from classifier.datasets.dataset import Dataset, same_images, same_training_images
 from classifier.errors import Stopped, UsageError, UserError
-from classifier.files import despite_trials, write_json
+from classifier.files import delete_temporary_files, despite_trials, write_json
 from classifier.foreign_paths import format_option, full_path
 from classifier.foreign_settings import without_foreign_places
 from classifier.seen_images import describe_changes
@@ -141,8 +141,8 @@ class Run:
         if not self.is_main:
             return
         self.report_file.unlink(missing_ok=True)
-        for leftover in self.path.rglob(".*.tmp"):  # of a process that was killed while writing
-            leftover.unlink()
+        for folder in (self.path, *self.path.glob("seed-*")):
+            delete_temporary_files(folder)
         settings = asdict(config)
         settings["resume"] = ""
         settings["substitution"] = data.fallback_reason  # not a setting, but needed on resuming
@@ -208,6 +208,11 @@ def new_run_folder(run_dir: str, dataset_name: str) -> Path:
             raise UserError(
                 f"{run} holds a run: go on with {format_option('resume', str(run))}, or name "
                 "another --run-dir"
+            )
+        states = saved_states(run)
+        if states:
+            raise UserError(
+                f"{states[0]} is of a run whose config.json is gone: name another --run-dir"
             )
         despite_trials(partial(run.mkdir, parents=True, exist_ok=True))
         return run
@@ -315,12 +320,18 @@ def _read_run(config_file: Path) -> _SavedRun:
     """Read the settings of a run, and how many epochs it had if it is finished."""
     report_file = config_file.with_name("report.json")
     trained_epochs = None
+    damaged = (ValueError, LookupError, TypeError, AttributeError)
     try:
         settings = dict(json.loads(config_file.read_text()).items())
+    except damaged:
+        raise UserError(f"{config_file} is damaged: start a new run") from None
+    try:
         if report_file.exists():
             trained_epochs = int(json.loads(report_file.read_text())["epochs"])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{config_file} or report.json beside it is damaged: delete it") from None
+    except damaged:
+        raise UserError(
+            f"{report_file} is damaged: delete it, and the run counts as unfinished"
+        ) from None
     return _SavedRun(config_file.parent, settings, trained_epochs)
 
 

@@ -32,14 +32,14 @@ NOT_A_PICTURE = "not a picture that can be read"
 
 
 @contextlib.contextmanager
-def serve(folder, model, host, *options):
+def serve(folder, model, host, *options, environment=None):
     """The page of a model, served by app.py in a process of its own: its address, the process."""
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
     # some of the ordinary images would be called unknown
     arguments = ["--checkpoint", model.path, "--port", port, "--reject", "0", *options]
-    process = tool("app", folder).start(*arguments)
+    process = tool("app", folder).start(*arguments, env=environment or {})
     try:
         if not any(line.startswith("Open ") for line in process.stdout):
             pytest.fail(process.stderr.read())
@@ -142,9 +142,18 @@ def test_too_large_a_file_is_refused_and_the_page_goes_on(page, folder, model, d
 
 
 @pytest.mark.slow
-def test_examples_are_there_to_click_on(page, model):
+def test_examples_are_there_to_click_on(page, model, folder):
     page.locator(".gallery button, .gallery-item").first.click()
     assert top_class(page) in model.classes
+    # and pictures that are uploaded afterwards are decoded as before
+    picture = Image.effect_noise((64, 64), 200).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(folder / "transparent.png")
+    upload(page, folder / "transparent.png")
+    ((classes),) = inference.predict(model, folder / "transparent.png")
+    name, confidence = classes[0]
+    assert top_class(page, name) == name
+    playwright.expect(page.locator("#answer")).to_contain_text(f"{100 * confidence:.0f}%")
 
 
 # ---- what is served ----
@@ -305,7 +314,7 @@ def test_picture_is_shown_as_the_network_sees_it(model, folder, monkeypatch, app
 
 def test_no_picture_has_no_answer(model, app):
     assert app.classify(model, None) == (None, "", None)
-    assert app.uploaded_path(None) is None
+    assert app.uploaded_path(None, None) is None
 
 
 def test_rubbish_is_an_error_without_the_path(model, folder, app):
@@ -346,7 +355,7 @@ def test_picture_that_is_not_read_leaves_the_others(folder, capsys, app):
     Image.new("RGB", (2, 2)).save(folder / "mine" / "a.png")
     (folder / "mine" / "b.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"></svg>')
     assert app.example_pictures("mine") == [str((folder / "mine" / "a.png").resolve())]
-    assert "b.svg" in capsys.readouterr().out
+    assert "b.svg" in capsys.readouterr().err
     (folder / "mine" / "a.png").unlink()
     with pytest.raises(UserError, match="b.svg"):
         app.example_pictures("mine")
@@ -367,22 +376,35 @@ def test_examples_whose_names_are_not_utf_8(folder, model, capsys, app):
         Image.new("RGB", (2, 2)).save(folder / "mine" / os.fsdecode(name))
     paths = app.example_pictures("mine")
     assert paths == [str((folder / "mine" / "a.png").resolve())]
-    assert "note: 1 picture" in capsys.readouterr().out
+    assert "note: 1 picture" in capsys.readouterr().err
     app.build_page(model, paths)
 
 
-def test_addresses_are_not_looked_up(app):
+@pytest.fixture
+def unchanged(app, monkeypatch):
+    """What the program sets for its process is afterwards as before."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    for name in ("get", "async_validate_url"):
+        monkeypatch.setattr(app.safehttpx, name, getattr(app.safehttpx, name))
+    monkeypatch.setattr(app.gr.Image, "preprocess", app.gr.Image.preprocess)
+
+
+def test_nothing_is_looked_up_or_fetched(app, unchanged):
+    """Not from Hugging Face either, which Gradio trusts."""
+    from gradio.processing_utils import async_ssrf_protected_get
+
+    app.restrict_gradio()
+    for address in ("https://example.com/cat.png", "https://huggingface.co/cat.png"):
+        with pytest.raises(ValueError, match="fetches nothing"):
+            asyncio.run(async_ssrf_protected_get(address))
     with pytest.raises(ValueError, match=r"example\.com"):
-        asyncio.run(app.refuse_to_fetch("example.com"))
+        asyncio.run(app.safehttpx.async_validate_url("example.com"))
 
 
 # ---- the program ----
 
 
-def test_what_is_not_available_is_named(model, folder, tool_inside, monkeypatch, app):
-    # the program sets these for its process: afterwards they are restored
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    monkeypatch.setattr(app.safehttpx, "async_validate_url", app.safehttpx.async_validate_url)
+def test_what_is_not_available_is_named(model, folder, tool_inside, unchanged):
     run = tool_inside("app")
     assert "nowhere" in run.error("--checkpoint", model.path, "--examples", "nowhere")
     (folder / "empty").mkdir()
@@ -391,7 +413,39 @@ def test_what_is_not_available_is_named(model, folder, tool_inside, monkeypatch,
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert "--port" in run.error("--checkpoint", model.path, "--port", port)
+        error = run.error("--checkpoint", model.path, "--port", port)
+        assert f"--port {port}" in error and "GRADIO" not in error
+    for host in ("192.0.2.1", "no.such.name.invalid", "::1"):
+        assert f"--host {host}" in run.error("--checkpoint", model.path, "--host", host)
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "99999", "http"])
+def test_ports_that_do_not_exist(tool_inside, port):
+    assert "--port" in tool_inside("app").error(f"--port={port}", status=2)
+
+
+def test_examples_are_a_folder_or_of_the_data_set(tool_inside):
+    error = tool_inside("app").error("--examples", "mine", "--data-dir", "data", status=2)
+    assert "--examples" in error and "--data-dir" in error
+
+
+def test_addresses_that_only_this_machine_reaches(app):
+    assert app.is_loopback("localhost") and app.is_loopback("127.0.0.2")
+    assert not app.is_loopback("0.0.0.0") and not app.is_loopback("192.0.2.1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_page_behind_a_proxy_starts_and_sigterm_deletes_the_pictures(model, data, folder):
+    proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    uploads = folder / "uploads"
+    environment = {**proxy, "GRADIO_TEMP_DIR": str(uploads), "TMPDIR": str(folder)}
+    with serve(folder, model, "127.0.0.1", environment=environment) as (address, process):
+        picture = save(data.test.images[0], folder / "first.png").read_bytes()
+        assert "event: complete" in answer_to_content(address, picture)
+        assert list(uploads.rglob("*.png"))
+    assert process.returncode == 143
+    assert not list(uploads.rglob("*.png"))
 
 
 def test_help(tool_inside):

@@ -201,6 +201,8 @@ def link(name):
         ([("/evil.png", b"x")], "/evil.png"),
         ([("C:\\evil.png", b"x")], "evil.png"),
         ([("C:evil.png", b"x")], "evil.png"),
+        ([("red/C:evil.png", b"x")], "evil.png"),
+        ([("red/C:/Users/evil.png", b"x")], "evil.png"),
         ([(link("red/evil"), b"/etc")], "red/evil"),
         ([("red/\x1b[2J/../../x", b"x")], "red/\\x1b[2J"),
         ([("red/0.png", b"x"), ("red/./0.png", b"y")], "red/0.png"),

@@ -1,6 +1,8 @@
 """compare.py: on runs of the program, and on made-up runs whose statistics are known."""
 
 import csv
+import html
+import io
 import itertools
 import json
 import math
@@ -187,6 +189,17 @@ def test_run_without_a_fit_has_the_one_that_was_always_used(folder):
     runs, _ = compare.read_runs([folder / "old", folder / "new"])
     head, *rows = compare.table(runs)
     assert [row[head.index("fit")] for row in rows] == ["crop", "pad"]
+
+
+def test_settings_that_an_older_version_lacks_are_no_difference(folder):
+    report = make_report(0.9, 100)
+    write_run(folder / "old", report, batch_size=500)
+    write_run(folder / "new", report, batch_size=500, micro_batch=500, first_layer_lr=1.0)
+    runs, _ = compare.read_runs([folder / "old", folder / "new"])
+    assert compare.differing_settings(runs) == []
+    write_run(folder / "new", report, batch_size=500, micro_batch=250, first_layer_lr=0.1)
+    runs, _ = compare.read_runs([folder / "old", folder / "new"])
+    assert set(compare.differing_settings(runs)) == {"micro_batch", "first_layer_lr"}
 
 
 def test_settings_that_were_removed_are_shown_where_they_had_an_effect(folder):
@@ -450,9 +463,9 @@ def test_formats_hold_the_same(compared, folder):
     cells = list(csv.reader(compared("a", "b", "--format", "csv")[0].splitlines()))
     assert len(cells) == 3 and cells[2][1] == "my|net.py:make, a"
     out, err = compared("a", "b", "--format", "markdown")
-    lines = [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in out.splitlines()]
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines()]
     assert set(lines.pop(1)) == {"---"}
-    assert [[cell.replace(r"\|", "|") for cell in line] for line in lines] == cells
+    assert [[html.unescape(cell) for cell in line] for line in lines] == cells
     assert (
         err.startswith("b is better than a by 8.00 points") and "better" not in out
     )  # a file gets the table only
@@ -462,6 +475,22 @@ def test_formats_hold_the_same(compared, folder):
         assert all(line[end - 1].isdigit() for line in text[1:3]) and all(
             line[end] == " " for line in text[:3]
         )
+
+
+def test_names_in_files_of_a_stranger_are_only_shown(compared, folder):
+    dangerous = "<img src=x>`\\|\x1b[2J\n"
+    _, b = pair(folder, model=dangerous)
+    report = report_of(b)
+    (b / "report.json").write_text(
+        json.dumps(report | {"hardware": dangerous, "dataset": "\x1b]0;"})
+    )
+    for format in ("text", "markdown"):
+        out, err = compared("a", "b", "--format", format)
+        assert "\x1b" not in out + err and r"\x1b[2J" in html.unescape(out)
+        assert len([line for line in out.splitlines() if "2.5" in line]) == 2
+    assert "<" not in out and "`" not in out
+    cells = list(csv.reader(io.StringIO(compared("a", "b", "--format", "csv")[0], newline="")))
+    assert dangerous in cells[2]  # data is what it is
 
 
 def test_order(compared, folder):
@@ -508,7 +537,9 @@ def test_a_seed_of_repeats_is_a_run(compared, folder):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"seed"', b"[1]", b"7", b"{}", b"\xff\xfe\x00", b'{"seed": "x"}']
+    "content",
+    [b"", b'{"seed"', b"[1]", b"7", b"{}", b"\xff\xfe\x00", b'{"seed": "x"}', 100_000 * b"["],
+    ids=lambda content: content[:9],
 )
 @pytest.mark.parametrize("name", ["report.json", "config.json"])
 def test_damaged_file(compared, folder, name, content):
@@ -521,10 +552,13 @@ def test_damaged_file(compared, folder, name, content):
 
 def test_report_of_another_kind_and_missing_config(compared, folder):
     _, b = pair(folder)
-    whole, others = (
-        report_of(b),
-        {"test_accuracy": None, "test_accuracy_interval": [0.5], "confusion_matrix": 5},
-    )
+    whole = report_of(b)
+    others = {
+        "test_accuracy": None,
+        "test_accuracy_interval": [0.5],
+        "confusion_matrix": 5,
+        "train_images": math.inf,
+    }
     for name, value in (others | {"repeats": [3]}).items():
         (b / "report.json").write_text(json.dumps(whole | {name: value}))
         error = compared.error("a", "b")

@@ -265,6 +265,18 @@ def test_images_are_known_by_their_content(folder):
         assert not decode.is_image(folder / name)
 
 
+def test_large_file_that_is_no_image_is_not_read_whole(folder, monkeypatch):
+    with (folder / "photos.tar").open("wb") as file:
+        file.truncate(2**33)  # takes no space on the disk
+
+    def read_whole(path):
+        pytest.fail(f"{path} was read")
+
+    monkeypatch.setattr(Path, "read_bytes", read_whole)
+    assert not decode.is_image(folder / "photos.tar")
+    assert not decode.counts_as_image(folder / "photos.tar")
+
+
 def test_image_that_would_fill_the_memory_is_none(folder, monkeypatch):
     Image.new("RGB", (100, 100)).save(folder / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are refused

@@ -1,6 +1,7 @@
 """explain.py: galleries, Grad-CAM, feature maps, animations, and labels that are probably wrong."""
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import explain
 import image_classification as ic
 import inference
 from classifier.config import Config
-from classifier.errors import UsageError, UserError
+from classifier.errors import Diverged, UsageError, UserError
 from classifier.progress import COLUMNS
 from classifier.resolve import resolve_defaults
 from classifier.seen_images import TRAIN_DIGESTS
@@ -75,6 +76,67 @@ def test_stages_are_the_last_layers_of_each_size():
     assert [tuple(stage.output.shape) for stage in stages] == [(1, 3, 8, 8), (1, 3, 4, 4)]
     assert all((stage.output == 1).all() for stage in stages)
     assert not any(layer._forward_hooks for layer in network.modules())
+
+
+class Normalised(nn.Module):
+    """A network that takes bytes as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("pixel_scale", torch.ones(1, 3, 1, 1) / 255)
+        self.down = nn.Conv2d(3, 8, 2, 2)
+
+
+class SharedActivation(Normalised):
+    """The same activation after the last feature maps and after a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.hidden = nn.Linear(8, 4)
+
+    def forward(self, images):
+        maps = self.relu(self.down(images))
+        return self.relu(self.hidden(maps.mean((2, 3))))
+
+
+class Tokens(Normalised):
+    """Patches of the image become a sequence, as in a vision transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(8, 4)
+
+    def forward(self, images):
+        return self.mix(self.down(images).flatten(2).transpose(1, 2)).mean(1)
+
+
+class ChannelsLast(Normalised):
+    """Feature maps with the channels in the last place, as in a Swin transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, images):
+        return self.norm(self.down(images).permute(0, 2, 3, 1)).mean((1, 2))
+
+
+def test_layer_that_is_called_again_is_not_taken_for_the_last():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    network = SharedActivation().eval()
+    assert explain.find_grad_cam_layer(network, images[:1]) is network.down
+    assert explain.grad_cam(network, images, torch.tensor([0, 1])).shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("kind", [Tokens, ChannelsLast])
+def test_network_that_does_not_end_in_feature_maps_has_no_grad_cam(kind):
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    network = kind().eval()
+    assert [stage.name for stage in explain.find_stages(network, images[:1])] == ["down"]
+    with pytest.raises(UserError, match="Grad-CAM"):
+        explain.grad_cam(network, images, torch.tensor([0, 1]))
 
 
 def test_heat_is_where_the_class_is():
@@ -229,6 +291,16 @@ def test_epochs_become_an_animation(trained, model, folder, tool_inside):
     with Image.open(paths[0]) as picture:
         assert picture.n_frames == 4 and picture.info["loop"] == 0
         assert picture.info["duration"] == explain.FRAME_MS
+
+
+@pytest.mark.slow
+def test_frames_are_of_the_epochs_that_are_there(model, folder, tool_inside):
+    for epoch in (3, 12):
+        shutil.copy(model.path, folder / f"epoch-{epoch:04d}.pth")
+    captions = []
+    with beforehand(explain, "draw_frame", lambda picture, caption: captions.append(caption)):
+        tool_inside("explain")("--animate", ".", "--device", "cpu")
+    assert {caption.partition(":")[0] for caption in captions} == {"epoch 3", "epoch 12"}
 
 
 def test_run_without_its_epochs_is_refused(folder, tool_inside):
@@ -420,13 +492,16 @@ def test_plateau_has_losses_to_read_where_nothing_is_validated():
 
 
 @pytest.mark.slow
-def test_options_of_the_training_are_not_blamed_on_the_user(fine_tuned, tool_inside, monkeypatch):
+@pytest.mark.parametrize("kind", [UsageError, Diverged])
+def test_options_of_the_training_are_not_blamed_on_the_user(
+    fine_tuned, tool_inside, monkeypatch, kind
+):
     def fail(*arguments):
-        raise UsageError("--crop: too large")
+        raise kind("--crop: too large")
 
     monkeypatch.setattr(explain, "out_of_fold_probabilities", fail)
     error = tool_inside("explain").error("--label-issues", "--checkpoint", "photos.pth", status=1)
-    assert "photos.pth" in error and "--crop" in error
+    assert "photos.pth" in error and "--crop" in error and "image_classification.py" in error
 
 
 @pytest.mark.slow
@@ -509,10 +584,9 @@ def test_class_with_too_few_images_is_refused():
     data = ic.load_data(ic.Config(dataset="digits", subset=100))
     rare = data.train.labels == 3
     rare[rare.nonzero()[:2]] = False
-    data = replace(data, train=data.train.select(~rare))
     with pytest.raises(UserError, match="3 training images"):
-        config = Config(dataset="digits")
-        explain.out_of_fold_probabilities(config, data, torch.device("cpu"))
+        explain.check_class_sizes(data.train.labels[~rare])
+    explain.check_class_sizes(data.train.labels)
 
 
 # ---- the program ----
@@ -548,6 +622,38 @@ def test_every_network_is_explained(name, folder):
     assert heat.shape == (2, size, size) and heat.min() >= 0 and heat.max() <= 1
     explain.draw_feature_maps(model, images[:1], folder / "feature_maps.png")
     explain.draw_filters(model.network, folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--image", "cat.png", "--label-issues"],
+        ["--animate", "run", "--label-issues"],
+        ["--animate", "run", "--image", "cat.png"],
+        ["--animate", "run", "--checkpoint", "model.pth"],
+        ["--image", "cat.png", "--data-dir", "data"],
+    ],
+)
+def test_options_that_exclude_each_other(tool_inside, folder, options):
+    error = tool_inside("explain").error(*options, status=2)
+    assert options[2] in error
+    assert not list(folder.iterdir())
+
+
+def test_filters_that_are_not_square(folder, capsys):
+    explain.draw_filters(nn.Conv2d(3, 4, (1, 7)), folder)
+    assert "4 images" in capsys.readouterr().out
+
+
+def test_unknown_picture_is_called_so(model, folder, capsys):
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 3, model.image_size, model.image_size)
+    noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    explain.draw_feature_maps(model, noise, folder / "maps.png")
+    assert "unknown, closest: " in capsys.readouterr().out
+    known = replace(model, reject=0)
+    explain.draw_feature_maps(known, noise, folder / "maps.png")
+    assert "unknown" not in capsys.readouterr().out
 
 
 def test_help(tool_inside):

@@ -1,6 +1,7 @@
 """Folders of images as data sets."""
 
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import REPOSITORY, write_images
 from PIL import Image
 
 from classifier.config import Config
@@ -266,6 +267,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
         ({"red": 3, "green": 3, "yellow": 0}, ["yellow"]),
         ({"red?": 3, "green": 3}, ["'red?'"]),
         ({"con": 3, "green": 3}, ["'con'"]),
+        ({"it\x92s": 3, "green": 3}, [r"'it\x92s'"]),
         ({NOT_UTF8: 3, "green": 3}, [r"'caf\udce9'"]),
         ({"blue": 3, "red": 3, "train": 0}, ["train/", "blue/"]),
         (
@@ -296,7 +298,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
     ],
 )
 def test_folder_that_is_no_data_set(folder, images, words):
-    if os.name == "nt" and {"red?", "con"} & images.keys():
+    if os.name == "nt" and {"red?", "con", "it\x92s"} & images.keys():
         pytest.skip("Windows has no such folders")
     if NOT_UTF8 in images and not sys.platform.startswith("linux"):
         pytest.skip("there are no such folders")
@@ -354,14 +356,18 @@ def test_folder_in_a_folder_as_unpacked_from_a_zip(folder, images, inner, capsys
 
 
 def test_test_images_without_labels_are_left_alone(folder, capsys):
-    write_images(folder / "photos" / "train", {"red": 20, "green": 20})
+    write_images(folder / "my photos" / "train", {"red": 20, "green": 20})
     images = {"test_batch": 7}
     write_images(folder, images, seed=1)
-    (folder / "test_batch").rename(folder / "photos" / "test")
-    data = load()
-    assert f"note: {Path('photos', 'test')} has no class folders: its 7 images" in (
-        capsys.readouterr().out
-    )
+    (folder / "test_batch").rename(folder / "my photos" / "test")
+    data = load(dataset="my photos")
+    out = capsys.readouterr().out
+    test = Path("my photos", "test")
+    assert f"note: {test} has no class folders: its 7 images" in out
+    if os.name == "posix":
+        command = out.partition("predict them with: ")[2].splitlines()[0]
+        *_, tool, named = shlex.split(command)
+        assert Path(tool).samefile(REPOSITORY / "inference.py") and Path(named) == test
     assert sum(sizes_of_splits(data)) == 40
     assert len(data.test.labels) > 0
     assert all(Path(path).parts[0] == "train" for path in data.test_files)
@@ -462,8 +468,32 @@ def test_errors_while_loading_name_the_option(photos, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(image_cache.DecodedCache, "fill", fail)
-    with pytest.raises(UserError, match="--dataset photos"):
+    with pytest.raises(UserError, match="--dataset photos") as caught:
         load()
+    assert ("make room" in str(caught.value)) == isinstance(error, OSError)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no memory")])
+def test_too_little_memory_is_not_blamed_on_the_folder(photos, monkeypatch, error):
+    def fail(self, files):
+        raise error
+
+    monkeypatch.setattr(image_cache.DecodedCache, "fill", fail)
+    with pytest.raises(type(error)):
+        load()
+
+
+@posix_only
+def test_names_of_files_do_not_control_the_terminal(photos, capsys):
+    shutil.copy(photos / "red" / "0.png", photos / "red" / "copy\x1b[2J.png")
+    shutil.copy(photos / "red" / "0.png", photos / "green" / "copy\x1b[2J.png")
+    (photos / "red" / "notes\x1b[2J.txt").write_text("no image")
+    (photos / "blue" / "broken\x1b[2J.png").write_text("no image")
+    words = "\n".join(load().report["words"])
+    out = capsys.readouterr().out
+    assert r"notes\x1b[2J.txt" in out
+    assert r"copy\x1b[2J.png" in words and r"broken\x1b[2J.png" in words
+    assert "\x1b" not in out + words
 
 
 def test_many_images_stay_on_disk(photos, monkeypatch):

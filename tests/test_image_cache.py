@@ -487,6 +487,16 @@ def test_cache_that_is_mostly_of_files_that_are_gone_begins_anew(folder, photos)
     assert count_images(folder) == 60
 
 
+def test_table_of_a_few_images_leaves_the_others_in_the_cache(folder, photos):
+    load()
+    named = [path for path in sorted(photos.rglob("*.png")) if int(path.stem) < 10]
+    rows = [f"{path.relative_to(photos).as_posix()},{path.parent.name}\n" for path in named]
+    (folder / "labels.csv").write_text("file,label\n" + "".join(rows))
+    os.utime(named[0], (1, 1))  # one to decode
+    load(labels="labels.csv")
+    assert count_images(folder) == 111
+
+
 def test_damaged_cache_is_named(folder, photos):
     load()
     path = the_cache(folder) / "images"

@@ -6,6 +6,8 @@ import gzip
 import os
 import pickle
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -175,6 +177,28 @@ def test_disk_that_cannot_be_written_is_not_a_failed_download(folder, monkeypatc
         load_named("stl10", Config())
     assert os.strerror(number) in str(caught.value)
     assert not isinstance(caught.value, DatasetUnavailable)
+
+
+def test_one_download_at_a_time(folder, monkeypatch):
+    """torchvision writes files under their final names: a second download would cut them off."""
+    active, most = [], []
+
+    def download(name, dataset_class, root, may_download):
+        active.append(name)
+        time.sleep(0.3)
+        most.append(len(active))
+        active.pop()
+        raise EOFError
+
+    monkeypatch.setattr(named, "_open", download)
+
+    def load(_):
+        with pytest.raises(UserError):
+            load_named("cifar100", Config())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load, range(2)))
+    assert most == [1, 1]
 
 
 def test_paths_that_show_what_is_on_disk(name, folder):

@@ -12,6 +12,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -237,6 +238,19 @@ def test_report_has_its_pictures_and_leaves_report_json(written):
         "test_predictions.csv",
     } <= names
     assert "report.json" not in names
+
+
+def test_mistakes_of_an_earlier_test_are_not_left(folder):
+    (folder / "worst_mistakes.png").write_bytes(b"of an earlier test")
+    data = make_data("photos")
+    predictions = data.test.labels.numpy()
+    confidences = np.ones(len(predictions))
+    matrix = [[2, 0], [0, 2]]
+    reports._draw_pictures(
+        folder, [make_row(0)], data, predictions, confidences, matrix, data.classes
+    )
+    assert (folder / "confusion_matrix.png").exists()
+    assert not (folder / "worst_mistakes.png").exists()
 
 
 def test_predictions_have_a_row_for_each_test_image(written):

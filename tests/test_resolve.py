@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from classifier import runs
-from classifier.config import Config
+from classifier.config import PATHS, Config
 from classifier.datasets import named
 from classifier.datasets.dataset import Dataset, Split
+from classifier.datasets.load import load_data
 from classifier.distributed import Group
 from classifier.errors import UsageError, UserError
 from classifier.recipes import RECIPES
@@ -344,6 +345,35 @@ def test_data_are_downloaded_only_where_they_are_not_there(folder, unwritable):
     check_places(missing, reads_data=False)
     with pytest.raises(UserError, match="--data-dir"):
         check_places(missing)
+
+
+def test_run_that_would_write_into_the_data_set_is_refused(folder, monkeypatch):
+    """The next run would take what it has written for images of a class."""
+    (folder / "photos" / "cats").mkdir(parents=True)
+    elsewhere = str(folder / "data")
+    for places in ({"data_dir": "photos/data"}, {"run_dir": "photos/cats/run"}):
+        with pytest.raises(UsageError, match="photos"):
+            check_places(Config(dataset="photos", **places))
+    check_places(Config(dataset="photos"))
+    check_places(Config(dataset="photos", data_dir="photos"))  # what it writes there is hidden
+    check_places(Config(dataset="photos", data_dir="photos/.cache"))
+    check_places(Config(dataset="photos", data_dir="photos/data", labels="labels.csv"))
+    monkeypatch.chdir("photos")
+    with pytest.raises(UsageError, match="--data-dir data"):
+        check_places(Config(dataset="."))
+    with pytest.raises(UsageError, match="--run-dir runs"):
+        check_places(Config(dataset=".", data_dir=elsewhere))
+    check_places(Config(dataset=".", data_dir=elsewhere, run_dir="../mine"))
+
+
+def test_home_folder_is_meant_wherever_a_path_is_typed(folder, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(folder))
+    for name in PATHS:
+        config = configure(**{name: "~/x"}) if name != "resume" else Config(resume="~/x")
+        assert Path(getattr(config, name)) == folder / "x", name
+    with pytest.raises(UsageError, match="~nobody/photos"):
+        load_data(Config(dataset="~nobody/photos"))
 
 
 def test_typed_folder_is_the_one_that_data_are_looked_for_in(folder, unwritable):

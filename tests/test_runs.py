@@ -89,9 +89,11 @@ def test_named_run_folder_is_not_taken_twice(folder):
     assert path == Path("some/where") and path.is_dir()
     (path / "samples.png").touch()
     assert runs.new_run_folder("some/where", "digits") == path  # it holds no run
-    (path / "config.json").touch()
-    with pytest.raises(UserError, match="--run-dir"):
-        runs.new_run_folder("some/where", "digits")
+    for name in ("config.json", "last.pth"):  # the latter of a run whose config.json is gone
+        (path / name).touch()
+        with pytest.raises(UserError, match="--run-dir"):
+            runs.new_run_folder("some/where", "digits")
+        (path / name).unlink()
 
 
 HOLD_LOCK = """
@@ -131,13 +133,17 @@ def test_lock_is_released_after_an_error(run):
 def test_beginning_marks_a_run_as_unfinished(run, data):
     seed = run.path / "seed-3"
     seed.mkdir()
-    leftovers = [run.path / ".last.pth.1234.tmp", seed / ".best.pth.5678.tmp"]
-    for path in [*leftovers, run.report_file, run.path / "metrics.csv"]:
+    other_run = run.path / "other"
+    other_run.mkdir()
+    digits = 32 * "a"  # as write_atomically makes them up
+    leftovers = [run.path / f".last.pth.{digits}.tmp", seed / f".best.pth.{digits}.tmp"]
+    others = [run.path / "metrics.csv", run.path / ".mine.tmp", other_run / f".x.{digits}.tmp"]
+    for path in [*leftovers, *others, run.report_file]:
         path.touch()
     data.fallback_reason = "no network"
     run.begin(Config(lr=0.3, resume="somewhere"), data)
     assert not run.report_file.exists() and not any(path.exists() for path in leftovers)
-    assert (run.path / "metrics.csv").exists()
+    assert all(path.exists() for path in others)
     saved = json.loads(run.config_file.read_text())
     assert saved == asdict(Config(lr=0.3)) | {"resume": "", "substitution": "no network"}
     assert not (run.path / "data_report.json").exists()
@@ -368,7 +374,7 @@ def test_damaged_files_are_named(folder, name, text):
     run = write_run(Path("runs/digits/run"), finished_after=2)
     (run / name).write_text(text)
     for resume in ("last", str(run)):
-        with pytest.raises(UserError, match=rf"{name}.*damaged"):
+        with pytest.raises(UserError, match=rf"^\S*{name} is damaged"):
             resume_config(resume, epochs=3)
 
 

@@ -10,14 +10,13 @@ that would fill the disk is refused before anything is written.
 
 import contextlib
 import os
-import re
 import shutil
 import stat
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
@@ -133,7 +132,10 @@ def _parts(path: Path, info: zipfile.ZipInfo) -> tuple[str, ...]:
     name = _decode_name(info).replace("\\", "/")  # some Windows programs write these
     shown = escape_control_characters(name)
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
-    if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
+    # on Windows, C:name within a path leads to another folder, and name:other to another file
+    has_drive = any(PureWindowsPath(part).drive for part in parts)
+    has_stream = os.name == "nt" and ":" in name
+    if name.startswith("/") or ".." in parts or has_drive or has_stream:
         raise UserError(f"{path} holds {shown}, a path that leads outside: it is not unpacked")
     kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the ZIP does not say
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

@@ -173,8 +173,8 @@ def _describe_small_classes(small_classes: dict[str, int], has_test: bool) -> li
     words = [f"  fewer than {FEW_IMAGES} images: {listed}"]
     if not has_test:
         words.append(
-            "    Without test/ and val/, few or none of these are tested and validated, which says"
-            " little"
+            "    few or none of these are set aside for validation and testing, which then say "
+            "little about these classes"
         )
     return words
 
@@ -244,11 +244,11 @@ def _warn_of_leaks(
 def _describe_two_labels(
     images: np.ndarray, pairs: np.ndarray, paired_files: list[list[str]]
 ) -> list[str]:
-    """The pairs of which one image must have a wrong label."""
+    """The pairs whose images have different labels, so that one may be wrong."""
     labels = images["label"][pairs[:, :2]]  # (P, 2)
     differ = labels[:, 0] != labels[:, 1]
     if not differ.any():
         return []
     first_file, second_file, _ = paired_files[differ.argmax()]
-    example = f"such as {first_file} and {second_file}: both stay, one label is wrong"
+    example = f"such as {first_file} and {second_file}: both stay, but one label may be wrong"
     return [f"  {differ.sum()} of these in two classes, {example}"]

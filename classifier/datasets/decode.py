@@ -15,7 +15,7 @@ from PIL import Image
 
 from classifier.datasets import pixel_range
 from classifier.datasets.fitting import to_square
-from classifier.datasets.image_metadata import without_metadata
+from classifier.datasets.image_metadata import has_signature, without_metadata
 from classifier.datasets.pixel_range import Extrema, PixelRange, Ranges
 
 T = TypeVar("T")
@@ -114,6 +114,9 @@ def _despite_metadata(read: Callable[[Path | io.BytesIO], T], path: Path) -> T:
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         if getattr(error, "errno", None) or isinstance(error, MemoryError):
             raise
+        with path.open("rb") as file:
+            if not has_signature(file.read(8)):  # perhaps an archive of many gigabytes
+                raise
         content = without_metadata(path.read_bytes())
         if content is None:
             raise

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from classifier.cli import command_line, program
 from classifier.config import Config
 from classifier.datasets import decode, named, pixel_range, unreadable
 from classifier.datasets.archive import is_archive
@@ -26,8 +27,8 @@ from classifier.datasets.image_cache import DecodedCache, open_cache
 from classifier.datasets.labels_file import list_labelled_images
 from classifier.datasets.splits import ImageIds, hold_out
 from classifier.datasets.walk import subfolders
-from classifier.errors import UserError
-from classifier.text import pluralize
+from classifier.errors import UserError, format_error, is_out_of_memory
+from classifier.text import escape_control_characters, pluralize
 
 SIZES = (32, 48, 64)  # pixels; a network learns images of up to 64 in minutes on a laptop
 TEST_FRACTION = 0.2  # of each class, where there is no test/
@@ -98,14 +99,17 @@ def load_folder(
     Raises UserError for a folder that is no such data set, of which too much cannot be read, or
     whose cache cannot be written, and UsageError if --val-fraction leaves no images.
     """
-    place = Path(config.dataset).expanduser()
+    place = Path(config.dataset)
     folder = folder or place
-    data_dir = Path(config.data_dir).expanduser()
+    data_dir = Path(config.data_dir)
     try:
         size = config.image_size or image_size
         images = _read_images(config, folder, data_dir, size, order)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        # The disk is full, memory is short, a file vanished or was changed meanwhile.
+    except OSError as error:  # the disk is full, or a file has vanished meanwhile
+        raise UserError(f"--dataset {config.dataset}: {format_error(error)}") from error
+    except (ValueError, RuntimeError, EOFError) as error:  # a file was changed meanwhile
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--dataset {config.dataset}: {error}") from error
     test = images.test  # load_test holds only this: the other images are copied and may go
     return build_dataset(
@@ -152,7 +156,7 @@ def _read_images(
 ) -> Images:
     """Find, decode, check and divide the images; the arguments are those of `load_folder`."""
     if config.labels:
-        table = Path(config.labels).expanduser()
+        table = Path(config.labels)
         files, classes, left_out = list_labelled_images(folder, table, order)
     else:
         split_folders = find_splits(folder)
@@ -164,7 +168,8 @@ def _read_images(
     if size is None:
         size = suitable_size(folder, files["path"])
     _note_size(size, config.fit)
-    cache = open_cache(folder, data_dir, size, files, config.fit)
+    are_all = not config.labels  # a table may name only some
+    cache = open_cache(folder, data_dir, size, files, config.fit, are_all)
     images = files[files["row"] >= 0]
     listed_in = _list_unreadable(folder, cache)
     _check_each_class(folder, files, classes, learning, cache.unreadable, listed_in)
@@ -180,6 +185,7 @@ def _read_images(
     if listed_in:
         report["words"].append(f"  all files that cannot be read, and why: {listed_in}")
     report |= _report_ranges(folder, images, cache.ranges, report["words"])
+    report["words"] = [escape_control_characters(words) for words in report["words"]]
 
     # Divide them.
     used_splits = images["split"][used]
@@ -240,16 +246,22 @@ def _note_layout(folder: Path, split_folders: dict[str, Path]) -> None:
     """
     inner = innermost(folder)
     if inner != folder:
-        print(f"note: {folder} holds nothing but {inner}, whose folders are taken for the classes")
+        _print_note(f"{folder} holds nothing but {inner}, whose folders are taken for the classes")
     if "all" in split_folders or "test" in split_folders:
         return
     for path in subfolders(inner):
         if SPLITS.get(path.name.lower()) == "test":
             count = pluralize(len(unlabelled_images(path)), "image")
-            print(
-                f"note: {path} has no class folders: its {count} without labels are left alone; "
-                f"once trained, predict them with: python inference.py {path}"
-            )
+            note = f"{path} has no class folders: its {count} without labels are left alone"
+            tool = program("inference.py")
+            if tool is not None:
+                note += f"; once trained, predict them with: {command_line([*tool, str(path)])}"
+            _print_note(note)
+
+
+def _print_note(text: str) -> None:
+    """Print a note. A name in it may be a stranger's: its control characters are escaped."""
+    print(f"note: {escape_control_characters(text)}")
 
 
 def _note_left_out(left_out: list[str]) -> None:
@@ -257,7 +269,7 @@ def _note_left_out(left_out: list[str]) -> None:
     suffixes = Counter(Path(path).suffix.lower() or "without an extension" for path in left_out)
     listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
     files = f"{pluralize(len(left_out), 'file')} ({listed}), such as {left_out[0]}"
-    print(f"note: left out, of no format that Pillow knows: {files}")
+    _print_note(f"left out, of no format that Pillow knows: {files}")
     advice: Counter[str] = Counter()
     for path in left_out:
         content = unreadable.recognise(Path(path))

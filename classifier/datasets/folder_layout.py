@@ -31,7 +31,8 @@ SPLITS = {  # names of folders, in lower case, and the splits that they hold
 MAX_NESTED = 10  # folders with one folder within: a link may lead round in a circle
 # Files are named after classes: characters and names that some file system refuses.
 UNSAFE = re.compile(
-    r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE
+    r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)',
+    re.IGNORECASE,
 )
 
 

@@ -109,11 +109,17 @@ class DecodedCache:
         self.ranges: pixel_range.Ranges = {}
         self.unreadable: dict[str, str] = {}
 
-    def fill(self, files: np.ndarray) -> None:
+    def fill(self, files: np.ndarray, are_all: bool = True) -> None:
         """Decode the files that are not in the cache, then open it.
 
-        files: FILE (N,); their rows, records and extrema are filled in. A cache that lacks nothing
-        is only read. Raises OSError if the cache cannot be written, and UserError if it is damaged.
+        A cache that lacks nothing is only read.
+
+        Args:
+            files: FILE (N,); their rows, records and extrema are filled in.
+            are_all: whether these are all images of the folder, so that others in the cache are of
+                files that are gone. Where most are, the cache begins anew.
+
+        Raises OSError if the cache cannot be written, and UserError if it is damaged.
         """
         self._look_up(files)
         broken = self._read_broken()
@@ -125,15 +131,15 @@ class DecodedCache:
             self._look_up(files)  # another process may have decoded some meanwhile
             broken = self._read_broken()
             num_found = int((files["row"] >= 0).sum())
-            if 2 * num_found < self.num_images:  # most images are of files that are gone
+            if are_all and 2 * num_found < self.num_images:
                 self._delete_images()
                 self._look_up(files)
             failed: dict[str, str] = {}
             # The range of images with more than 8 bits a pixel is known after the first pass.
-            for how in ("once", "again, by the range of all"):
+            for how in ("", " again, now with the range of values of all of them,"):
                 missing = _missing(files, broken | failed)
                 if len(missing):
-                    print(f"Decoding {pluralize(len(missing), 'image')}, {how}, into {self.path}")
+                    print(f"Decoding {pluralize(len(missing), 'image')}{how} into {self.path}")
                     newly_broken, newly_failed = self._decode(missing)
                     broken |= newly_broken
                     failed |= newly_failed
@@ -357,13 +363,25 @@ def _append(file: BinaryIO, contents: list[bytes]) -> None:
 
 
 def open_cache(
-    source: Path, data_dir: Path, size: int, files: np.ndarray, fit: str = "crop"
+    source: Path,
+    data_dir: Path,
+    size: int,
+    files: np.ndarray,
+    fit: str = "crop",
+    are_all: bool = True,
 ) -> DecodedCache:
     """The cache of a folder's images, after everything that it lacks was decoded.
 
-    source: the folder; files: FILE (N,), see `DecodedCache.fill`; fit: see `DecodedCache`. The
-    cache is in the first of `cache_folders` that can be written. Raises OSError if none can or the
-    disk is full, and UserError if the cache is damaged.
+    It is in the first of `cache_folders` that can be written.
+
+    Args:
+        source: the folder.
+        data_dir: the folder for caches.
+        size, fit: see `DecodedCache`.
+        files, are_all: see `DecodedCache.fill`.
+
+    Raises OSError if no folder can be written or the disk is full, and UserError if the cache is
+    damaged.
     """
     # Caches of the time before --fit have the name of those with crop.
     kind = f"{size}" if fit == "crop" else f"{size}-{fit}"
@@ -371,7 +389,7 @@ def open_cache(
 
     def fill_in(folder: Path) -> DecodedCache:
         cache = DecodedCache(folder / CACHE_FOLDER / title, source, size, fit)
-        cache.fill(files)
+        cache.fill(files, are_all)
         return cache
 
     return use_first_writable(data_dir, fill_in, note="the decoded images are in")

@@ -15,6 +15,11 @@ EXIF = b"Exif\0\0"  # how the content of a JPEG's APP1 segment with EXIF data be
 APP0, APP1, APP14, APP15, COMMENT, START_OF_SCAN = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
 
 
+def has_signature(head: bytes) -> bool:
+    """Whether a file that begins with these bytes, 8 or more, is of a format with such metadata."""
+    return head.startswith((PNG_SIGNATURE, JPEG_SIGNATURE))
+
+
 def without_metadata(content: bytes) -> bytes | None:
     """A PNG or JPEG file without its metadata, but for EXIF data, which say how it is turned.
 

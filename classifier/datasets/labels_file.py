@@ -78,9 +78,10 @@ def list_labelled_images(
 
     unnamed = [path for path in keys if path not in row_of_image]
     if unnamed:
+        example = escape_control_characters(unnamed[0])
         print(
             f"note: {pluralize(len(unnamed), 'image')} in {folder} that {table} does not name are "
-            f"left alone, such as {unnamed[0]}"
+            f"left alone, such as {example}"
         )
     members: dict[tuple[str, str], list[tuple[str, int]]] = {}  # images of a class and split
     for path, key in keys.items():

@@ -64,7 +64,7 @@ def load_data(
     image_size = config.image_size
     if image_size is None and config.pretrained and published_size is not None:
         image_size = published_size(config.model)
-    folder = Path(config.dataset).expanduser()
+    folder = Path(config.dataset)
     if archive.is_archive(folder):
         folder = _unpack(config)
     return load_folder(config, image_size, folder=folder, order=order)
@@ -74,7 +74,7 @@ def _load_cifar10_or_digits(config: Config, may_download: bool) -> Dataset:
     try:
         if not may_download:
             _check_on_disk("cifar10", config.data_dir)
-        folder = find_cifar10(Path(config.data_dir).expanduser(), config.mirror)
+        folder = find_cifar10(Path(config.data_dir), config.mirror)
     except DatasetUnavailable as error:
         # A recipe is made for one data set, and who names CIFAR-10 wants nothing else.
         if config.dataset == "cifar10" or config.recipe:
@@ -86,21 +86,21 @@ def _load_cifar10_or_digits(config: Config, may_download: bool) -> Dataset:
 
 def _check_on_disk(dataset: str, data_dir: str) -> None:
     """Raises DatasetUnavailable unless one of NAMES is in --data-dir."""
-    if not _is_on_disk(dataset, Path(data_dir).expanduser()):
+    if not _is_on_disk(dataset, Path(os.path.expanduser(data_dir))):
         raise DatasetUnavailable(f"{dataset} is not in {data_dir}")
 
 
 def _unpack(config: Config) -> Path:
     """The folder with what is in a ZIP file. Raises UserError."""
     try:
-        return archive.unpack(Path(config.dataset).expanduser(), Path(config.data_dir).expanduser())
+        return archive.unpack(Path(config.dataset), Path(config.data_dir))
     except OSError as error:
         raise UserError(f"--dataset {config.dataset}: {format_error(error)}") from error
 
 
 def _check_folder(dataset: str) -> None:
     """Raises UsageError if `dataset` is neither a folder nor a ZIP file."""
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if dataset and (path.is_dir() or archive.is_archive(path)):
         return
     if path.is_file():
@@ -230,9 +230,9 @@ def dataset_available(
             return False
         place = existing_folder(dataset) or existing_file(dataset)
         if data_dir:
-            place = Path(data_dir).expanduser()
+            place = Path(os.path.expanduser(data_dir))
         return place is not None and (place.is_dir() or archive.is_archive(place))
-    return _is_on_disk(dataset, Path(source.settings["data_dir"]).expanduser())
+    return _is_on_disk(dataset, Path(os.path.expanduser(source.settings["data_dir"])))
 
 
 def may_have_classes(source: Source, classes: list[str]) -> bool:
@@ -241,9 +241,9 @@ def may_have_classes(source: Source, classes: list[str]) -> bool:
     No image is looked at, and nothing is unpacked. Raises UserError as `folder_classes` does.
     """
     dataset = source.settings["dataset"]
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if "labels" in source.settings:
-        table = Path(source.settings["labels"]).expanduser()
+        table = Path(os.path.expanduser(source.settings["labels"]))
         return sorted(class_names(table, read_labels(table))) == sorted(classes)
     if archive.is_archive(path):
         try:
@@ -259,7 +259,7 @@ def folder_classes(folder: str) -> list[str]:
     Raises UserError for a folder that is no such data set, or that cannot be read.
     """
     try:
-        splits = find_splits(Path(folder).expanduser())
+        splits = find_splits(Path(os.path.expanduser(folder)))
         learning_folder = next(iter(splits.values()))
         return list(class_folders(learning_folder))
     except OSError as error:

@@ -1,12 +1,15 @@
 """Five more data sets by their names, which torchvision reads and downloads."""
 
+import contextlib
 import http.client
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from classifier.config import Config
 from classifier.datasets.dataset import Dataset, Split, build_dataset
@@ -89,10 +92,12 @@ def load_named(name: str, config: Config, may_download: bool = True) -> Dataset:
     """
     from torchvision import datasets  # fails for other reasons than those below
 
-    data_dir = Path(config.data_dir).expanduser()
+    data_dir = Path(config.data_dir)
     dataset_class = getattr(datasets, DATASETS[name].class_name)
+    is_there = (data_dir / DATASETS[name].on_disk).exists()
     try:
-        train, test = _open(name, dataset_class, str(data_dir), may_download)
+        with contextlib.nullcontext() if is_there or not may_download else _lock(name, data_dir):
+            train, test = _open(name, dataset_class, str(data_dir), may_download)
     except (*DOWNLOAD_ERRORS, *DAMAGED_FILE_ERRORS) as error:
         raise _to_user_error(error, name, data_dir) from error
 
@@ -106,6 +111,21 @@ def load_named(name: str, config: Config, may_download: bool = True) -> Dataset:
         num_test_images=len(test_split.labels),
         flip_keeps_label=DATASETS[name].flip_keeps_label,
     )
+
+
+def _lock(name: str, data_dir: Path) -> AbstractContextManager[object]:
+    """Keep other processes from downloading the same; waits for one that does.
+
+    torchvision writes each file under its final name. Raises OSError for a folder that cannot be
+    written.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(data_dir / f".{name}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is downloading {name} into {data_dir}: waiting for it")
+        return lock.acquire()
 
 
 def _open(
