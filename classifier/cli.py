@@ -217,7 +217,9 @@ class _RefuseFit(argparse.Action):
     """Ends the process with status 2: a model keeps the --fit of its training."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
-        parser.error("--fit: a model has that of its training, and tools obey it: leave it out")
+        parser.error(
+            "--fit cannot be changed: the tools use the value of the training: leave it out"
+        )
 
 
 def tool_parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:

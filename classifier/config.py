@@ -47,13 +47,14 @@ class Config:
     # Data
     dataset: str = setting(
         "auto",
-        "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10, a folder of images or a ZIP "
-        "file of one; auto: CIFAR-10, or digits if it is not available and no recipe is given",
+        "cifar10, digits, cifar100, mnist, fashion-mnist, svhn, stl10, a folder of images, or such "
+        "a folder as a ZIP file; auto: CIFAR-10, or digits if it is not available and no recipe is "
+        "given",
     )
     labels: str = setting(
         "",
         "CSV file that labels the images in the folder: columns file and label, optionally split "
-        "(train, val or test); default: each class has a folder",
+        "(train, val or test); without it, each class has a folder of its own",
     )
     data_dir: str = setting("data", "folder for downloaded data sets, decoded and unpacked images")
     mirror: str = setting("", "URL of the CIFAR-10 archive, or of the folder with it, to try first")
@@ -65,11 +66,12 @@ class Config:
         "go on without the image files that cannot be read, however many (default: only if few)",
     )
     subset: int = setting(
-        0, "number of training images to use, of each class in proportion; 0: all", minimum=0
+        0, "train on N images only, the classes in the same proportions; 0: on all", minimum=0
     )
     image_size: int | None = setting(
         None,
-        "width and height of the images in pixels (default: their own, in folders at most 64)",
+        "width and height of the images in pixels (default: the data set's own; of a folder 32, 48 "
+        "or 64, or with --pretrained the size that the weights are made for)",
         minimum=8,
     )
     fit: str = setting(
@@ -124,8 +126,8 @@ class Config:
     batch_size: int = setting(None, "images in one optimiser step", minimum=1)
     micro_batch: int = setting(
         None,
-        "images per forward pass in one process, at every resolution; batch norm sees these (with "
-        "several GPUs, those of all processes); fewer if memory is short",
+        "largest number of images in a forward pass of a process; batch norm computes its "
+        "statistics over these",
         minimum=1,
     )
     optimizer: str = setting(None, "optimiser", choices=("muon", "sgd", "adam", "adamw", "rmsprop"))
@@ -184,12 +186,12 @@ class Config:
     )
     compile: bool = setting(False, "use torch.compile, for long or repeated runs")
     seed: int = setting(0, "seed of all random numbers", minimum=0, less_than=2**40)
-    deterministic: bool = setting(False, "deterministic algorithms on GPUs too, slower")
+    deterministic: bool = setting(False, "use deterministic algorithms on GPUs as well (slower)")
     repeat: int = setting(1, "train with N seeds and report mean and spread", minimum=1)
     tta: int = setting(
         1,
         "test-time augmentation: also test on N views of the least certain quarter of the images; "
-        "2: mirrored, 6: and shifted",
+        "2: the image and its mirror image, 6: both of them shifted as well",
         choices=(1, 2, 6),
     )
     keep_epochs: bool = setting(False, "keep the model of every epoch, for explain.py --animate")
@@ -200,7 +202,7 @@ class Config:
     resume: str = setting(
         "", "resume the run in this folder; last: the newest unfinished one in runs/"
     )
-    fast_dev_run: bool = setting(False, "one batch through every stage, to see that all works")
+    fast_dev_run: bool = setting(False, "run one batch through every stage, as a quick check")
     debug: bool = setting(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:

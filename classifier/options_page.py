@@ -25,11 +25,13 @@ DETAILS = {
     "width": "For `cnn`, and for custom networks that take it.",
     "dropout": "Default for `cnn` 0, for `beginner-cnn` and `coursework-cnn` 0.5, for "
     "`notebook-cnn` and `fcn` 0.25, for `resnet18-dropout` 0.1; for `timm:NAME` its `drop_rate`.",
-    "pretrained": "Images get their normalisation, too.",
+    "pretrained": "Images are normalised as the weights expect.",
     "init_from": "With `--pretrained`, it may be a file that torchvision or timm publishes.",
     "freeze": "After `--pretrained` or `--init-from`.",
     "minutes": "Downloads are included.",
     "batch_size": "At most all training images.",
+    "micro_batch": "At every resolution; fewer if memory is short. With several GPUs, batch norm "
+    "sees the images of all processes.",
     "lr": "With Muon, the weights that it leaves to AdamW get a twelfth of it.",
     "momentum": "Adam and AdamW keep PyTorch's betas.",
     "weight_decay": "With Muon, it affects only AdamW's weights.",
@@ -45,8 +47,9 @@ DETAILS = {
     "compile": "Takes a minute first, and needs a C++ compiler on a CPU.",
     "repeat": "Each seed has a folder seed-N in the run folder. The model with the lowest "
     "validation loss is kept; without validation images, the first. report.json has the results of "
-    "this model, and the mean over the seeds under names of its own.",
-    "tta": "The logits of the views are averaged. Not where mirroring changes what an image means.",
+    "this model, and the mean over the seeds as `test_accuracy_mean`.",
+    "tta": "The prediction is that of the mean logits. Ignored, with a note, where mirroring "
+    "changes what an image shows.",
     "out": "An older file of that name is replaced.",
     "resume": "`last` ignores runs with `--fast-dev-run`.",
     "fast_dev_run": "It replaces no model.",
@@ -76,7 +79,10 @@ def options_page(default_recipe: Settings) -> str:
 def _defaults_section(default_recipe: Settings) -> list[str]:
     names = ("lr", "momentum", "weight_decay")
     of_optimizers = {default_recipe["optimizer"]: {name: default_recipe[name] for name in names}}
-    of_optimizers.update(recipes.OPTIMIZER_DEFAULTS)
+    for name, settings in recipes.OPTIMIZER_DEFAULTS.items():
+        of_optimizers[name] = dict(settings)
+        if name in ("adam", "adamw"):  # they do not use it
+            del of_optimizers[name]["momentum"]
     of_networks = {
         **recipes.NETWORK_DEFAULTS,
         "torchvision:NAME or timm:NAME": recipes.LIBRARY_DEFAULTS,
