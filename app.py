@@ -332,7 +332,8 @@ def main() -> int:
     model.require_network()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice as many
     restrict_gradio()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "gradio")  # uploads go with the page
         if options.examples:
             examples = example_pictures(options.examples)
         else:

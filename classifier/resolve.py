@@ -125,7 +125,7 @@ def check_places(config: Config, reads_data: bool = True) -> None:
 def _check_outside_dataset(config: Config) -> None:
     """Raise UsageError if the run would make a folder in a folder of images that is not hidden."""
     dataset = Path(config.dataset)
-    if config.dataset in ("auto", *load.NAMES) or config.labels or not dataset.is_dir():
+    if config.dataset in ("", "auto", *load.NAMES) or config.labels or not dataset.is_dir():
         return
     places = {"--data-dir": Path(config.data_dir), "--run-dir": Path(config.run_dir or runs.RUNS)}
     for option, place in places.items():

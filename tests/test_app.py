@@ -386,6 +386,7 @@ def unchanged(app, monkeypatch):
     for name in ("get", "async_validate_url"):
         monkeypatch.setattr(app.safehttpx, name, getattr(app.safehttpx, name))
     monkeypatch.setattr(app.gr.Image, "preprocess", app.gr.Image.preprocess)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
 
 
 def test_nothing_is_looked_up_or_fetched(app, unchanged):
@@ -437,14 +438,15 @@ def test_addresses_that_only_this_machine_reaches(app):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_page_behind_a_proxy_starts_and_sigterm_deletes_the_pictures(model, data, folder):
     proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-    uploads = folder / "uploads"
-    environment = {**proxy, "GRADIO_TEMP_DIR": str(uploads), "TMPDIR": str(folder)}
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    environment = {**proxy, "TMPDIR": str(temporary)}
     with serve(folder, model, "127.0.0.1", environment=environment) as (address, process):
         picture = save(data.test.images[0], folder / "first.png").read_bytes()
         assert "event: complete" in answer_to_content(address, picture)
-        assert list(uploads.rglob("*.png"))
+        assert list(temporary.rglob("p.png"))
     assert process.returncode == 143
-    assert not list(uploads.rglob("*.png"))
+    assert not list(temporary.rglob("*.png"))
 
 
 def test_help(tool_inside):

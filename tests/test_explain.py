@@ -653,7 +653,7 @@ def test_unknown_picture_is_called_so(model, folder, capsys):
     assert "unknown, closest: " in capsys.readouterr().out
     known = replace(model, reject=0)
     explain.draw_feature_maps(known, noise, folder / "maps.png")
-    assert "unknown" not in capsys.readouterr().out
+    assert "unknown, closest" not in capsys.readouterr().out
 
 
 def test_help(tool_inside):

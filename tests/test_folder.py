@@ -464,7 +464,7 @@ def test_folder_that_cannot_be_read_is_an_error(photos, monkeypatch):
     "error", [OSError(28, "No space left"), ValueError("mmap"), RuntimeError()]
 )
 def test_errors_while_loading_name_the_option(photos, monkeypatch, error):
-    def fail(self, files):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(image_cache.DecodedCache, "fill", fail)
@@ -475,7 +475,7 @@ def test_errors_while_loading_name_the_option(photos, monkeypatch, error):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no memory")])
 def test_too_little_memory_is_not_blamed_on_the_folder(photos, monkeypatch, error):
-    def fail(self, files):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(image_cache.DecodedCache, "fill", fail)

@@ -1,6 +1,7 @@
 """Files from somebody else decide on no place: where to write, what to download, whom to ask."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -218,7 +219,7 @@ def test_run_folder_does_not_decide_where_the_model_goes(folder, out):
     with pytest.raises(UserError, match="--out"):
         resume_config(run)
     assert resume_config(run, out="mine.pth").out == "mine.pth"
-    assert resume_config(run, out=out).out == out
+    assert resume_config(run, out=out).out == os.path.expanduser(out)
     assert resume_config(write_run(folder / "own", out="mine.pth")).out == "mine.pth"
 
 

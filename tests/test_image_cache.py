@@ -328,7 +328,7 @@ def test_temporary_folder_is_the_last_choice(folder, photos, monkeypatch):
 
 
 def test_no_place_can_be_written(folder, photos, monkeypatch, capsys):
-    def refuse(self, files):
+    def refuse(self, *_):
         raise OSError(errno.EACCES, "Permission denied", str(self.path))
 
     monkeypatch.setattr(image_cache.DecodedCache, "fill", refuse)

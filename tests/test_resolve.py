@@ -372,8 +372,8 @@ def test_home_folder_is_meant_wherever_a_path_is_typed(folder, monkeypatch):
     for name in PATHS:
         config = configure(**{name: "~/x"}) if name != "resume" else Config(resume="~/x")
         assert Path(getattr(config, name)) == folder / "x", name
-    with pytest.raises(UsageError, match="~nobody/photos"):
-        load_data(Config(dataset="~nobody/photos"))
+    with pytest.raises(UsageError, match="~no-such-user/photos"):
+        load_data(Config(dataset="~no-such-user/photos"))
 
 
 def test_typed_folder_is_the_one_that_data_are_looked_for_in(folder, unwritable):

@@ -246,7 +246,8 @@ def _note_layout(folder: Path, split_folders: dict[str, Path]) -> None:
     """
     inner = innermost(folder)
     if inner != folder:
-        _print_note(f"{folder} holds nothing but {inner}, whose folders are taken for the classes")
+        note = f"{folder} holds nothing but {inner}, whose folders are taken for the classes"
+        print(f"note: {escape_control_characters(note)}")
     if "all" in split_folders or "test" in split_folders:
         return
     for path in subfolders(inner):
@@ -256,12 +257,7 @@ def _note_layout(folder: Path, split_folders: dict[str, Path]) -> None:
             tool = program("inference.py")
             if tool is not None:
                 note += f"; once trained, predict them with: {command_line([*tool, str(path)])}"
-            _print_note(note)
-
-
-def _print_note(text: str) -> None:
-    """Print a note. A name in it may be a stranger's: its control characters are escaped."""
-    print(f"note: {escape_control_characters(text)}")
+            print(f"note: {escape_control_characters(note)}")
 
 
 def _note_left_out(left_out: list[str]) -> None:
@@ -269,7 +265,7 @@ def _note_left_out(left_out: list[str]) -> None:
     suffixes = Counter(Path(path).suffix.lower() or "without an extension" for path in left_out)
     listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
     files = f"{pluralize(len(left_out), 'file')} ({listed}), such as {left_out[0]}"
-    _print_note(f"left out, of no format that Pillow knows: {files}")
+    print(f"note: left out, of no format that Pillow knows: {escape_control_characters(files)}")
     advice: Counter[str] = Counter()
     for path in left_out:
         content = unreadable.recognise(Path(path))
