@@ -93,9 +93,14 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
         assert out.count(line) == 1
     assert "3 processes share each batch" in out
     one, three = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "three"))
-    assert one.shape == (3, 4) and torch.allclose(one, three, rtol=1e-4, atol=0)
+    assert one.shape == three.shape == (3, 4)
+    losses, accuracies = slice(0, 2), slice(2, 4)
+    torch.testing.assert_close(three[:, losses], one[:, losses], rtol=1e-3, atol=0)
+    # Sums in another order round otherwise, which may decide about one image of 143.
+    torch.testing.assert_close(three[:, accuracies], one[:, accuracies], rtol=0, atol=1.5 / 143)
     first, second = (weights(folder / run / "best.pth") for run in ("one", "three"))
-    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-3, msg=name)
 
 
 def test_two_processes_train_the_default_network_as_well(inside, together, folder):
