@@ -35,7 +35,6 @@ import time
 START = time.perf_counter()  # before the slow imports, which --minutes counts as well
 
 import functools
-import gc
 import itertools
 import math
 import os
@@ -63,7 +62,6 @@ try:
         distributed,
         finetuning,
         foreign_paths,
-        lazy_compiler,
         metrics,
         micro_batches,
         ood_score,
@@ -120,6 +118,10 @@ __all__ = [  # what Python programs use
     "train",
 ]
 
+# In each model file and report; __loader__ knows the text of this file within a .pyz, too.
+SOURCE = reports.source_of(globals().get("__spec__"), globals().get("__loader__"), __file__)
+VERSIONS = reports.versions(SOURCE)
+
 
 # ---- The default recipe --------------------------------------------------------------------------
 
@@ -135,11 +137,11 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "scheduler": "linear",  # warm up over a tenth of the run, then down to zero
     "label_smoothing": 0.2,  # share of the target spread evenly over the classes
     "epochs": 9,
-    "drop_easiest": 0.35,  # of the training images, after a quarter of the run; others come twice
+    "drop_easiest": 0.35,  # after a quarter of the run: the share of images to leave out
     "batch_size": 500,
     "micro_batch": 500,  # images in one forward pass: batch norm sees the whole batch
     "augment": "flip,crop=2",  # mirror every other epoch, shift by up to 2 pixels
-    "progressive_resizing": 0.7,  # of the run on smaller images: first 16 × 16, then 24 × 24
+    "progressive_resizing": 0.7,  # share of the run on smaller images: 16 × 16, then 24 × 24
 }
 
 
@@ -276,8 +278,8 @@ def reflected_positions(size: int, shifts: torch.Tensor) -> torch.Tensor:
 def normalise(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """uint8 (N, C, H, W) to float32: subtract a channel's mean, divide by its standard deviation.
 
-    The network holds these as buffers. They are those of the training images or, with --pretrained,
-    of the images that the published weights were trained on.
+    build.instantiate keeps these in the network, as buffers. They are those of the training images
+    or, with --pretrained, of the images that the published weights were trained on.
     """
     return (images - model.get_buffer("pixel_mean")) * model.get_buffer("pixel_scale")
 
@@ -289,11 +291,12 @@ def resize(images: torch.Tensor, scale: float) -> torch.Tensor:
     return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
 
 
-def image_scale(fraction: float, progressive_resizing: float) -> float:
-    """Size of the images at this point of a run: coarse features can be learned from fewer pixels.
+def scale_schedule(fraction: float, progressive_resizing: float) -> float:
+    """Scale of the images after this share of a run: coarse features need fewer pixels.
 
     A step at half the size costs a third of one on full-size images (progressive resizing, Howard,
-    2018). classifier/progress.py has the cost at each scale.
+    2018). classifier/progress.py estimates from it how long a run takes: another schedule needs
+    another STEP_COST and another cost_until there.
     """
     if fraction < progressive_resizing / 2:
         return 0.5
@@ -317,7 +320,7 @@ class Stage(nn.Module):
         self.norm1 = nn.BatchNorm2d(out_channels, momentum=0.4)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels, momentum=0.4)
-        # start close to the identity: the first filters pass their input channel through
+        # start close to the identity: filter i passes input channel i through
         nn.init.dirac_(self.conv1.weight[:in_channels])
         nn.init.dirac_(self.conv2.weight)
 
@@ -377,7 +380,7 @@ def set_whitening(layer: nn.Conv2d, images: torch.Tensor) -> None:
     that noise is not amplified. images: normalised, float (N, C, H, W).
     """
     patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)  # (number of patches, 4 C)
-    covariance = patches.T @ patches / len(patches)
+    covariance = patches.T @ patches / len(patches)  # normalised images have a mean of about 0
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     filters = (eigenvectors / (eigenvalues + 1e-2).sqrt()).T
     filters = filters.flip(0)  # largest eigenvalue first: a narrow network passes on the first ones
@@ -410,6 +413,7 @@ def build_model(config: Config, data: Dataset, init_weights: bool = True) -> nn.
     image_size = images.shape[-1]
     model = instantiate(config, len(data.classes), data.mean, data.std, image_size)
     if init_weights:
+        # a network of the user's may fail, and batch norm may need two images at a time
         build.smoke_test_custom(model, config, images.shape[1:])
         micro_batches.check_single_images(model, config, tuple(images.shape))
     build.freeze(model, config)
@@ -435,7 +439,7 @@ class Muon(torch.optim.Optimizer):
     each weight is first scaled to norm √O, which makes the learning rate a relative step. The rows
     of an update are balanced as in NorMuon.
 
-    dtype: in which matrices are multiplied; their Gram matrices are multiplied in float32.
+    dtype: of the matrix products; those of Gram matrices are float32.
     """
 
     def __init__(
@@ -496,13 +500,14 @@ def newton_schulz(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
         indices = [i for i, x in enumerate(wide) if len(x) == size]
         identity = torch.eye(size, device=wide[0].device)
         gram = torch.stack([wide[i] @ wide[i].T for i in indices]).float()
-        product = factor = a * identity + b * gram + c * gram @ gram
+        factor = a * identity + b * gram + c * gram @ gram  # the first step's polynomial
+        product = factor
         for _ in range(NEWTON_SCHULZ_STEPS - 1):
-            gram = factor @ gram @ factor  # of factor @ X
+            gram = factor @ gram @ factor  # the Gram matrix of factor @ X; factor is symmetric
             factor = a * identity + b * gram + c * gram @ gram
             product = factor @ product
-        for i, x_product in zip(indices, product, strict=True):
-            x = x_product.to(wide[i].dtype) @ wide[i]
+        for i, polynomial in zip(indices, product, strict=True):
+            x = polynomial.to(wide[i].dtype) @ wide[i]
             rows, columns = matrices[i].shape
             results[i] = x.T if rows > columns else x
     return [results[i] for i in range(len(matrices))]
@@ -559,28 +564,18 @@ def build_optimizers(
 
 
 def lr_factor(scheduler: str, fraction: float, losses: list[float]) -> float:
-    """The learning rate as a fraction of its peak, after this fraction of the run, in [0, 1).
+    """The learning rate as a share of its peak, after this fraction of the run, in [0, 1).
 
     linear: from a tenth of the peak up to it over the first tenth of the run, then down to zero.
-    The others are in classifier/schedules.py. losses: those so far that can be compared with each
-    other; for plateau.
+    The others are in classifier/schedules.py.
+
+    losses: what Progress.losses returns; `plateau` looks at them.
     """
     if scheduler != "linear":
         return schedules.lr_factor(scheduler, fraction, losses)
     warm_up = 0.1 + 9 * fraction
     decay = (1 - fraction) / 0.9
     return min(warm_up, decay)
-
-
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Set each learning rate to this fraction of its peak, which is kept as "initial_lr"."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            lr = group["initial_lr"] * factor
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
 
 
 # ---- One training step ---------------------------------------------------------------------------
@@ -652,9 +647,10 @@ class Trainer:
         )
         self.state = state
 
-        # the order matters: trial steps and last.pth need the network before it is wrapped
+        # how many micro-batches? Trial steps on copies of the network tell. The order matters:
+        # they and last.pth need the network before it is wrapped
         first_batch = self.plan(0).take(self.batch_slices[0])
-        fit = micro_batches.fit(
+        fit = micro_batches.fit_into_memory(
             self.forward_backward,
             model,
             first_batch,
@@ -666,6 +662,7 @@ class Trainer:
         state.split_batches(self.group.max(fit.num_micro_batches))
         if resume_from is not None:
             state.load(resume_from, self.group, keep_total_steps=config.minutes > 0)
+        # DDP has to look for weights without a gradient if there can be any
         has_unused_params = fit.has_unused_params or config.head_first > 0
         self.forward = self.group.wrap(model, has_unused_params)
         self.group.seed_ranks(config.seed, state.progress.step)
@@ -700,15 +697,15 @@ class Trainer:
             lambda: hardest_images(losses, self.config.drop_easiest)
         )
 
-    def image_scale(self) -> float:
-        """Scale factor of the images in the next step."""
-        return image_scale(self.state.progress.fraction, self.config.progressive_resizing)
+    def next_image_scale(self) -> float:
+        """Scale of the images in the next step."""
+        return scale_schedule(self.state.progress.fraction, self.config.progressive_resizing)
 
     def train_step(self, batch: Batch, factor: float | None = None) -> torch.Tensor:
         """One step of the optimisers.
 
-        batch: its slice of an epoch's plan. factor: the learning rate as a fraction of its peak;
-        None: as the schedule says. Returns the statistics of forward_backward.
+        batch: its slice of an epoch's plan. factor: the learning rate as a share of its peak; None:
+        as the schedule says. Returns the statistics of forward_backward.
         """
         config, state, progress = self.config, self.state, self.state.progress
         if config.head_first:  # the last layer alone, then all layers
@@ -717,8 +714,8 @@ class Trainer:
         if factor is None:  # each phase has a schedule of its own
             fraction = finetuning.phase_fraction(progress.fraction, config.head_first)
             factor = lr_factor(config.scheduler, fraction, progress.losses())
-        scale = self.image_scale()
-        set_learning_rates(state.optimizers, factor)
+        scale = self.next_image_scale()
+        optimizers.set_learning_rates(state.optimizers, factor)
         compute = self.compute_step if self.cuda_graph is None else self.cuda_graph
         stats = compute(batch, scale)
         if state.ema is not None:
@@ -755,10 +752,15 @@ class Trainer:
     ) -> torch.Tensor:
         """Compute the gradients of the mean loss over a batch, by gradient accumulation.
 
-        Of several processes, each computes its share of the images. scale: scale factor of the
-        images. Batch norm sees one micro-batch at a time. Returns float32 (2, B): the cross-entropy
-        of each image, without smoothing and weights, and 1 if it is classified correctly; zeros for
-        images that other processes compute.
+        Of several processes, each computes its share of the images. Batch norm sees one micro-batch
+        at a time.
+
+        forward: computes logits: self.forward, or the same compiled, or in a trial a copy of the
+            network.
+        scale: scale of the images.
+
+        Returns float32 (2, B): the cross-entropy of each image, without smoothing and class
+        weights, and 1 if it is classified correctly; zeros for images that other processes compute.
         """
         images, labels = self.train_set
         # the loss is summed over micro-batches and processes, then divided by the total weight
@@ -790,6 +792,7 @@ class Trainer:
                 loss = loss * self.group.world_size / batch_weight
                 self.state.scaler.scale(loss).backward()
 
+            # to report, and to rank the images: without smoothing and class weights
             with torch.no_grad():
                 cross_entropy = F.cross_entropy(logits, targets, reduction="none")
                 is_correct = logits.argmax(1) == y
@@ -829,8 +832,8 @@ def evaluate(
     """Classify labelled images on the model's device, in fp32 or in the autocast around this call.
 
     images: uint8 (N, C, H, W). labels: int64 (N,). tta: number of views of each image whose logits
-    are averaged (see classifier/tta.py). scale: scale factor of the images. group: processes that
-    share the images.
+    are averaged (see classifier/tta.py). scale: scale of the images. group: processes that share
+    the images.
 
     Raises TypeError and ValueError for images, labels and a tta that are not as described.
     """
@@ -871,7 +874,8 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
     """Train to the end of the epoch or of the run; returns images per second.
 
     heartbeat: what happens between steps: losses are recorded, the progress bar moves, the state is
-    saved, and with --minutes the run is planned anew. Raises Stopped if it was asked to stop.
+    saved, and with --minutes the number of steps is estimated anew. Raises Stopped if it was asked
+    to stop.
     """
     state, progress = trainer.state, trainer.state.progress
     with heartbeat.epoch():
@@ -883,9 +887,10 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
             batch = plan.take(batch_slice)
             stats = trainer.train_step(batch)
             heartbeat.record(stats, batch.order)  # with the loss of each image: see choose_images
-            progress.total_steps = heartbeat.total_steps()
-            if progress.done or progress.step_in_epoch == 0:
-                break  # the end of an epoch is saved with its validation
+            progress.total_steps = heartbeat.total_steps()  # changes with --minutes only
+            epoch_ended = progress.step_in_epoch == 0
+            if epoch_ended or progress.done:
+                break  # this state is saved after its validation
             heartbeat.save_or_stop()
     return heartbeat.images_per_second()
 
@@ -893,8 +898,8 @@ def train_one_epoch(trainer: Trainer, heartbeat: Heartbeat) -> float:
 def validate(trainer: Trainer) -> tuple[Row, torch.Tensor | None]:
     """Evaluate on the validation images; appends the epoch's row to the history.
 
-    They are as large as those in training: a network does poorly on larger ones than it has seen.
-    Returns the row, and the logits or None: for smaller images, and if there are none at all.
+    They have the size of the latest training step: a network does poorly on larger images than it
+    has seen. Returns the row, and the logits on full-size images, or None.
     """
     state = trainer.state
     started = time.perf_counter()
@@ -917,15 +922,21 @@ def validate(trainer: Trainer) -> tuple[Row, torch.Tensor | None]:
 
 # ---- A whole run ---------------------------------------------------------------------------------
 
+# Who calls whom: `train`; seed_summary.train_seeds; for each seed of --repeat `train_seed`, which
+# is defined in `train`; `train_epochs`; `train_one_epoch`, above.
 
-def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline: float) -> Report:
+
+def train_epochs(
+    trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline: float
+) -> Report:
     """Train to the end, epoch by epoch, test, and report; all files go into this run folder.
 
     deadline: when --minutes are over, on time.perf_counter(). Raises Stopped.
     """
     config, data, group = trainer.config, trainer.data, trainer.group
     state, progress = trainer.state, trainer.state.progress
-    budget = time_budget.new_budget(config, deadline, data, state.batch_slices[0].stop, group)
+    first_batch_size = state.batch_slices[0].stop
+    budget = time_budget.new_budget(config, deadline, data, first_batch_size, group)
     heartbeat = Heartbeat(
         state,
         group,
@@ -949,7 +960,7 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
         while not progress.done and not progress.stalled(config.early_stopping):
             images_per_second = train_one_epoch(trainer, heartbeat)
             log.open()  # draws samples.png once, outside the time that is measured
-            epoch_ended = time.perf_counter()
+            training_ended = time.perf_counter()
             row, valid_logits = validate(trainer)
             is_best = progress.best_epoch() == row["epoch"]
             if is_best:
@@ -957,10 +968,11 @@ def train_seed(trainer: Trainer, run: runs.Run, stop: runs.StopRequest, deadline
             run.save_epoch(row["epoch"], state.model_file(), is_best, config.keep_epochs)
             log.end_epoch(progress.history, images_per_second)
             run.save_last(state.saved_state())  # after the log: a kill in between loses no row
-            budget.epoch_end_took(time.perf_counter() - epoch_ended)
+            budget.epoch_end_took(time.perf_counter() - training_ended)
             console.print_epoch(progress, row, is_best, heartbeat.eta())
             heartbeat.stop_between_epochs()
         print("Finished Training")
+        # rank 0 tests; the others wait for its report
         report = group.broadcast_from_rank0(lambda: test(trainer, run, log, best_logits))
         heartbeat.stop_between_epochs()  # a signal during the test: resumed, it is tested again
         return report
@@ -977,17 +989,18 @@ def draw_inputs(trainer: Trainer) -> "Figure":
 def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tensor | None) -> Report:
     """Test the best weights, once, in fp32, and write the report.
 
-    The test images are used nowhere else. Without validation images the last weights count as the
+    A run uses the test images nowhere else. Without validation images the last weights count as the
     best. valid_logits: of the best weights, on the validation images; None: compute them.
     """
     config, data, state = trainer.config, trainer.data, trainer.state
     progress = state.progress
     log.open()
     devices.trim_free_memory()
-    best = run.load_best(state.model)
+    best_file = run.load_best(state.model)  # with --ema, the averaged weights
+
     # how unlike the training images an image is, so that it may be called unknown
-    score = ood_score.fit(state.model, evaluate, data, num_seen=progress.step * config.batch_size)
-    with ood_score.recorded(state.model, score) as scores:
+    ood = ood_score.fit(state.model, evaluate, data, num_seen=progress.step * config.batch_size)
+    with ood_score.recorded(state.model, ood) as scores:
         tested = evaluate(state.model, data.test.images, data.test.labels)
 
     # temperature scaling, on validation images, makes the confidence fit the accuracy
@@ -1009,7 +1022,7 @@ def test(trainer: Trainer, run: runs.Run, log: RunLog, valid_logits: torch.Tenso
     if config.tta > 1:
         accuracy = accuracy_with_tta(state.model, evaluate, data.test, tested.logits, config.tta)
         reports.add_tta_accuracy(results, config.tta, accuracy)
-    model_file = ood_score.with_score(best, score)
+    model_file = ood_score.with_score(best_file, ood)
     return reports.write_report(
         run, log, config, results, progress.history, data, tested.logits, model_file
     )
@@ -1020,7 +1033,7 @@ def train(
     config: Config,
     data: Dataset | None = None,
     *,
-    begun: float | None = None,
+    started: float | None = None,
     before_training: Callable[[torch.device], None] | None = None,
     on_second_interrupt: Callable[[], None] | None = None,
 ) -> Report:
@@ -1031,7 +1044,7 @@ def train(
 
     Args:
         data: None: load_data(config).
-        begun: when the job began, on time.perf_counter(), for --minutes. None: now.
+        started: when the job began, on time.perf_counter(), for --minutes. None: now.
         before_training: called before the first step, with the device. main() changes there what
             cannot be undone.
         on_second_interrupt: called at a second Ctrl-C. None: raise KeyboardInterrupt.
@@ -1040,7 +1053,7 @@ def train(
         UserError: for everything that the user can fix.
         Stopped: after Ctrl-C or SIGTERM, when the state is saved.
     """
-    begun = time.perf_counter() if begun is None else begun
+    started = time.perf_counter() if started is None else started
     resolve.check_before_data(config)
     if distributed.is_main_process():
         resolve.check_places(config, reads_data=data is None)
@@ -1049,7 +1062,7 @@ def train(
         data = distributed.load_once_per_machine(lambda: load_data(config))
     if data.report:
         print(*data.report["words"], sep="\n")
-    data = seen_images.check_initial_weights(data, config)
+    data = seen_images.note_initial_weights(data, config)
     config = resolve.resolve_defaults(config, data, DEFAULT_RECIPE)
     if config.fast_dev_run:
         data = data.first(config.batch_size)
@@ -1070,15 +1083,15 @@ def train(
             if run.is_main:
                 distributed.remember_run(folder)  # for processes that torchrun restarts
 
-            def train_one(seed_config: Config, seed_run: runs.Run, deadline: float) -> Report:
-                model = models.pop() if models else None
+            def train_seed(seed_config: Config, seed_run: runs.Run, deadline: float) -> Report:
+                model = models.pop() if models else None  # None: Trainer builds it
                 can_resume = bool(config.resume) and seed_run.last.exists()
                 resume_from = seed_run.last if can_resume else None
                 trainer = Trainer(seed_config, data, device, group, model, resume_from)
-                return train_seed(trainer, seed_run, stop, deadline)
+                return train_epochs(trainer, seed_run, stop, deadline)
 
             try:
-                report = seed_summary.train_seeds(train_one, config, run, begun, group, stop)
+                report = seed_summary.train_seeds(train_seed, config, run, started, group, stop)
             except Stopped as stopped:
                 raise Stopped(stopped.signum, folder) from None
             reports.print_classes(report, is_trial=config.fast_dev_run)
@@ -1087,7 +1100,7 @@ def train(
             run.finish(finished.results)
             if stop.requested:
                 print("note: the request to stop came too late: the run is complete")
-    console.print_end(time.perf_counter() - begun, config.minutes)
+    console.print_end(time.perf_counter() - started, config.minutes)
     return finished
 
 
@@ -1108,10 +1121,6 @@ def begin_run(config: Config, data: Dataset, group: Group) -> tuple[Path, Datase
 
 
 # ---- From Python and from the command line -------------------------------------------------------
-
-# in each model file and report; __loader__ knows the text of this file within a .pyz, too
-SOURCE = reports.source_of(globals().get("__spec__"), globals().get("__loader__"), __file__)
-VERSIONS = reports.versions(SOURCE)
 
 
 @streams.present()
@@ -1141,26 +1150,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.build_parser(description, DEFAULT_RECIPE, version)
     given = cli.parse_settings(parser, arguments)
 
-    def tune_process(device: torch.device) -> None:
-        lazy_compiler.spare_optimizers()
-        gc.freeze()  # what is imported stays: the garbage collector takes 0.3 s to look through it
-        if device.type == "cpu":  # not earlier: reading the data is better off without it
-            devices.keep_freed_memory()
-
     def run() -> int:
-        distributed.take_share_of_cores()
+        distributed.divide_cores()
         config = configure(**distributed.settings_after_restart(given))
         cli.check_installed()
         try:
             train(
                 config,
-                begun=START,
-                before_training=tune_process,
+                started=START,
+                before_training=devices.tune_process,
                 on_second_interrupt=lambda: os._exit(130),
             )
         except Stopped as stopped:
-            to_type_again = foreign_paths.settings_to_type_again(vars(config))
-            command = cli.resume_command(str(stopped.run), to_type_again)
+            to_repeat = foreign_paths.settings_to_repeat(vars(config))
+            command = cli.resume_command(str(stopped.run), to_repeat)
             return cli.report_stopped(stopped, distributed.resume_command(command))
         return 0
 

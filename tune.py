@@ -553,7 +553,7 @@ def prepare(fixed: Settings, options: Options) -> Search:
     output = io.StringIO() if options.worker else sys.stdout
     with contextlib.redirect_stdout(output):
         device = choose_device(config.device)
-        data = seen_images.check_initial_weights(ic.load_data(config), config)
+        data = seen_images.note_initial_weights(ic.load_data(config), config)
         start = resolve_defaults(config, data, ic.DEFAULT_RECIPE)
         if not options.worker:
             ic.build_model(start, data)  # fails here if it is wrong, not in each worker

@@ -261,7 +261,7 @@ replace(ic.Trainer, "compute_step", in_two_steps)
 # for three epochs, and the images that it finds easiest are left out.
 PROXY = """
 import dataclasses
-train_seed = ic.train_seed
+train_epochs = ic.train_epochs
 
 def order_by_loss(trainer):
     options = dict(width=0.5, epochs=3, progressive_resizing=0.9)
@@ -281,9 +281,9 @@ def train_on_the_hardest(trainer, *arguments):
     hardest = order[: round({share} * len(order))]
     replace(ic.sampling, "balanced_indices", lambda *_, **__: hardest)
     trainer = ic.Trainer(trainer.config, trainer.data, trainer.device, trainer.group)
-    return train_seed(trainer, *arguments)
+    return train_epochs(trainer, *arguments)
 
-replace(ic, "train_seed", train_on_the_hardest)
+replace(ic, "train_epochs", train_on_the_hardest)
 """
 
 # Plans an epoch from some images only. It is as long as before: a part of them comes twice.

@@ -94,7 +94,7 @@ def measure(
     fraction = middle_of_phase(scale, trainer.config.progressive_resizing)
     progress.total_steps = MANY_STEPS
     progress.step = int(fraction * MANY_STEPS)
-    assert trainer.image_scale() == scale
+    assert trainer.next_image_scale() == scale
 
     for _ in range(3):
         trainer.train_step(batch)  # the first ones set up what is set up once

@@ -374,13 +374,13 @@ def report_stopped(stopped: Stopped, command: list[str]) -> int:
     return exit_status(stopped)
 
 
-def resume_command(run: Path | str, to_type_again: Mapping[str, str]) -> list[str]:
+def resume_command(run: Path | str, to_repeat: Mapping[str, str]) -> list[str]:
     """The command that resumes a run.
 
-    to_type_again: settings that the run folder does not decide on, by name.
+    to_repeat: settings that the run folder does not decide on, by name.
     """
     command = [python_command(), sys.argv[0], "--resume", str(run)]
-    for name, value in to_type_again.items():
+    for name, value in to_repeat.items():
         command += [flag(name), value]
     return command
 

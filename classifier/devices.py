@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from classifier import lazy_compiler
 from classifier.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,7 +122,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-# ---- memory of the process ----
+# ---- speed of the process ----
+
+
+def tune_process(device: torch.device) -> None:
+    """Make this process train faster in ways that cannot be undone: for programs only."""
+    lazy_compiler.spare_optimizers()
+    gc.freeze()  # what is imported stays: the garbage collector takes 0.3 s to look through it
+    if device.type == "cpu":  # not before the data is read, which is faster without it
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

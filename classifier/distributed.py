@@ -25,7 +25,7 @@ from torch import nn
 
 from classifier import rendezvous
 from classifier.errors import Stopped, UserError
-from classifier.foreign_paths import settings_to_type_again
+from classifier.foreign_paths import settings_to_repeat
 from classifier.text import pluralize
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # did torchrun start this process?
@@ -80,7 +80,7 @@ def _claim_first_failure() -> bool:
     return rank == "0"
 
 
-def take_share_of_cores() -> None:
+def divide_cores() -> None:
     """Divide the cores among the processes of this machine, unless OMP_NUM_THREADS was set."""
     if not LAUNCHED:
         return
@@ -112,7 +112,7 @@ def settings_after_restart(given: dict[str, Any]) -> dict[str, Any]:
         return given
     # resuming asks for some settings again, in case the folder is somebody else's: this one is not
     saved = json.loads((run / "config.json").read_text())
-    settings: dict[str, Any] = dict(settings_to_type_again(saved))
+    settings: dict[str, Any] = dict(settings_to_repeat(saved))
     settings.update({name: given[name] for name in RESTART_OVERRIDES if name in given})
     settings["resume"] = str(run)
     return settings

@@ -77,7 +77,7 @@ def refuse_network_path(path: str, source: str, name: str) -> None:
         )
 
 
-def settings_to_type_again(settings: Mapping[str, Any]) -> dict[str, str]:
+def settings_to_repeat(settings: Mapping[str, Any]) -> dict[str, str]:
     """Those of a run's settings that resuming takes only from the command line, if at all.
 
     The run folder may be somebody else's, and does not decide on them: the file of a custom

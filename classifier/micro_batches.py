@@ -101,7 +101,7 @@ def _accepts(model: nn.Module, images: torch.Tensor) -> bool:
     return True
 
 
-def fit(
+def fit_into_memory(
     forward_backward: ForwardBackward[BatchT],
     model: nn.Module,
     batch: BatchT,

@@ -1,4 +1,4 @@
-"""The optimisers of --optimizer besides the script's own Muon; the moving average; clipping."""
+"""Optimisers besides the script's own Muon, learning rates, the moving average, clipping."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -70,3 +70,14 @@ def clip_gradients(
     # gradients of the other optimiser; an infinite norm makes those 0.
     norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set each learning rate to this share of its peak, which is kept as "initial_lr"."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            lr = group["initial_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr

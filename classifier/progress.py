@@ -149,7 +149,7 @@ def cost_until(fraction: float, progressive_resizing: float) -> float:
     """Cost of a run up to `fraction` of its steps, as a share of a run at full resolution.
 
     progressive_resizing: share of the steps on smaller images: the first half of them at half the
-    size, the second at 3/4, as the script's `image_scale` has it.
+    size, the second at 3/4, as the script's `scale_schedule` has it.
     """
     half = progressive_resizing / 2
     steps_at_half_size = min(fraction, half)

@@ -19,7 +19,7 @@ def train_seeds(
     train_seed: Callable[[Config, Run, float], Report],
     config: Config,
     run: Run,
-    begun: float,
+    started: float,
     group: Group,
     stop: StopRequest,
 ) -> Report:
@@ -29,14 +29,14 @@ def train_seeds(
         train_seed: trains with the seed of a Config, in a run folder, until a deadline on
             time.perf_counter(), and reports.
         run: the folder of the whole run; each of several seeds gets a folder in it.
-        begun: when the run began; the seeds share the --minutes since then.
+        started: when the run began; the seeds share the --minutes since then.
 
     Raises Stopped.
     """
     reports: list[Report] = []
     for seeds_left in range(config.repeat, 0, -1):
         now = time.perf_counter()
-        seconds_left = begun + 60 * config.minutes - now
+        seconds_left = started + 60 * config.minutes - now
         deadline = now + seconds_left / seeds_left
         if config.repeat == 1:
             report = train_seed(config, run, deadline)

@@ -88,7 +88,7 @@ def describe_seen(data: Dataset, digests: torch.Tensor) -> str:
     return " and ".join(counts)
 
 
-def check_initial_weights(data: Dataset, config: Config) -> Dataset:
+def note_initial_weights(data: Dataset, config: Config) -> Dataset:
     """Return the data set with the digests of what the weights of --init-from were trained on.
 
     Prints a note if they were trained on images that are held out now, unless the run is resumed,

@@ -137,7 +137,7 @@ def draw_learning_rate() -> Figure:
     recipe = ic.DEFAULT_RECIPE
     fractions = [step / 1000 for step in range(1000)]
     rates = [recipe["lr"] * ic.lr_factor(recipe["scheduler"], each, []) for each in fractions]
-    scales = [ic.image_scale(each, recipe["progressive_resizing"]) for each in fractions]
+    scales = [ic.scale_schedule(each, recipe["progressive_resizing"]) for each in fractions]
 
     figure = new_figure(7, 3)
     axes = figure.subplots()

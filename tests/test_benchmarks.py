@@ -187,9 +187,9 @@ def test_a_narrow_network_leaves_out_the_easiest_images(apply_snippet):
     trainer = trainer_of(precision="fp32", width=0.25, batch_size=20)
     num_images = len(trainer.train_set.labels)
     apply_snippet(LATER_IS_HARDER)
-    apply_snippet('replace(ic, "train_seed", lambda trainer, *arguments: trainer)')
+    apply_snippet('replace(ic, "train_epochs", lambda trainer, *arguments: trainer)')
     apply_snippet(IDEAS[BEFORE_TRAINING])
-    trainer = ic.train_seed(trainer, None)
+    trainer = ic.train_epochs(trainer, None)
     hardest = range(num_images - round(0.8 * num_images), num_images)
     assert sorted(trainer.plan(0).order.tolist()) == list(hardest)
     assert trainer.batch_slices[-1].stop == len(hardest)
@@ -999,7 +999,7 @@ def test_mutated_files_are_counted(capsys, folder):
 def test_phases_of_a_run(progressive_resizing):
     for scale in (1.0, 0.75, 0.5) if progressive_resizing else (1.0,):
         fraction = utilisation.middle_of_phase(scale, progressive_resizing)
-        assert ic.image_scale(fraction, progressive_resizing) == scale
+        assert ic.scale_schedule(fraction, progressive_resizing) == scale
 
 
 @pytest.mark.slow

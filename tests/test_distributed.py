@@ -33,7 +33,7 @@ def alone(monkeypatch):
 def test_alone_nothing_happens(alone, folder):
     given = {"epochs": 3}
     assert distributed.is_main_process()
-    distributed.take_share_of_cores()
+    distributed.divide_cores()
     assert distributed.settings_after_restart(given) is given
     assert distributed.device_name("mps") == "mps"
     assert distributed.load_once_per_machine(lambda: "data") == "data"
@@ -230,7 +230,7 @@ def test_share_of_the_cores(launched, monkeypatch, local_world_size, omp_num_thr
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    distributed.take_share_of_cores()
+    distributed.divide_cores()
     assert threads == expected
 
 
@@ -378,7 +378,7 @@ from torch import nn
 
 from classifier import distributed
 
-distributed.take_share_of_cores()
+distributed.divide_cores()
 group = distributed.join(torch.device("cpu"))
 rank = group.rank
 found = {"rank": rank, "world_size": group.world_size, "is_main": group.is_main}
@@ -492,7 +492,7 @@ import torch
 
 from classifier import distributed
 
-distributed.take_share_of_cores()
+distributed.divide_cores()
 settings = distributed.settings_after_restart({"epochs": 3, "data_dir": "images"})
 data = distributed.load_once_per_machine(lambda: "data")
 group = distributed.join(torch.device("cpu"))
@@ -530,7 +530,7 @@ import torch.distributed as dist
 from classifier import distributed
 from classifier.errors import Stopped, UserError
 
-distributed.take_share_of_cores()
+distributed.divide_cores()
 found = {}
 
 

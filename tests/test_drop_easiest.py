@@ -59,7 +59,7 @@ def test_step_gives_the_loss_of_each_image(trainer):
     model = trainer.state.model.train()
     with torch.no_grad():
         x = ic.resize(
-            ic.normalise(ic.gather_augmented(images, batch), model), trainer.image_scale()
+            ic.normalise(ic.gather_augmented(images, batch), model), trainer.next_image_scale()
         )
         logits = model(x)
     expected = F.cross_entropy(logits, labels[batch.order], reduction="none")

@@ -18,7 +18,7 @@ from classifier.config import FIELD_TYPES, Config
 from classifier.datasets import download, image_cache, load
 from classifier.datasets import folder as folder_loader
 from classifier.errors import UserError
-from classifier.foreign_paths import settings_to_type_again
+from classifier.foreign_paths import settings_to_repeat
 from classifier.progress import COLUMNS
 from classifier.recipes import NOT_IN_RECIPES
 from classifier.resolve import configure
@@ -236,21 +236,21 @@ def test_run_folder_that_names_another_machine_is_refused(folder, name):
 def test_resume_command_names_what_a_run_folder_does_not_decide_on(folder, name):
     value = {"out": "new/model.pth", "model": "mine.py:small"}.get(name, SHARE)
     config = Config(**{name: value})
-    to_type_again = settings_to_type_again(vars(config))
-    assert to_type_again == {name: value}
-    resumed = resume_config(write_run(folder / "run", **{name: value}), **to_type_again)
+    to_repeat = settings_to_repeat(vars(config))
+    assert to_repeat == {name: value}
+    resumed = resume_config(write_run(folder / "run", **{name: value}), **to_repeat)
     assert getattr(resumed, name) == value
 
 
 def test_nothing_else_is_to_be_named_again():
-    assert settings_to_type_again(vars(Config())) == {}
+    assert settings_to_repeat(vars(Config())) == {}
     places = {
         "dataset": "photos",
         "data_dir": "/data",
         "init_from": "a.pth",
         "mirror": "http://a.b",
     }
-    assert settings_to_type_again(vars(Config(**places))) == {}
+    assert settings_to_repeat(vars(Config(**places))) == {}
 
 
 @pytest.mark.parametrize(

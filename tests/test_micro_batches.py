@@ -71,7 +71,7 @@ def fit(
 ):
     """The result of the function of that name, for images of one channel."""
     config = Config(model="cnn" if is_default_network else "fcn", micro_batch=micro_batch)
-    return micro_batches.fit(
+    return micro_batches.fit_into_memory(
         step,
         model,
         batch_of(num_images),

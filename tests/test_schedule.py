@@ -53,8 +53,8 @@ def test_other_schedules_at_half_of_the_run(scheduler, expected):
         (0.5, 0.0, 1.0),
     ],
 )
-def test_image_scale(fraction, progressive_resizing, expected):
-    assert ic.image_scale(fraction, progressive_resizing) == expected
+def test_scale_schedule(fraction, progressive_resizing, expected):
+    assert ic.scale_schedule(fraction, progressive_resizing) == expected
 
 
 # ---- what a run does ----

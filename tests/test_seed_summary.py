@@ -100,7 +100,7 @@ def train_each(folder):
 
     def run_all(config, stop=None, minutes_ago=0.0):
         calls = []
-        begun = time.perf_counter() - 60 * minutes_ago
+        started = time.perf_counter() - 60 * minutes_ago
 
         def train_seed(config, run, deadline):
             calls.append((config, run.path, deadline - time.perf_counter()))
@@ -109,7 +109,7 @@ def train_each(folder):
         stop = stop or StopRequest()
         run = Run(folder / "run")
         try:
-            return train_seeds(train_seed, config, run, begun, Group(), stop), calls
+            return train_seeds(train_seed, config, run, started, Group(), stop), calls
         except Stopped as stopped:
             return stopped, calls
 

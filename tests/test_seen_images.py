@@ -183,10 +183,10 @@ def test_starting_weights_of_a_resumed_run_are_remembered(monkeypatch, capsys, r
     monkeypatch.setattr(seen_images, "read_checkpoint", lambda path: content)
     data = dataset(test_ids=ids(7, 9), all_ids=ids(7, 9))
     config = ic.Config(init_from="first.pth", resume=resume)
-    assert seen_images.check_initial_weights(data, config).earlier_digests.tolist() == [7, 8]
+    assert seen_images.note_initial_weights(data, config).earlier_digests.tolist() == [7, 8]
     assert ("was trained on" in capsys.readouterr().out) == (not resume)
     monkeypatch.undo()  # the file is gone
-    assert seen_images.check_initial_weights(data, config).earlier_digests is None
+    assert seen_images.note_initial_weights(data, config).earlier_digests is None
 
 
 def test_errors_of_the_note_are_not_taken_for_those_of_the_file(monkeypatch):
@@ -198,7 +198,7 @@ def test_errors_of_the_note_are_not_taken_for_those_of_the_file(monkeypatch):
 
     monkeypatch.setattr(seen_images, "note_seen", fail)
     with pytest.raises(UserError, match="something else"):
-        seen_images.check_initial_weights(dataset(), ic.Config(init_from="first.pth"))
+        seen_images.note_initial_weights(dataset(), ic.Config(init_from="first.pth"))
 
 
 @pytest.mark.slow

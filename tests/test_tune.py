@@ -544,7 +544,7 @@ def test_sweep_takes_the_batches_of_the_epochs_and_keeps_the_peak(here, monkeypa
 
     def record(trainer, batch, factor=None):
         stats = train_step(trainer, batch, factor)
-        steps.append((batch, trainer.image_scale(), trainer.state.param_groups()[0]))
+        steps.append((batch, trainer.next_image_scale(), trainer.state.param_groups()[0]))
         return stats
 
     monkeypatch.setattr(ic.Trainer, "train_step", record)
