@@ -219,6 +219,36 @@ def test_memory_of_a_search_is_bounded():
     assert peak < 10 * 2**20
 
 
+def test_memory_of_a_search_among_digits_is_bounded():
+    """Where all are alike, all pairs would be 65 MB."""
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (8, 8, 1)).repeat(2, axis=0).repeat(2, axis=1)
+    noise = random.integers(-20, 20, (1500, 16, 16, 3))
+    pixels = (image + noise).clip(0, 255).astype(np.uint8)
+    tracemalloc.start()
+    assert find_pixels(pixels) == (set(), True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_crowds_are_images_that_are_like_many_others(seed):
+    """Each pair may be found from one of its images or from both."""
+    found_from = np.random.default_rng(seed).random((60, 60)) < 0.11
+    np.fill_diagonal(found_from, False)
+    crowds = altered_copies._Crowds(60)
+    for source, is_alike in enumerate(found_from):
+        others = np.flatnonzero(is_alike)
+        if crowds.has(source):
+            others = others[~crowds.has(others)]
+        crowds.add(source, others)
+    num_alike = (found_from | found_from.T).sum(axis=1)
+    expected = num_alike > altered_copies.MAX_ALIKE
+    assert 0 < expected.sum() < 60
+    assert crowds.has(np.arange(60)).tolist() == expected.tolist()
+
+
 # ---- in a folder ----
 
 

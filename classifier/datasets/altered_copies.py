@@ -11,7 +11,8 @@ weighted by their frequencies, because in photographs low ones are strong and sa
 scaled to length 1, so that brightness and contrast do not count.
 """
 
-from typing import NamedTuple
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -83,6 +84,10 @@ class Candidates(NamedTuple):
     scores: np.ndarray
     is_mirrored: np.ndarray
 
+    def take(self, pairs: np.ndarray | slice) -> "Candidates":
+        """Some of the pairs. pairs: their indices, a bool for each, or a slice."""
+        return Candidates(*(values[pairs] for values in self))
+
 
 def altered_copies(
     pixels: np.ndarray, rows: np.ndarray, groups: np.ndarray
@@ -103,7 +108,6 @@ def altered_copies(
         [_patterns(_grey(pixels[chunk])) for chunk in _chunks(rows, CHUNK)]
     )  # (N, F, F)
     candidates, has_all = _alike_pairs(pixels, rows, patterns, groups)
-    candidates = _without_crowds(candidates, len(rows))
     has_all = has_all and len(candidates.scores) <= MAX_CHECKED
     return _exact_pairs(pixels, rows, patterns, groups, candidates), has_all
 
@@ -184,12 +188,14 @@ def _alike_pairs(
 ) -> tuple[Candidates, bool]:
     """The pairs whose coarse and fine patterns are alike, the most alike first, each once.
 
-    Returns also False if the search ended early, because too many coarse patterns were alike.
+    Those of an image that is like more than MAX_ALIKE others are left out. Returns also False if
+    the search ended early, because too many coarse patterns were alike.
     """
     count = len(patterns)
     coarse = _Coarse(patterns)
     wholes = patterns.reshape(count, -1)
     parts = all_parts()
+    crowds = _Crowds(count)
     num_compared = 0
     found: list[Candidates] = []
     for start in tqdm(range(0, count, ROWS), "Looking for copies", leave=False, disable=None):
@@ -199,12 +205,48 @@ def _alike_pairs(
         for source, own_parts in enumerate(of_parts, start):
             others = np.flatnonzero(is_alike[source - start])
             others = others[groups[others] != groups[source]]
+            if crowds.has(source):  # how many others these are like is not known yet
+                others = others[~crowds.has(others)]
             num_compared += len(others)
             if num_compared > MAX_COMPARED:
-                return _best_of_each(found), False
-            if len(others):
-                found.append(_compare_parts(own_parts, source, wholes[others], others))
-    return _best_of_each(found), True
+                return _best_of_each(found, crowds), False
+            if not len(others):
+                continue
+            pairs = _compare_parts(own_parts, source, wholes[others], others)
+            crowds.add(source, pairs.wholes)
+            found.append(pairs.take(~crowds.has(pairs.wholes) & ~crowds.has(source)))
+    return _best_of_each(found, crowds), True
+
+
+class _Crowds:
+    """Which images are like more than MAX_ALIKE others.
+
+    Of each image it keeps only as many others as it takes to know: where all are alike, as in a
+    folder of handwritten digits, there are too many pairs for the memory.
+    """
+
+    def __init__(self, count: int):
+        self._is_crowded = np.zeros(count, dtype=bool)
+        self._alike: defaultdict[int, set[int]] = defaultdict(set)
+
+    def has(self, images: int | np.ndarray) -> Any:
+        """Whether an image is like too many others, or of several images, bool (P,), which are."""
+        return self._is_crowded[images]
+
+    def add(self, source: int, wholes: np.ndarray) -> None:
+        """Note that an image is like these others, int64 (P,), all different."""
+        for whole in wholes[: MAX_ALIKE + 1].tolist():
+            self._add_one(source, whole)
+        for whole in wholes[~self._is_crowded[wholes]].tolist():
+            self._add_one(whole, source)
+
+    def _add_one(self, image: int, other: int) -> None:
+        if self._is_crowded[image]:
+            return
+        self._alike[image].add(other)
+        if len(self._alike[image]) > MAX_ALIKE:
+            self._is_crowded[image] = True
+            del self._alike[image]
 
 
 class _Coarse:
@@ -254,26 +296,17 @@ def _compare_parts(
     return Candidates(images[chosen], sources, parts, scores[chosen], is_mirrored[chosen])
 
 
-def _best_of_each(found: list[Candidates]) -> Candidates:
-    """All pairs, the most alike first; of those with the same two images only the first."""
+def _best_of_each(found: list[Candidates], crowds: _Crowds) -> Candidates:
+    """The pairs without crowds, the most alike first; of the same two images only the first."""
     if not found:
         nothing = np.empty(0, dtype=np.int64)
         return Candidates(nothing, nothing, nothing, nothing.astype(np.float32), nothing > 0)
     every = Candidates(*(np.concatenate(values) for values in zip(*found, strict=True)))
-    order = np.argsort(-every.scores, kind="stable")
-    every = Candidates(*(values[order] for values in every))
+    every = every.take(~crowds.has(every.wholes) & ~crowds.has(every.sources))
+    every = every.take(np.argsort(-every.scores, kind="stable"))
     two = np.sort(np.stack([every.wholes, every.sources]), axis=0)
     _, first = np.unique(two, axis=1, return_index=True)
-    return Candidates(*(values[np.sort(first)] for values in every))
-
-
-def _without_crowds(candidates: Candidates, count: int) -> Candidates:
-    """The pairs of images that are like few others. count: number of images."""
-    num_alike = np.bincount(candidates.wholes, minlength=count)
-    num_alike += np.bincount(candidates.sources, minlength=count)
-    is_one_of_many = num_alike > MAX_ALIKE
-    is_kept = ~(is_one_of_many[candidates.wholes] | is_one_of_many[candidates.sources])
-    return Candidates(*(values[is_kept] for values in candidates))
+    return every.take(np.sort(first))
 
 
 def _exact_pairs(
@@ -285,11 +318,11 @@ def _exact_pairs(
 ) -> np.ndarray:
     """The pairs that are copies indeed: int64 (P, 2)."""
     groups = groups.copy()
-    candidates = Candidates(*(values[:MAX_CHECKED] for values in candidates))
+    candidates = candidates.take(slice(MAX_CHECKED))
     pairs: list[tuple[int, int]] = []
     starts = range(0, len(candidates.scores), CHUNK)
     for start in tqdm(starts, "Checking copies", leave=False, disable=None):
-        some = Candidates(*(values[start : start + CHUNK] for values in candidates))
+        some = candidates.take(slice(start, start + CHUNK))
         sought = patterns[some.wholes] * np.where(some.is_mirrored[:, None, None], MIRRORED, 1)
         near = Parts(*(values[some.parts] for values in all_parts()))
         places, scores = _find_places(_grey(pixels[rows[some.sources]]), sought, near)
