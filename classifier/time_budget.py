@@ -166,8 +166,9 @@ class TimeBudget:
         """Time for the test; rank 0 tests alone, where all processes share a training step."""
         batches = self.num_test / self.batch_size
         one_pass = self.seconds_per_step * batches * TEST_COST * self.group.world_size
-        # the OOD score is fitted to validation images and about as many training images
-        num_scored = 2 * min(self.num_valid, ood_score.NUM_VALID)
+        # the OOD score is fitted to validation images and half again as many training images
+        train_per_valid = ood_score.NUM_TRAIN / ood_score.NUM_VALID
+        num_scored = (1 + train_per_valid) * min(self.num_valid, ood_score.NUM_VALID)
         passes = 1 + num_scored / self.num_test
         if self.tta > 1:
             passes += self.tta * UNCERTAIN_SHARE
