@@ -23,6 +23,7 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run at once
 import torch
+import torch.distributed as dist
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "image_classification.py"
@@ -242,6 +243,34 @@ class Program:
         for number, usage_line in enumerate(usage):
             assert usage_line.startswith("       " if number else "usage: "), err
         return line
+
+
+def run_together(program: Program, world_size: int, *arguments, patch=""):
+    """Run a program in several processes with all that torchrun gives them, but started at once.
+
+    patch: as for `Program.start`. Waits for their end, checks that all succeed, and returns
+    (standard output, standard error) of rank 0.
+    """
+    if sys.platform == "win32":
+        pytest.skip("torch's store there needs a build with libuv")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = []
+    for rank in range(world_size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(program.start(*arguments, patch=patch, env=shared | own))
+    printed = [program.finish(process) for process in processes]
+    return printed[0]
 
 
 class Inside:

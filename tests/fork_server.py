@@ -30,6 +30,8 @@ from pathlib import Path
 ADDRESS = "TESTS_FORK_SERVER"
 ENVIRONMENT = "TESTS_FORK_SERVER_ENVIRONMENT"
 NO_PICTURES = "TESTS_FORK_SERVER_NO_PICTURES"  # set: programs that the server starts draw nothing
+# Beginnings of the variables that torchrun gives its processes.
+OF_TORCHRUN = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "WORLD_SIZE")
 PRELOADED = [
     "torch",
     "torchvision.transforms.v2",
@@ -79,7 +81,7 @@ def start(repository):
 
 def variables_that_matter(environment):
     """Those environment variables that packages may read when they are imported."""
-    other = ("PYTEST_", ADDRESS, "COLUMNS", "LINES")
+    other = ("PYTEST_", ADDRESS, "COLUMNS", "LINES", *OF_TORCHRUN)
     return {name: value for name, value in environment.items() if not name.startswith(other)}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Program, run_together
 from torch import nn
 
 from classifier import distributed, rendezvous
@@ -351,12 +352,23 @@ def test_new_group_meets_in_a_fresh_part_of_the_store():
 # ---- two processes ----
 
 
-def torchrun(folder, code, *options, processes=2):
-    """Run code in processes that torchrun starts; the JSON that each rank wrote, and the output."""
+def results_of_ranks(folder):
+    """The JSON that each of two ranks wrote."""
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def run_code_together(code, folder):
+    """Run code in two processes; the JSON that each rank wrote."""
+    run_together(Program(folder), 2, patch=f"{code}\nsys.exit()")
+    return results_of_ranks(folder)
+
+
+def torchrun(folder, code, *options):
+    """Run code in two processes that torchrun starts; the JSON that each rank wrote."""
     script = folder / "snippet.py"
     script.write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={processes}", *options, str(script)]
+    command = [*launcher, "--nproc-per-node=2", *options, str(script)]
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.pop("OMP_NUM_THREADS", None)
@@ -364,8 +376,7 @@ def torchrun(folder, code, *options, processes=2):
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    files = [folder / f"rank-{rank}.json" for rank in range(processes)]
-    return [json.loads(file.read_text()) for file in files], done
+    return results_of_ranks(folder)
 
 
 TOGETHER = """
@@ -448,9 +459,8 @@ Path(f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun there needs a build with libuv")
 def test_two_processes(folder):
-    results, _ = torchrun(folder, TOGETHER)
+    results = run_code_together(TOGETHER, folder)
     first, second = results
     assert [found.pop("rank") for found in results] == [0, 1]
     assert [found.pop("is_main") for found in results] == [True, False]
@@ -515,7 +525,7 @@ Path(f"rank-{group.rank}.json").write_text(json.dumps(found))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_processes_meet_again_after_a_restart(folder):
-    results, _ = torchrun(folder, RESTARTED, "--max-restarts=1")
+    results = torchrun(folder, RESTARTED, "--max-restarts=1")
     resumed = {"data_dir": "images", "resume": str((folder / "run").absolute())}
     assert results == [{"settings": resumed, "max": 1}] * 2
 
@@ -584,10 +594,9 @@ Path(f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun there needs a build with libuv")
 def test_processes_leave_after_an_error_and_can_meet_again(folder):
     """Without waiting for a process that does not come; an error of rank 0 is raised in all."""
-    results, _ = torchrun(folder, ERRORS)
+    results = run_code_together(ERRORS, folder)
     for rank, found in enumerate(results):
         assert all(each["left"] for each in found.values())
         outcomes = {name: each["outcome"] for name, each in found.items()}

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Program, beforehand, same, state_of, trainer_of, weights, without_time
+from conftest import (
+    beforehand,
+    run_together,
+    same,
+    state_of,
+    trainer_of,
+    weights,
+    without_time,
+)
 from torch import nn
 
 import explain
@@ -156,26 +164,17 @@ def interrupt(step, trainer, *_):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_same(inside, start, folder):
+def test_two_processes_learn_the_same(inside, program, start):
     options = [*BRIEF[:4], "--image-size", "16", *IN_PHASES, "--init-from", start, "--epochs", "2"]
-    options += [
-        "--precision",
-        "fp32",
-        "--optimizer",
-        "sgd",
-        "--lr",
-        "0.01",
-        "--model",
-        "flat.py:flat",
-    ]
+    options += ["--precision", "fp32", "--optimizer", "sgd", "--lr", "0.01"]
+    options += ["--model", "flat.py:flat"]
     Path("flat.py").write_text(FLAT)  # without batch norm, which sees the images of its process
     variables: dict = {}
     exec(FLAT, variables)
     torch.save(variables["flat"](image_size=16).state_dict(), start)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     inside(*options, "--run-dir", "one")
-    Program(folder, launcher=launcher)(*options, "--run-dir", "two")
-    one, two = weights(folder / "one" / "last.pth"), weights(folder / "two" / "last.pth")
+    run_together(program, 2, *options, "--run-dir", "two")
+    one, two = weights(Path("one/last.pth")), weights(Path("two/last.pth"))
     before = torch.load(start, weights_only=True)
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-4), name

@@ -1,4 +1,7 @@
-"""Several processes that train together, as torchrun starts them."""
+"""Several processes that train together, as torchrun starts them.
+
+Some tests start them with torchrun, which imports torch in each; the others are quicker.
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ from conftest import (
     Program,
     only_run,
     rows_of,
+    run_together,
     same,
     state_of,
     wait_for,
@@ -79,7 +83,7 @@ def rank_0_of(process):
             return int(pid)
 
 
-def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
+def test_several_processes_give_the_loss_curve_of_one(inside, program, folder):
     """Sizes that cannot be divided evenly: an image left out or counted twice would show."""
     (folder / "own.py").write_text(PLAIN)
     options = ["--dataset", "digits", "--subset", "401", "--batch-size", "57", "--epochs", "3"]
@@ -87,8 +91,7 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
     options += ["--class-balance", "weights", "--precision", "fp32", "--device", "cpu"]
     options += ["--drop-easiest", "0.3"]
     inside(*options, "--run-dir", "one")
-    together.launcher = torchrun(3)
-    out, _ = together(*options, "--run-dir", "three")
+    out, _ = run_together(program, 3, *options, "--run-dir", "three")
     for line in ("Epoch 0000: ", "Finished Training", "Model: "):
         assert out.count(line) == 1
     assert "3 processes share each batch" in out
@@ -103,12 +106,12 @@ def test_several_processes_give_the_loss_curve_of_one(inside, together, folder):
         torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-3, msg=name)
 
 
-def test_two_processes_train_the_default_network_as_well(inside, together, folder):
+def test_two_processes_train_the_default_network_as_well(inside, program, folder):
     """In batches of about the default size, of which batch norm sees smaller parts."""
     options = ["--dataset", "digits", "--subset", "800", "--batch-size", "400", "--epochs", "2"]
     options += ["--precision", "fp32", "--image-size", "16", "--width", "0.5", "--device", "cpu"]
     inside(*options, "--run-dir", "one")
-    together(*options, "--run-dir", "two")
+    run_together(program, 2, *options, "--run-dir", "two")
     one, two = torch.tensor(curve(folder / "one")), torch.tensor(curve(folder / "two"))
     assert 0 < (one[:, 0] / two[:, 0] - 1).abs().max() < 0.02
 
@@ -118,10 +121,10 @@ LONG = [*QUICK, "--device", "cpu", "--epochs", "7", "--batch-size", "20", "--dro
 
 
 def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(
-    inside, together, folder, tmp_path
+    inside, together, program, folder, tmp_path
 ):
     (tmp_path / "undisturbed").mkdir()
-    Program(tmp_path / "undisturbed", launcher=together.launcher)(*LONG)
+    run_together(Program(tmp_path / "undisturbed"), 2, *LONG)
     undisturbed = only_run(tmp_path / "undisturbed")
     together.launcher = torchrun(2, "--max-restarts=3")
     process = together.start(*LONG)
@@ -137,7 +140,7 @@ def test_run_that_loses_a_process_and_is_stopped_ends_as_if_undisturbed(
     assert "Epoch 0000: " not in second and "Epoch 0004: " in second
     run = only_run(folder)
     assert state_of(run)["step"] < 7 * 10
-    together("--resume", "last")
+    run_together(program, 2, "--resume", "last")
     assert same(weights(undisturbed / "best.pth"), weights(run / "best.pth"))
     assert curve(undisturbed) == curve(run)
     inside("--resume", "last", "--epochs", "8")  # goes on with one process, too
